@@ -1,0 +1,300 @@
+"""The arguments of an attention call: checked, brought to one form, made an `AttentionSpec`."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Literal, TypedDict, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jattn import dropout
+from jattn.masking import Band
+from jattn.spec import AttentionSpec, Operands, Shape4
+
+__all__ = ["Alignment", "AttentionCall", "AttentionOptions", "Window", "attention_call"]
+
+type Window = int | tuple[int | None, int | None]
+Alignment = Literal["top_left", "bottom_right"]
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The keyword arguments of every attention function; `dot_product_attention` explains them."""
+
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: Window | None
+    return_residual: bool
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    causal_alignment: Alignment
+    logits_soft_cap: float | None
+    sinks: ArrayLike | None
+    dropout_rate: float
+    dropout_rng: ArrayLike | None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call: its static facts, its arrays, and the form its caller wants the result in."""
+
+    spec: AttentionSpec
+    operands: Operands
+    has_batch: bool
+
+    def result(self, out: Array, lse: Array) -> Array | tuple[Array, Array]:
+        """The caller's result from a backend's output (B, T, N, D) and log-sum-exp (B, T, N)."""
+        if not self.has_batch:
+            out, lse = out[0], lse[0]
+        return (out, lse) if self.spec.wants_residual else out
+
+
+def attention_call(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: Window | None = None,
+    return_residual: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    causal_alignment: Alignment = "top_left",
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+) -> AttentionCall:
+    """The call that these arguments describe; ValueError or TypeError names what is wrong."""
+    q, k, v, has_batch = _query_key_value(query, key, value)
+    batch, queries, heads, head_dim = q.shape
+    _, keys, kv_heads, value_dim = v.shape
+    logits_shape = (batch, heads, queries, keys)
+    for name, flag in {"is_causal": is_causal, "return_residual": return_residual}.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False when traced, got {_kind(flag)}")
+    if causal_alignment not in get_args(Alignment):
+        allowed = " or ".join(map(repr, get_args(Alignment)))
+        raise ValueError(f"causal_alignment must be {allowed}, got {causal_alignment!r}")
+    rate = _number("dropout_rate", dropout_rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+
+    operands = Operands(
+        query=q,
+        key=k,
+        value=v,
+        bias=_bias(bias, logits_shape),
+        mask=_mask(mask, logits_shape),
+        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch, has_batch),
+        key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch, has_batch),
+        query_segments=_segments("query_segment_ids", query_segment_ids, (batch, queries)),
+        key_segments=_segments("key_value_segment_ids", key_value_segment_ids, (batch, keys)),
+        sinks=_sinks(sinks, heads),
+        dropout_seeds=_dropout_seeds(rate, dropout_rng, batch),
+    )
+    if (operands.query_segments is None) != (operands.key_segments is None):
+        raise ValueError("query_segment_ids and key_value_segment_ids must be given together")
+    spec = AttentionSpec(
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=np.dtype(q.dtype),
+        precision=_precision(q),
+        scale=1 / math.sqrt(head_dim) if scale is None else _number("scale", scale),
+        band=Band.of(
+            is_causal=bool(is_causal),
+            window=_window(local_window_size),
+            diagonal=keys - queries if causal_alignment == "bottom_right" else 0,
+        ),
+        logits_soft_cap=_soft_cap(logits_soft_cap),
+        dropout_rate=rate,
+        bias_shape=_shape4(operands.bias),
+        bias_dtype=None if operands.bias is None else np.dtype(operands.bias.dtype),
+        mask_shape=_shape4(operands.mask),
+        has_query_lengths=operands.query_lengths is not None,
+        has_key_lengths=operands.key_lengths is not None,
+        has_segments=operands.query_segments is not None,
+        has_sinks=operands.sinks is not None,
+        wants_residual=bool(return_residual),
+    )
+    return AttentionCall(spec, operands, has_batch)
+
+
+def _query_key_value(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike
+) -> tuple[Array, Array, Array, bool]:
+    q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    layouts = {"query": (q, "BTNH or TNH"), "key": (k, "BSKH or SKH"), "value": (v, "BSKD or SKD")}
+    for name, (x, layout) in layouts.items():
+        if x.ndim not in (3, 4):
+            raise ValueError(f"{name} must have shape {layout}, got {x.shape}")
+        if x.ndim != q.ndim:
+            raise ValueError(f"{name} must have query's rank ({q.ndim}), got shape {x.shape}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must have no empty dimension, got shape {x.shape}")
+        if x.dtype.name not in DTYPES:
+            raise TypeError(f"{name} must have a dtype of {', '.join(DTYPES)}, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have query's dtype ({q.dtype}), got {x.dtype}")
+    has_batch = q.ndim == 4
+    if not has_batch:
+        q, k, v = q[None], k[None], v[None]
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"key's batch size ({k.shape[0]}) must be query's ({q.shape[0]})")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"value must have key's batch, length and heads {k.shape[:3]}, got {v.shape[:3]}"
+        )
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"key's head dim ({k.shape[3]}) must be query's ({q.shape[3]})")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key heads ({k.shape[2]})")
+    return q, k, v, has_batch
+
+
+def _bias(bias: ArrayLike | None, logits_shape: Shape4) -> Array | None:
+    if bias is None:
+        return None
+    x = jnp.asarray(bias)
+    if x.dtype == bool:
+        raise TypeError("bias must be a number to add to the logits, got bool: pass it as mask")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.float32)
+    return _broadcastable("bias", x, logits_shape)
+
+
+def _mask(mask: ArrayLike | None, logits_shape: Shape4) -> Array | None:
+    if mask is None:
+        return None
+    x = jnp.asarray(mask)
+    if x.dtype != bool:
+        raise TypeError(f"mask must be bool (True: may attend), got {x.dtype}; add numbers as bias")
+    return _broadcastable("mask", x, logits_shape)
+
+
+def _broadcastable(name: str, x: Array, logits_shape: Shape4) -> Array:
+    full = x[(None,) * (4 - x.ndim)] if x.ndim < 4 else x
+    if full.ndim > 4 or any(d not in (1, n) for d, n in zip(full.shape, logits_shape, strict=True)):
+        raise ValueError(f"{name} must broadcast to (B, N, T, S) = {logits_shape}, got {x.shape}")
+    return full
+
+
+def _lengths(name: str, lengths: ArrayLike | None, batch: int, has_batch: bool) -> Array | None:
+    if lengths is None:
+        return None
+    x = jnp.asarray(lengths)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
+    if x.shape != (batch,) and (has_batch or x.shape != ()):
+        raise ValueError(f"{name} must have shape (B,) = ({batch},), got {x.shape}")
+    return x.reshape(batch).astype(jnp.int32)
+
+
+def _segments(name: str, ids: ArrayLike | None, shape: tuple[int, int]) -> Array | None:
+    if ids is None:
+        return None
+    x = jnp.asarray(ids)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
+    if x.shape != shape and (1, *x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape} (batch, length), got {x.shape}")
+    return x.reshape(shape).astype(jnp.int32)
+
+
+def _sinks(sinks: ArrayLike | None, heads: int) -> Array | None:
+    if sinks is None:
+        return None
+    x = jnp.asarray(sinks)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"sinks must be floating, got {x.dtype}")
+    if x.shape != (heads,):
+        raise ValueError(f"sinks must have shape (N,) = ({heads},), got {x.shape}")
+    return x
+
+
+def _dropout_seeds(rate: float, rng: ArrayLike | None, batch: int) -> Array | None:
+    if rate == 0:
+        return None
+    if rng is None:
+        raise ValueError(f"dropout_rng must be given when dropout_rate ({rate}) is above 0")
+    key = jnp.asarray(rng)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not (typed and key.ndim == 0) and not (key.dtype == jnp.uint32 and key.ndim == 1):
+        raise TypeError(f"dropout_rng must be one jax.random key, got {key.dtype}{list(key.shape)}")
+    return dropout.seeds(key, batch)
+
+
+def _window(window: Window | None) -> tuple[int | None, int | None] | None:
+    if window is None:
+        return None
+    sides = (window, window) if isinstance(window, numbers.Integral) else window
+    valid = isinstance(sides, tuple | list) and len(sides) == 2 and all(map(_is_window_side, sides))
+    if not valid:
+        raise ValueError(
+            "local_window_size must be an int or a (left, right) pair, each at least 0, "
+            f"or None for no bound on that side; got {window!r}"
+        )
+    left, right = sides  # type: ignore[misc]
+    return None if left is None else int(left), None if right is None else int(right)
+
+
+def _is_window_side(side: object) -> bool:
+    integral = isinstance(side, numbers.Integral) and not isinstance(side, bool)
+    return side is None or (integral and int(side) >= 0)  # type: ignore[call-overload]
+
+
+def _soft_cap(cap: float | None) -> float | None:
+    if cap is None:
+        return None
+    number = _number("logits_soft_cap", cap)
+    if number <= 0:
+        raise ValueError(f"logits_soft_cap must be positive, or None for no cap, got {number}")
+    return number
+
+
+def _number(name: str, x: object) -> float:
+    if isinstance(x, jax.core.Tracer) or isinstance(x, bool):
+        hint = "; fold a learned scale into query" if name == "scale" else ""
+        raise TypeError(f"{name} must be a number known when traced, got {_kind(x)}{hint}")
+    try:
+        number = float(x)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {_kind(x)}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def _precision(query: Array) -> jax.lax.Precision | None:
+    """Full precision for float32 unless jax's default, which the user may set, says otherwise."""
+    wants_default = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]
+    return None if wants_default or query.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
+
+
+def _shape4(x: Array | None) -> Shape4 | None:
+    if x is None:
+        return None
+    b, n, t, s = x.shape
+    return b, n, t, s
+
+
+def _kind(x: object) -> str:
+    return "a traced array" if isinstance(x, jax.core.Tracer) else f"{x!r} ({type(x).__name__})"

@@ -1,0 +1,217 @@
+"""The attention functions: arguments -> one `AttentionSpec` -> a backend."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Unpack
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from jattn import backends, memory_efficient
+from jattn.arguments import Alignment, AttentionCall, AttentionOptions, Window, attention_call
+from jattn.backends import Implementation
+from jattn.target import current_target
+
+__all__ = [
+    "dot_product_attention",
+    "eager_attention",
+    "flash_attention",
+    "memory_efficient_attention",
+]
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: Window | None = None,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    causal_alignment: Alignment = "top_left",
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+) -> Array | tuple[Array, Array]:
+    """Exact attention, softmax(Q Kᵀ * scale + bias) V, on the best backend that can do the call.
+
+    A drop-in superset of `jax.nn.dot_product_attention` (Vaswani et al., 2017, section 3.2.1).
+    Letters: B batch, T queries, S keys, N query heads, K key/value heads (N a multiple of K),
+    H head dim, D value head dim. The arrays share one dtype: bfloat16, float16 or float32
+    (float64 too, where the backend can); sums and softmax run in float32.
+
+    A query that may see no key gives output 0, log-sum-exp -inf and no gradient, as does a query
+    past its length. Keys past their length are never read into the result, whatever they hold.
+
+    Args:
+      query: (B, T, N, H) or (T, N, H).
+      key: (B, S, K, H) or (S, K, H).
+      value: (B, S, K, D) or (S, K, D).
+      bias: added to the logits; broadcastable to (B, N, T, S). Its gradient is exact, summed over
+        broadcast axes.
+      mask: bool, True where a query may see a key; broadcastable to (B, N, T, S).
+      scale: a number that multiplies Q Kᵀ; 1 / sqrt(H) if None.
+      is_causal: query i sees keys up to its own position (see `causal_alignment`).
+      query_seq_lengths: (B,) integers; queries past them are padding.
+      key_value_seq_lengths: (B,) integers; keys past them are padding.
+      local_window_size: (left, right), query i sees keys from i - left to i + right, inclusive; an
+        int is both; None on a side leaves it open.
+      implementation: a backend's name ("flash", "cudnn", "memory_efficient", "eager"), several to
+        be tried in order, or None for the best that can; see `explain` and `attention_backend`.
+      return_residual: also return the log-sum-exp of each row's logits.
+      query_segment_ids: (B, T) integers; a query sees the keys of its own segment.
+      key_value_segment_ids: (B, S) integers. Sorted ids (packed documents) are skipped by block.
+      causal_alignment: "top_left" puts query i at key i; "bottom_right" at key i + S - T, so that
+        the last query meets the last key (flash-attn's); for causal and window alike.
+      logits_soft_cap: cap * tanh(logits / cap), after the bias (Gemma 2, section 2.2).
+      sinks: (N,) a learnable logit that joins each row's softmax and has no value (StreamingLLM;
+        gpt-oss).
+      dropout_rate: the share of weights dropped, in [0, 1); the rest grow by 1 / (1 - rate).
+      dropout_rng: a `jax.random` key. The mask is a fixed function of it and of the position, the
+        same on every backend.
+
+    Returns:
+      (B, T, N, D) or (T, N, D), in query's dtype; with `return_residual`, also the natural
+      log-sum-exp, float32, (B, T, N) or (T, N), which has a gradient.
+
+    Raises:
+      ValueError, TypeError: an argument is wrong; the text names it, its value and what is allowed.
+      UnsupportedAttentionError: no backend that may run can do the call; the text has each reason.
+
+    >>> import jax.numpy as jnp, jattn
+    >>> x = jnp.ones((1, 4, 2, 8))
+    >>> jattn.dot_product_attention(x, x, x, is_causal=True).shape
+    (1, 4, 2, 8)
+    """
+    call = attention_call(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        return_residual=return_residual,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        causal_alignment=causal_alignment,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+    )
+    return _run(call, implementation)
+
+
+def _with_full_signature[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Shows `help` and inspection the keywords that `**options` stands for."""
+    own = inspect.signature(function).parameters.values()
+    full = inspect.signature(dot_product_attention)
+    names = {parameter.name for parameter in own} | {"implementation"}
+    options = [p for p in full.parameters.values() if p.name not in names]
+    named = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    function.__signature__ = full.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+    return function
+
+
+@_with_full_signature
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Array | tuple[Array, Array]:
+    """Blocked online-softmax attention in a GPU kernel (Dao, "FlashAttention-2", 2023).
+
+    Takes the arguments of `dot_product_attention` but `implementation`, returns the same, and
+    raises UnsupportedAttentionError, with the reasons, rather than run anything else.
+
+    >>> import jax, jax.numpy as jnp, jattn
+    >>> x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    >>> if jax.default_backend() == "gpu":
+    ...     out = jattn.flash_attention(x, x, x, is_causal=True)
+    """
+    return _run(attention_call(query, key, value, bias, mask, **options), "flash")
+
+
+@_with_full_signature
+def eager_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Array | tuple[Array, Array]:
+    """Attention by the formula (Vaswani et al., 2017, section 3.2.1); O(T * S) memory.
+
+    Takes the arguments of `dot_product_attention` but `implementation`, and returns the same. The
+    one function here with forward-mode and higher derivatives.
+
+    >>> import jax, jax.numpy as jnp, jattn
+    >>> x = jnp.ones((1, 4, 2, 8))
+    >>> out, tangent = jax.jvp(lambda x: jattn.eager_attention(x, x, x), (x,), (x,))
+    >>> tangent.shape
+    (1, 4, 2, 8)
+    """
+    return _run(attention_call(query, key, value, bias, mask, **options), "eager")
+
+
+@_with_full_signature
+def memory_efficient_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    query_chunk_size: int | None = None,
+    key_chunk_size: int | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Array | tuple[Array, Array]:
+    """Query-chunked attention, O(T + S) memory, on any device (Rabe and Staats, 2021).
+
+    Takes the arguments of `dot_product_attention` but `implementation`, and returns the same.
+
+    Args:
+      query: as in `dot_product_attention`, like all arguments but the chunk sizes.
+      key: as there.
+      value: as there.
+      bias: as there.
+      mask: as there.
+      query_chunk_size: queries held at once; chosen by shape and platform if None.
+      key_chunk_size: keys visited at once; chosen likewise.
+      **options: as there.
+
+    >>> import jax.numpy as jnp, jattn
+    >>> x = jnp.ones((1, 5, 2, 8))
+    >>> jattn.memory_efficient_attention(x, x, x, is_causal=True, query_chunk_size=2).shape
+    (1, 5, 2, 8)
+    """
+    call = attention_call(query, key, value, bias, mask, **options)
+    chunks = memory_efficient.choose_chunks(
+        call.spec, current_target(), query_chunk_size, key_chunk_size
+    )
+    return call.result(*memory_efficient.attend_in_chunks(call.spec, call.operands, chunks))
+
+
+def _run(call: AttentionCall, implementation: Implementation | None) -> Array | tuple[Array, Array]:
+    target = current_target()
+    backend = backends.choose(call.spec, target, implementation)
+    return call.result(*backend.attend(call.spec, call.operands, target))

@@ -1,0 +1,93 @@
+"""The `cudnn` backend: cuDNN's fused attention, through `jax.nn.dot_product_attention`."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jattn.masking import Band
+from jattn.spec import AttentionSpec, Operands
+from jattn.target import Target
+
+__all__ = ["attend", "refusals"]
+
+
+def refusals(spec: AttentionSpec, target: Target) -> list[str]:
+    """Why cuDNN cannot do the call with the semantics promised; empty if it can."""
+    if not target.is_nvidia:
+        return [f"needs an NVIDIA GPU, the target is {target}"]
+    found = {
+        "this process has no GPU, and cuDNN plans a call where the GPU is": (
+            jax.default_backend() != "gpu"
+        ),
+        f"dtype {spec.dtype.name} is not bfloat16 or float16": spec.element_bytes != 2,
+        f"value head dim {spec.value_dim} differs from head dim {spec.head_dim}": (
+            spec.value_dim != spec.head_dim
+        ),
+        f"a mask {spec.mask_shape} that hides a whole row would give the mean of the values": (
+            spec.mask_shape is not None
+        ),
+        "segment ids would need a dense mask": spec.has_segments,
+        "sequence lengths: rows and keys past them are not promised to be left out": (
+            spec.has_query_lengths or spec.has_key_lengths
+        ),
+        f"logits_soft_cap {spec.logits_soft_cap}": spec.logits_soft_cap is not None,
+        "sinks": spec.has_sinks,
+        f"dropout_rate {spec.dropout_rate}: its mask is not the one all backends share": (
+            spec.dropout_rate > 0
+        ),
+        "return_residual: its log-sum-exp is rounded and has no gradient": spec.wants_residual,
+        **_head_dim(spec, target),
+        **_bias(spec),
+        **_band(spec),
+    }
+    return [reason for reason, applies in found.items() if applies]
+
+
+def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
+    """Output (B, T, N, D); the log-sum-exp is never asked of cuDNN and comes as NaN."""
+    window = None if spec.band.lower is None else (-spec.band.lower, 0)
+    out = jax.nn.dot_product_attention(
+        operands.query,
+        operands.key,
+        operands.value,
+        operands.bias,
+        scale=spec.scale,
+        is_causal=spec.band.upper is not None,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+    return cast(Array, out), jnp.full(out.shape[:-1], jnp.nan, spec.accumulator)
+
+
+def _head_dim(spec: AttentionSpec, target: Target) -> dict[str, bool]:
+    most = 256 if (target.compute_capability or (0, 0)) >= (9, 0) else 128
+    fits = spec.head_dim % 8 == 0 and spec.head_dim <= most
+    return {f"head dim {spec.head_dim} is not a multiple of 8 up to {most}": not fits}
+
+
+def _bias(spec: AttentionSpec) -> dict[str, bool]:
+    shape = spec.bias_shape
+    full = (1, spec.heads, spec.queries, spec.keys)
+    return {
+        f"bias {shape} is not (1, N, T, S) = {full}, for which alone it has a gradient": (
+            shape is not None and shape != full
+        ),
+        f"bias with an odd length (T {spec.queries}, S {spec.keys}) has no gradient": (
+            shape == full and (spec.queries % 2 != 0 or spec.keys % 2 != 0)
+        ),
+    }
+
+
+def _band(spec: AttentionSpec) -> dict[str, bool]:
+    band = spec.band
+    left = 0 if band.lower is None else band.lower
+    return {
+        f"{band.describe()} is neither causal nor causal with a left window": (
+            band != Band() and (band.upper != 0 or left > 0)
+        ),
+        f"{band.describe()} leaves queries without a key": spec.queries - 1 + left >= spec.keys,
+    }

@@ -1,0 +1,10 @@
+"""What jattn raises beside ValueError and TypeError."""
+
+__all__ = ["UnsupportedAttentionError"]
+
+
+class UnsupportedAttentionError(NotImplementedError):
+    """No backend that may run can do the call; the text lists each one's reasons.
+
+    Also raised by every backend but `eager` when asked for a forward-mode or a second derivative.
+    """

@@ -1,0 +1,139 @@
+"""`jattn.explain`: what a call would run, and why nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import jax
+from jax.typing import ArrayLike
+
+from jattn import backends
+from jattn.arguments import AttentionOptions, attention_call
+from jattn.backends import Implementation
+from jattn.spec import AttentionSpec
+from jattn.target import Target, current_target
+
+__all__ = ["BackendReport", "Explanation", "explain"]
+
+type Shaped = ArrayLike | jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """One backend and one call.
+
+    gradient_bytes estimates what the gradient's computation holds beside the call's own arguments,
+    results and their gradients.
+    """
+
+    name: str
+    kernel: str
+    refusals: tuple[str, ...]
+    may_run: bool
+    gradient_bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would run. `str()` of it is a table.
+
+    chosen: the name of the backend that would run; None if none can, and the call would raise.
+    """
+
+    call: str
+    target: str
+    chosen: str | None
+    reports: tuple[BackendReport, ...]
+
+    @property
+    def kernel(self) -> str | None:
+        """What the chosen backend would run."""
+        return next((r.kernel for r in self.reports if r.name == self.chosen), None)
+
+    def __str__(self) -> str:
+        head = ["  backend", "runs", "extra memory of the gradient", "why"]
+        body = [
+            [
+                ("> " if report.name == self.chosen else "  ") + report.name,
+                report.kernel,
+                _size(report.gradient_bytes),
+                _why(report, self.chosen),
+            ]
+            for report in self.reports
+        ]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            for row in [head, *body]
+        ]
+        return "\n".join([f"attention: {self.call}", f"on: {self.target}", *lines])
+
+
+def explain(
+    query: Shaped,
+    key: Shaped,
+    value: Shaped,
+    bias: Shaped | None = None,
+    mask: Shaped | None = None,
+    *,
+    implementation: Implementation | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Explanation:
+    """Says which backend `jattn.dot_product_attention` would run for these arguments, and why.
+
+    Takes the same arguments; arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
+
+    >>> import jax, jax.numpy as jnp, jattn
+    >>> x = jax.ShapeDtypeStruct((1, 65536, 8, 64), jnp.float32)
+    >>> jattn.explain(x, x, x, is_causal=True, implementation="memory_efficient").chosen
+    'memory_efficient'
+    """
+    spec = _spec(dict(query=query, key=key, value=value, bias=bias, mask=mask, **options))
+    target = current_target()
+    candidates = backends.candidates(implementation)
+    reports = [
+        BackendReport(
+            name=backend.name,
+            kernel=backend.kernel(spec, target),
+            refusals=tuple(backend.refusals(spec, target)),
+            may_run=backend in candidates,
+            gradient_bytes=backend.gradient_bytes(spec, target),
+        )
+        for backend in backends.BACKENDS.values()
+    ]
+    can = {report.name for report in reports if not report.refusals}
+    chosen = next((backend.name for backend in candidates if backend.name in can), None)
+    return Explanation(spec.describe(), str(target), chosen, tuple(reports))
+
+
+_ARRAYS = {
+    "query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths",
+    "query_segment_ids", "key_value_segment_ids", "sinks", "dropout_rng",
+}  # fmt: skip
+
+
+def _spec(arguments: dict[str, Any]) -> AttentionSpec:
+    """The spec that a call with these arguments has, from their shapes alone."""
+    arrays = {name: x for name, x in arguments.items() if name in _ARRAYS}
+    static = {name: x for name, x in arguments.items() if name not in _ARRAYS}
+    found: list[AttentionSpec] = []
+    jax.eval_shape(lambda arrays: found.append(attention_call(**arrays, **static).spec), arrays)
+    return found[0]
+
+
+def _why(report: BackendReport, chosen: str | None) -> str:
+    if report.name == chosen:
+        return "runs"
+    if report.refusals:
+        return "; ".join(report.refusals)
+    return "can, but another comes first" if report.may_run else "can; runs only when named"
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"

@@ -1,0 +1,138 @@
+"""Which keys a query sees: one interval of keys, narrowed by segments and by a dense mask.
+
+Causal masks, windows and lengths are one idea. Draw the logits as a matrix, a row per query i, a
+column per key k; the keys that row i sees are an interval [start(i), end(i)):
+
+    causal, T = S = 5     window (1, 1)        causal, keys past 3    bottom_right, T = 3, S = 5
+    # . . . .             # # . . .            # . . . .              # # # . .
+    # # . . .             # # # . .            # # . . .              # # # # .
+    # # # . .             . # # # .            # # # . .              # # # # #
+    # # # # .             . . # # #            # # # . .
+    # # # # #             . . . # #            # # # . .
+
+Both ends never decrease from one row to the next, so which blocks of keys a block of queries
+visits, and the reverse, follow from the ends alone: see `pallas_kernels.blocks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec, Operands
+
+__all__ = ["Band", "KeyIntervals", "hides_some", "visible"]
+
+type Index = int | Array
+
+
+@dataclass(frozen=True)
+class Band:
+    """Query i may see keys i + lower to i + upper, both inclusive; None leaves that side open."""
+
+    lower: int | None = None
+    upper: int | None = None
+
+    @staticmethod
+    def of(
+        *, is_causal: bool, window: tuple[int, int] | None, diagonal: int
+    ) -> Band:
+        """The band of a causal mask and a (left, right) window around key `i + diagonal`."""
+        left, right = window if window is not None else (None, None)
+        if is_causal:
+            right = 0 if right is None else min(right, 0)
+        return Band(
+            lower=None if left is None else diagonal - left,
+            upper=None if right is None else diagonal + right,
+        )
+
+    def describe(self) -> str:
+        """The band in words, with the offsets that make it."""
+        if self.lower is None and self.upper is None:
+            return "no band"
+        low = "" if self.lower is None else f"i{self.lower:+d} <= "
+        high = "" if self.upper is None else f" <= i{self.upper:+d}"
+        return f"{low}key{high}"
+
+
+@dataclass(frozen=True)
+class KeyIntervals:
+    """The interval of keys of each query: the band, clipped to the lengths.
+
+    The lengths are integers, scalars, or arrays that broadcast with the indices asked for.
+    """
+
+    band: Band
+    query_length: Index
+    key_length: Index
+
+    @staticmethod
+    def of(spec: AttentionSpec, query_lengths: Array | None, key_lengths: Array | None) -> KeyIntervals:
+        """The intervals of a call; lengths longer than the sequence are cut to it."""
+        return KeyIntervals(
+            band=spec.band,
+            query_length=(
+                spec.queries if query_lengths is None else jnp.minimum(query_lengths, spec.queries)
+            ),
+            key_length=spec.keys if key_lengths is None else jnp.minimum(key_lengths, spec.keys),
+        )
+
+    def start(self, query: Index) -> Index:
+        """The first key that `query` sees."""
+        return 0 if self.band.lower is None else _maximum(query + self.band.lower, 0)
+
+    def end(self, query: Index) -> Index:
+        """One past the last key that `query` sees."""
+        if self.band.upper is None:
+            return self.key_length
+        return _minimum(query + self.band.upper + 1, self.key_length)
+
+    def visible(self, query: Array, key: Array) -> Array:
+        """Whether each query sees each key; the indices broadcast against each other."""
+        return (key >= self.start(query)) & (key < self.end(query)) & (query < self.query_length)
+
+
+def hides_some(spec: AttentionSpec) -> bool:
+    """Whether anything but the shapes limits what a query sees."""
+    return (
+        spec.band != Band()
+        or spec.has_query_lengths
+        or spec.has_key_lengths
+        or spec.has_segments
+        or spec.mask_shape is not None
+    )
+
+
+def visible(spec: AttentionSpec, operands: Operands) -> Array:
+    """The boolean mask that all of a call's masks stand for, broadcastable to (B, N, T, S).
+
+    O(T * S) elements: the reference, and what `eager` uses.
+    """
+    def column(lengths: Array | None) -> Array | None:
+        return None if lengths is None else lengths[:, None, None, None]
+
+    intervals = KeyIntervals.of(
+        spec, column(operands.query_lengths), column(operands.key_lengths)
+    )
+    query = jnp.arange(spec.queries)[:, None]
+    key = jnp.arange(spec.keys)[None, :]
+    mask = intervals.visible(query, key)
+    mask = mask[(None,) * (4 - mask.ndim)]
+    if operands.query_segments is not None and operands.key_segments is not None:
+        same = operands.query_segments[:, :, None] == operands.key_segments[:, None, :]
+        mask = mask & same[:, None]
+    if operands.mask is not None:
+        mask = mask & operands.mask
+    return mask
+
+
+def _maximum(a: Index, b: Index) -> Index:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
+
+
+def _minimum(a: Index, b: Index) -> Index:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)

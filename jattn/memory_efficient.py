@@ -1,0 +1,107 @@
+"""The `memory_efficient` backend: query-chunked attention whose backward recomputes.
+
+Saves q, k, v, the output and the log-sum-exp, never the T x S weights (Rabe and Staats, "Self-attention
+Does Not Need O(n^2) Memory", 2021). It runs anywhere and can do every call.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from jax import Array
+
+from jattn import query_chunks
+from jattn.reverse_only import first_order_only, reverse_only
+from jattn.spec import AttentionSpec, Operands
+from jattn.target import Target
+from jattn.tiles import Chunks
+
+__all__ = ["attend", "attend_in_chunks", "choose_chunks", "gradient_bytes", "kernel"]
+
+# Chunk sizes by platform: (logits per step, most queries, most keys). CPU: a step's logits should
+# stay in the last-level cache. GPU: enough work per step to hide the launch of its kernels.
+_STEP_LOGITS = {"cpu": 2**20, "gpu": 2**26}
+_MOST = {"cpu": (256, 512), "gpu": (1024, 1024)}
+
+
+def attend(spec: AttentionSpec, operands: Operands, target: Target) -> tuple[Array, Array]:
+    """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
+    return attend_in_chunks(spec, operands, choose_chunks(spec, target))
+
+
+def attend_in_chunks(
+    spec: AttentionSpec, operands: Operands, chunks: Chunks
+) -> tuple[Array, Array]:
+    """The same with chunk sizes given."""
+    return _attend(spec, chunks, reverse_only(operands))
+
+
+def choose_chunks(
+    spec: AttentionSpec, target: Target, queries: int | None = None, keys: int | None = None
+) -> Chunks:
+    """Chunk sizes by shape and platform, or those asked for, cut to the sequence."""
+    for name, size in {"query_chunk_size": queries, "key_chunk_size": keys}.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+    platform = "cpu" if target.platform == "cpu" else "gpu"
+    budget, (most_queries, most_keys) = _STEP_LOGITS[platform], _MOST[platform]
+    while spec.heads * most_queries * most_keys > budget and most_keys > 64:
+        most_queries, most_keys = sorted((most_queries, most_keys // 2))
+    queries = min(most_queries if queries is None else queries, spec.queries)
+    keys = min(most_keys if keys is None else keys, spec.keys)
+    rows = max(1, budget // (spec.heads * queries * keys))
+    rows = max(r for r in range(1, min(rows, spec.batch) + 1) if spec.batch % r == 0)
+    return Chunks(rows, queries, keys)
+
+
+def kernel(spec: AttentionSpec, target: Target) -> str:
+    """What runs, in words."""
+    chunks = choose_chunks(spec, target)
+    return f"XLA, chunks of {chunks.queries} queries x {chunks.keys} keys"
+
+
+def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
+    """Bytes that the gradient holds: head-major copies, float32 sums and a few tiles of logits."""
+    chunks = choose_chunks(spec, target)
+    q_side = spec.batch * spec.queries * spec.heads
+    k_side = spec.batch * spec.keys * spec.kv_heads
+    copies = q_side * (2 * spec.head_dim + 2 * spec.value_dim) * spec.element_bytes
+    copies += k_side * (spec.head_dim + spec.value_dim) * spec.element_bytes
+    sums = k_side * (spec.head_dim + spec.value_dim) + 3 * q_side
+    tile = chunks.rows * chunks.queries * chunks.keys * spec.heads
+    return copies + (sums + 4 * tile) * spec.accumulator.itemsize
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
+    return query_chunks.forward(spec, chunks, operands)
+
+
+type _Saved = tuple[Operands, Array, Array]
+
+
+def _attend_forward(
+    spec: AttentionSpec, chunks: Chunks, operands: Operands
+) -> tuple[tuple[Array, Array], _Saved]:
+    out, lse = query_chunks.forward(spec, chunks, operands)
+    return (out, lse), (operands, out, lse)
+
+
+def _attend_backward(
+    spec: AttentionSpec, chunks: Chunks, saved: _Saved, gradients: tuple[Array, Array]
+) -> tuple[Operands]:
+    backward = first_order_only(partial(query_chunks.backward, spec, chunks))
+    found = backward(*saved, *gradients)
+    return (
+        Operands(
+            query=found.query,
+            key=found.key,
+            value=found.value,
+            bias=found.bias,
+            sinks=found.sinks,
+        ),
+    )
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

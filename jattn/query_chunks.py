@@ -1,0 +1,262 @@
+"""Query-chunked attention in XLA: the loops of `memory_efficient`, forward and backward.
+
+For each chunk of queries, visit the blocks of keys that some query of it sees, and keep a running
+softmax (Rabe and Staats, 2021, section 2; Milakov and Gimelshein, 2018):
+
+    S = Q Kᵀ * scale + bias          m' = max(m, rowmax S)       P = exp(S - m')
+    l = l exp(m - m') + rowsum P     O = O exp(m - m') + P V     out = O / l,  lse = m' + log l
+
+Backward visits the same blocks and makes P again from the log-sum-exp (Dao et al., 2022, algorithm
+4), with the row term D = rowsum(O dO) - dlse:
+
+    P = exp(S - lse)      dP = dO Vᵀ           dS = P (dP - D)
+    dQ += dS K * scale    dKᵀ += Qᵀ dS * scale    dVᵀ += dOᵀ P    dbias += dS
+
+Nothing of size T x S exists unless the caller's own bias or mask is that large; those are read by
+block. No size needs to be a multiple of anything, and nothing is padded (see `tiles`). Key and
+value gradients are kept transposed: a product that contracts the rows of its large operand, as
+Pᵀ dO would, runs at half the speed of dOᵀ P on a CPU.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jattn.spec import AttentionSpec, Operands
+from jattn.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
+
+__all__ = ["Gradients", "backward", "forward"]
+
+
+class Gradients(NamedTuple):
+    """Gradients of a call's differentiable operands, in their shapes and dtypes."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+    sinks: Array | None
+
+
+class _Softmax(NamedTuple):
+    """The running softmax of a tile's rows (rows, K, G, queries) and its output (..., D)."""
+
+    top: Array
+    total: Array
+    out: Array
+
+
+class _Sums(NamedTuple):
+    """Gradients as they grow: query of one tile, the others of the whole call."""
+
+    query: Array  # (rows, K, G, queries, H)
+    key: Array  # (B, K, H, S)
+    value: Array  # (B, K, D, S)
+    bias: Array | None  # the bias's shape
+
+
+@partial(jax.jit, static_argnames=("spec", "chunks"))
+def forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
+    """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
+    arrays = HeadMajor.of(spec, chunks, operands)
+
+    def chunk(index: Array, written: tuple[Array, Array]) -> tuple[Array, Array]:
+        tile = Tile.at(spec, chunks, arrays, index)
+        query = tile.real_rows(tile.rows(arrays.query))
+
+        def step(j: Array, state: _Softmax, *, clear: bool) -> _Softmax:
+            logits, _ = _logits(tile, query, tile.keys(arrays.key, j, clear=clear), j, clear=clear)
+            top = jnp.maximum(state.top, logits.max(axis=-1))
+            shift = jnp.where(top == -jnp.inf, 0, top)  # a row that has seen nothing yet
+            weights = jnp.exp(logits - shift[..., None])
+            fade = jnp.exp(state.top - shift)
+            total = state.total * fade + weights.sum(axis=-1)
+            kept = tile.kept(j)
+            if kept is not None:
+                weights = jnp.where(kept, weights / (1 - spec.dropout_rate), 0)
+            product = _times_keys(spec, weights, tile.keys(arrays.value, j, clear=clear))
+            return _Softmax(top, total, state.out * fade[..., None] + product)
+
+        rows = (chunks.rows, spec.kv_heads, spec.group, chunks.queries)
+        zeros = jnp.zeros(rows, spec.accumulator)
+        start = _Softmax(zeros - jnp.inf, zeros, jnp.zeros((*rows, spec.value_dim), zeros.dtype))
+        out, lse = _finish(spec, tile.visit(step, start), operands.sinks)
+        return tile.write(written[0], out), tile.write(written[1], lse)
+
+    rows = (spec.batch, spec.kv_heads, spec.group, spec.queries)
+    empty = jnp.zeros((*rows, spec.value_dim), spec.dtype), jnp.zeros(rows, spec.accumulator)
+    out, lse = lax.fori_loop(0, Tile.count(spec, chunks), chunk, empty)
+    return merge_heads(spec, out), merge_heads(spec, lse)
+
+
+@partial(jax.jit, static_argnames=("spec", "chunks"))
+def backward(
+    spec: AttentionSpec,
+    chunks: Chunks,
+    operands: Operands,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+    d_lse: Array,
+) -> Gradients:
+    """Gradients, from what forward returned and the gradients of that."""
+    arrays = HeadMajor.of(spec, chunks, operands)
+    d_out = split_heads(spec, d_out)
+    row_term = _row_term(spec, split_heads(spec, out), d_out) - split_heads(spec, d_lse)
+    lse = split_heads(spec, lse)
+    sees_none = lse == -jnp.inf
+    lse = jnp.where(sees_none, jnp.inf, lse)  # exp(S - inf) = 0, whatever S is
+    row_term = jnp.where(sees_none, 0, row_term)
+
+    def chunk(index: Array, carry: tuple[Array, _Sums]) -> tuple[Array, _Sums]:
+        d_query, sums = carry
+        tile = Tile.at(spec, chunks, arrays, index)
+        query = tile.real_rows(tile.rows(arrays.query))
+        d_rows = tile.fresh_rows(tile.real_rows(tile.rows(d_out)))
+        term = tile.fresh_rows(tile.real_rows(tile.rows(row_term)))[..., None]
+        tile_lse = tile.rows(lse)[..., None]
+
+        def step(j: Array, sums: _Sums, *, clear: bool) -> _Sums:
+            key, value = (tile.keys(x, j, clear=clear) for x in (arrays.key, arrays.value))
+            logits, slope = _logits(tile, query, key, j, clear=clear)
+            weights = jnp.exp(logits - tile_lse)
+            d_weights = _against_keys(spec, d_rows, value)
+            kept_weights = weights
+            kept = tile.kept(j)
+            if kept is not None:
+                scale = 1 / (1 - spec.dropout_rate)
+                kept_weights = jnp.where(kept, weights * scale, 0)
+                d_weights = jnp.where(kept, d_weights * scale, 0)
+            d_logits = weights * (d_weights - term) * slope
+            return _Sums(
+                query=sums.query + _times_keys(spec, d_logits, key),
+                key=tile.add_keys(sums.key, _over_rows(spec, query, d_logits), j),
+                value=tile.add_keys(sums.value, _over_rows(spec, d_rows, kept_weights), j),
+                bias=None if sums.bias is None else tile.add_block(sums.bias, d_logits, j),
+            )
+
+        zeros = jnp.zeros((*query.shape[:-1], spec.head_dim), spec.accumulator)
+        sums = tile.visit(step, sums._replace(query=zeros))
+        own = tile.rows(d_query) + (sums.query * spec.scale).astype(d_query.dtype)
+        return tile.write(d_query, own), sums._replace(query=zeros)
+
+    d_query, sums = lax.fori_loop(
+        0,
+        Tile.count(spec, chunks),
+        chunk,
+        (jnp.zeros_like(arrays.query), _empty_sums(spec, chunks, operands)),
+    )
+    return Gradients(
+        query=merge_heads(spec, d_query),
+        key=jnp.moveaxis(sums.key * spec.scale, 3, 1).astype(spec.dtype),
+        value=jnp.moveaxis(sums.value, 3, 1).astype(spec.dtype),
+        bias=None if sums.bias is None else sums.bias.astype(spec.bias_dtype),
+        sinks=_sinks_gradient(spec, operands, lse, row_term),
+    )
+
+
+def _logits(
+    tile: Tile, query: Array, key: Array, j: Array, *, clear: bool
+) -> tuple[Array, Array | float]:
+    """The tile's logits against key block j, -inf where hidden, and the soft cap's slope there."""
+    spec, bias = tile.spec, tile.arrays.operands.bias
+    logits = _against_keys(spec, query, key) * spec.scale
+    if bias is not None:
+        logits = logits + tile.block(bias, j).astype(logits.dtype)
+    slope: Array | float = 1.0
+    if spec.logits_soft_cap is not None:
+        logits = spec.soft_cap(logits)
+        slope = 1 - (logits / spec.logits_soft_cap) ** 2
+    return (logits if clear else jnp.where(tile.visible(j), logits, -jnp.inf)), slope
+
+
+def _finish(spec: AttentionSpec, state: _Softmax, sinks: Array | None) -> tuple[Array, Array]:
+    """The tile's output and log-sum-exp; the sink joins the sum as a key without a value."""
+    top, total = state.top, state.total
+    sees_none = top == -jnp.inf
+    top = jnp.where(sees_none, 0, top)
+    out = state.out
+    if sinks is not None:
+        sink = sinks.astype(top.dtype).reshape(1, spec.kv_heads, spec.group, 1)
+        higher = jnp.maximum(top, sink)
+        fade = jnp.exp(top - higher)
+        total, out, top = total * fade + jnp.exp(sink - higher), out * fade[..., None], higher
+    total = jnp.where(sees_none, 1, total)
+    out = jnp.where(sees_none[..., None], 0, out / total[..., None])
+    return out, jnp.where(sees_none, -jnp.inf, top + jnp.log(total))
+
+
+def _row_term(spec: AttentionSpec, out: Array, d_out: Array) -> Array:
+    """rowsum(O dO), in the accumulator's precision."""
+    return jnp.sum(out.astype(spec.accumulator) * d_out.astype(spec.accumulator), axis=-1)
+
+
+def _sinks_gradient(
+    spec: AttentionSpec, operands: Operands, lse: Array, row_term: Array
+) -> Array | None:
+    """-sum over rows of P_sink D: a sink takes weight from every value of the row."""
+    if operands.sinks is None:
+        return None
+    sink = operands.sinks.astype(lse.dtype).reshape(1, spec.kv_heads, spec.group, 1)
+    gradient = -jnp.sum(jnp.exp(sink - lse) * row_term, axis=(0, 3))
+    return gradient.reshape(spec.heads).astype(operands.sinks.dtype)
+
+
+def _empty_sums(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> _Sums:
+    tile = (chunks.rows, spec.kv_heads, spec.group, chunks.queries, spec.head_dim)
+    keys = (spec.batch, spec.kv_heads)
+    bias = operands.bias
+    return _Sums(
+        query=jnp.zeros(tile, spec.accumulator),
+        key=jnp.zeros((*keys, spec.head_dim, spec.keys), spec.accumulator),
+        value=jnp.zeros((*keys, spec.value_dim, spec.keys), spec.accumulator),
+        bias=None if bias is None else jnp.zeros(bias.shape, _bias_sum_dtype(spec, chunks)),
+    )
+
+
+def _bias_sum_dtype(spec: AttentionSpec, chunks: Chunks) -> jnp.dtype:
+    """The bias's own dtype where one tile writes each element, so that no sum is rounded twice."""
+    assert spec.bias_shape is not None and spec.bias_dtype is not None
+    b, _, t, s = spec.bias_shape
+    one_writer = (t, s) == (spec.queries, spec.keys) and (b > 1 or chunks.rows == spec.batch)
+    return spec.bias_dtype if one_writer else spec.accumulator
+
+
+def _against_keys(spec: AttentionSpec, rows: Array, key: Array) -> Array:
+    """(r, K, G, q, h) x (r, K, s, h) -> (r, K, G, q, s): Q Kᵀ and dO Vᵀ."""
+    return _product("rkmh,rksh->rkms", spec, rows, key)
+
+
+def _times_keys(spec: AttentionSpec, weights: Array, key: Array) -> Array:
+    """(r, K, G, q, s) x (r, K, s, h) -> (r, K, G, q, h): P V and dS K."""
+    return _product("rkms,rksh->rkmh", spec, weights, key)
+
+
+def _over_rows(spec: AttentionSpec, rows: Array, weights: Array) -> Array:
+    """(r, K, G, q, h) x (r, K, G, q, s) -> (r, K, h, s): Qᵀ dS and dOᵀ P, summed over the group."""
+    r, k, g, q, s = weights.shape
+    return jnp.einsum(
+        "rkmh,rkms->rkhs",
+        rows.reshape(r, k, g * q, -1),
+        weights.reshape(r, k, g * q, s).astype(spec.dtype),
+        preferred_element_type=spec.accumulator,
+        precision=spec.precision,
+    )
+
+
+def _product(equation: str, spec: AttentionSpec, rows: Array, key: Array) -> Array:
+    """A product over the rows of a tile, all heads of a group against their one key head."""
+    r, k, g, q, last = rows.shape
+    out = jnp.einsum(
+        equation,
+        rows.reshape(r, k, g * q, last).astype(spec.dtype),
+        key,
+        preferred_element_type=spec.accumulator,
+        precision=spec.precision,
+    )
+    return out.reshape(r, k, g, q, out.shape[-1])

@@ -1,0 +1,116 @@
+"""The static facts of one attention call, and the arrays beside them.
+
+Letters, as in `jax.nn`: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K
+query heads to a key head, H head dim, D value head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.lax import Precision
+
+from jattn.masking import Band
+
+__all__ = ["AttentionSpec", "Operands", "Shape4"]
+
+type Shape4 = tuple[int, int, int, int]
+
+
+class Operands(NamedTuple):
+    """The arrays of one call, in canonical rank; what the call does not use is None.
+
+    Shapes: query (B, T, N, H); key (B, S, K, H); value (B, S, K, D); bias and mask rank 4,
+    broadcastable to (B, N, T, S); query_lengths and key_lengths (B,) int32; query_segments (B, T)
+    and key_segments (B, S) int32; sinks (N,); dropout_seeds (B, 2) uint32.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None = None
+    mask: Array | None = None
+    query_lengths: Array | None = None
+    key_lengths: Array | None = None
+    query_segments: Array | None = None
+    key_segments: Array | None = None
+    sinks: Array | None = None
+    dropout_seeds: Array | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What is known of a call while it is traced. Hashable, so it can key any cache."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: np.dtype[np.generic]
+    precision: Precision | None
+    scale: float
+    band: Band
+    logits_soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    bias_shape: Shape4 | None = None
+    bias_dtype: np.dtype[np.generic] | None = None
+    mask_shape: Shape4 | None = None
+    has_query_lengths: bool = False
+    has_key_lengths: bool = False
+    has_segments: bool = False
+    has_sinks: bool = False
+    wants_residual: bool = False
+
+    @property
+    def group(self) -> int:
+        """G, the query heads that share one key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def accumulator(self) -> np.dtype[np.generic]:
+        """The dtype of sums and softmax: float32, or float64 for float64 inputs."""
+        return np.dtype(jnp.promote_types(self.dtype, jnp.float32))
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element of query, key, value and output."""
+        return self.dtype.itemsize
+
+    def grouped(self, x: Array) -> Array:
+        """A bias or mask block (b, n, t, s) as (b, K, G, t, s), or (b, 1, 1, t, s) if n is 1."""
+        b, n, t, s = x.shape
+        return x.reshape(b, *((1, 1) if n == 1 else (self.kv_heads, self.group)), t, s)
+
+    def soft_cap(self, logits: Array) -> Array:
+        """cap * tanh(logits / cap), where the call asks for it (Gemma 2, section 2.2)."""
+        cap = self.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def describe(self) -> str:
+        """One line for people: shapes, dtype and every feature in use."""
+        shape = f"B {self.batch}, T {self.queries}, S {self.keys}, heads {self.heads}/{self.kv_heads}"
+        dims = f"head dim {self.head_dim}"
+        if self.value_dim != self.head_dim:
+            dims += f", value head dim {self.value_dim}"
+        features = {
+            self.band.describe(): self.band != Band(),
+            f"soft cap {self.logits_soft_cap}": self.logits_soft_cap is not None,
+            f"dropout {self.dropout_rate}": self.dropout_rate > 0,
+            f"bias {self.bias_shape}": self.bias_shape is not None,
+            f"mask {self.mask_shape}": self.mask_shape is not None,
+            "query lengths": self.has_query_lengths,
+            "key lengths": self.has_key_lengths,
+            "segments": self.has_segments,
+            "sinks": self.has_sinks,
+            "log-sum-exp": self.wants_residual,
+        }
+        used = [name for name, present in features.items() if present]
+        return ", ".join([shape, dims, self.dtype.name, *used])
+

@@ -1,0 +1,81 @@
+"""The device that a call is traced for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+__all__ = ["Target", "current_target"]
+
+# Compute capability by device name, for a device that is not there to be asked: compiling on one
+# machine for another. NVIDIA, "CUDA GPU compute capability", by data-centre and workstation part.
+_CAPABILITY_OF_NAME = {
+    "A100": (8, 0), "A30": (8, 0), "A10": (8, 6), "A40": (8, 6), "RTX A6000": (8, 6),
+    "L4": (8, 9), "L40": (8, 9), "RTX 4090": (8, 9), "RTX 6000 Ada": (8, 9),
+    "H100": (9, 0), "H200": (9, 0), "H800": (9, 0), "H20": (9, 0), "GH200": (9, 0),
+    "B200": (10, 0), "GB200": (10, 0), "B300": (10, 3), "GB300": (10, 3), "RTX 5090": (12, 0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A platform ("cpu", "gpu" for NVIDIA, "rocm", "tpu", ...) and what matters of its device."""
+
+    platform: str
+    device_kind: str
+    compute_capability: tuple[int, int] | None = None
+
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether CUDA kernels run there."""
+        return self.platform == "gpu"
+
+    def __str__(self) -> str:
+        if self.compute_capability is None:
+            return self.device_kind
+        return f"{self.device_kind}, compute capability {'.'.join(map(str, self.compute_capability))}"
+
+
+def current_target() -> Target:
+    """The abstract mesh's device if one is set, else the default device; read while tracing."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return Target(
+            _platform(abstract.platform, abstract.device_kind),
+            abstract.device_kind,
+            _capability_of_name(abstract.device_kind),
+        )
+    device = _default_device()
+    capability = getattr(device, "compute_capability", None)
+    return Target(
+        _platform(device.platform, device.device_kind),
+        device.device_kind,
+        _parse(capability) if isinstance(capability, str) else None,
+    )
+
+
+def _default_device() -> jax.Device:
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(chosen, str):
+        return jax.devices(chosen)[0]
+    if chosen is not None:
+        return chosen  # type: ignore[no-any-return]
+    return jax.devices()[0]
+
+
+def _platform(platform: str, device_kind: str) -> str:
+    if platform in ("gpu", "cuda", "rocm"):
+        is_amd = platform == "rocm" or any(name in device_kind for name in ("AMD", "Radeon", "MI3"))
+        return "rocm" if is_amd else "gpu"
+    return platform
+
+
+def _capability_of_name(device_kind: str) -> tuple[int, int] | None:
+    matches = [name for name in _CAPABILITY_OF_NAME if name in device_kind]
+    return _CAPABILITY_OF_NAME[max(matches, key=len)] if matches else None
+
+
+def _parse(capability: str) -> tuple[int, int] | None:
+    major, _, minor = capability.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None

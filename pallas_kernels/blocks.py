@@ -1,0 +1,89 @@
+"""Which key blocks a query block visits, and the reverse; which of them need an element mask.
+
+Everything follows from `KeyIntervals`: each query sees keys [start(i), end(i)), and both ends never
+decrease. So a block of queries visits the blocks from its first row's start to its last row's end,
+and the blocks between its last row's start and its first row's end are wholly visible:
+
+              key blocks
+    rows      |     |     |     |     |
+    q_start   | ....|#####|#####|## ..|      first                     = start(q_start) // block
+              | ....|..###|#####|#####|      whole range [first, stop) = rows 2 to 4 here
+    q_stop-1  | ....|....#|#####|#####|      unmasked range            = only block 2
+
+A range is a pair (first, stop) of block indices, stop exclusive; an empty one has stop <= first.
+All numbers may be Python integers or traced values; lengths may hold a batch of rows, and the
+ranges then do too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array
+
+if TYPE_CHECKING:
+    from jattn.masking import KeyIntervals
+
+__all__ = ["Range", "key_blocks", "query_blocks", "unmasked_key_blocks", "unmasked_query_blocks"]
+
+type Index = int | Array
+type Range = tuple[Index, Index]
+
+
+def key_blocks(intervals: KeyIntervals, q_start: Index, q_stop: Index, block: int) -> Range:
+    """The key blocks in which some query of [q_start, q_stop) sees a key."""
+    last = _low(q_stop, intervals.query_length) - 1
+    first = intervals.start(q_start) // block
+    stop = _ceil(intervals.end(last), block)
+    return first, _where(last >= q_start, stop, first)
+
+
+def unmasked_key_blocks(
+    intervals: KeyIntervals, q_start: Index, q_stop: Index, block: int
+) -> Range:
+    """The key blocks of which every query of [q_start, q_stop) sees every key."""
+    first = _ceil(intervals.start(q_stop - 1), block)
+    stop = intervals.end(q_start) // block
+    return first, _where(q_stop <= intervals.query_length, stop, first)
+
+
+def query_blocks(intervals: KeyIntervals, k_start: Index, k_stop: Index, block: int) -> Range:
+    """The query blocks in which some query sees a key of [k_start, k_stop)."""
+    band = intervals.band
+    last_key = _low(k_stop, intervals.key_length) - 1
+    first = 0 if band.upper is None else _high(k_start - band.upper, 0)
+    stop = intervals.query_length
+    if band.lower is not None:
+        stop = _low(stop, last_key - band.lower + 1)
+    first_block, stop_block = first // block, _ceil(stop, block)
+    return first_block, _where((last_key >= k_start) & (stop > first), stop_block, first_block)
+
+
+def unmasked_query_blocks(
+    intervals: KeyIntervals, k_start: Index, k_stop: Index, block: int
+) -> Range:
+    """The query blocks of which every query sees every key of [k_start, k_stop)."""
+    band = intervals.band
+    first = 0 if band.upper is None else _high(k_stop - 1 - band.upper, 0)
+    stop = intervals.query_length
+    if band.lower is not None:
+        stop = _low(stop, k_start - band.lower + 1)
+    first_block, stop_block = _ceil(first, block), stop // block
+    return first_block, _where(k_stop <= intervals.key_length, stop_block, first_block)
+
+
+def _ceil(x: Index, block: int) -> Index:
+    return -(-x // block)
+
+
+def _low(a: Index, b: Index) -> Index:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
+
+
+def _high(a: Index, b: Index) -> Index:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
+
+
+def _where(condition: bool | Array, a: Index, b: Index) -> Index:
+    return (a if condition else b) if isinstance(condition, bool) else jnp.where(condition, a, b)
