@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
@@ -40,6 +39,7 @@ class AttentionOptions(TypedDict, total=False):
     sinks: ArrayLike | None
     dropout_rate: float
     dropout_rng: ArrayLike | None
+    broadcast_dropout: bool
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,19 @@ def attention_call(
     sinks: ArrayLike | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
 ) -> AttentionCall:
     """The call that these arguments describe; ValueError or TypeError names what is wrong."""
     q, k, v, has_batch = _query_key_value(query, key, value)
     batch, queries, heads, head_dim = q.shape
     _, keys, kv_heads, value_dim = v.shape
     logits_shape = (batch, heads, queries, keys)
-    for name, flag in {"is_causal": is_causal, "return_residual": return_residual}.items():
+    flags = {
+        "is_causal": is_causal,
+        "return_residual": return_residual,
+        "broadcast_dropout": broadcast_dropout,
+    }
+    for name, flag in flags.items():
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{name} must be True or False when traced, got {_kind(flag)}")
     if causal_alignment not in get_args(Alignment):
@@ -104,7 +110,7 @@ def attention_call(
         query_segments=_segments("query_segment_ids", query_segment_ids, (batch, queries)),
         key_segments=_segments("key_value_segment_ids", key_value_segment_ids, (batch, keys)),
         sinks=_sinks(sinks, heads),
-        dropout_seeds=_dropout_seeds(rate, dropout_rng, batch),
+        dropout_seeds=_dropout_seeds(rate, dropout_rng, batch, shared=broadcast_dropout),
     )
     if (operands.query_segments is None) != (operands.key_segments is None):
         raise ValueError("query_segment_ids and key_value_segment_ids must be given together")
@@ -126,6 +132,7 @@ def attention_call(
         ),
         logits_soft_cap=_soft_cap(logits_soft_cap),
         dropout_rate=rate,
+        broadcast_dropout=bool(broadcast_dropout),
         bias_shape=_shape4(operands.bias),
         bias_dtype=None if operands.bias is None else np.dtype(operands.bias.dtype),
         mask_shape=_shape4(operands.mask),
@@ -166,7 +173,9 @@ def _query_key_value(
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"key's head dim ({k.shape[3]}) must be query's ({q.shape[3]})")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key heads ({k.shape[2]})")
+        raise ValueError(
+            f"query heads ({q.shape[2]}) must be a multiple of key heads ({k.shape[2]})"
+        )
     return q, k, v, has_batch
 
 
@@ -230,7 +239,7 @@ def _sinks(sinks: ArrayLike | None, heads: int) -> Array | None:
     return x
 
 
-def _dropout_seeds(rate: float, rng: ArrayLike | None, batch: int) -> Array | None:
+def _dropout_seeds(rate: float, rng: ArrayLike | None, batch: int, *, shared: bool) -> Array | None:
     if rate == 0:
         return None
     if rng is None:
@@ -239,26 +248,26 @@ def _dropout_seeds(rate: float, rng: ArrayLike | None, batch: int) -> Array | No
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not (typed and key.ndim == 0) and not (key.dtype == jnp.uint32 and key.ndim == 1):
         raise TypeError(f"dropout_rng must be one jax.random key, got {key.dtype}{list(key.shape)}")
-    return dropout.seeds(key, batch)
+    return jnp.tile(dropout.seeds(key, 1), (batch, 1)) if shared else dropout.seeds(key, batch)
 
 
-def _window(window: Window | None) -> tuple[int | None, int | None] | None:
+def _window(window: object) -> tuple[int | None, int | None] | None:
     if window is None:
         return None
-    sides = (window, window) if isinstance(window, numbers.Integral) else window
-    valid = isinstance(sides, tuple | list) and len(sides) == 2 and all(map(_is_window_side, sides))
-    if not valid:
-        raise ValueError(
-            "local_window_size must be an int or a (left, right) pair, each at least 0, "
-            f"or None for no bound on that side; got {window!r}"
-        )
-    left, right = sides  # type: ignore[misc]
-    return None if left is None else int(left), None if right is None else int(right)
+    sides = (window, window) if isinstance(window, int | np.integer) else window
+    if isinstance(sides, tuple | list) and len(sides) == 2 and all(map(_is_window_side, sides)):
+        left, right = sides
+        return None if left is None else int(left), None if right is None else int(right)
+    raise ValueError(
+        "local_window_size must be an int or a (left, right) pair, each at least 0, "
+        f"or None for no bound on that side; got {window!r}"
+    )
 
 
 def _is_window_side(side: object) -> bool:
-    integral = isinstance(side, numbers.Integral) and not isinstance(side, bool)
-    return side is None or (integral and int(side) >= 0)  # type: ignore[call-overload]
+    if side is None:
+        return True
+    return isinstance(side, int | np.integer) and not isinstance(side, bool) and side >= 0
 
 
 def _soft_cap(cap: float | None) -> float | None:
@@ -271,7 +280,7 @@ def _soft_cap(cap: float | None) -> float | None:
 
 
 def _number(name: str, x: object) -> float:
-    if isinstance(x, jax.core.Tracer) or isinstance(x, bool):
+    if isinstance(x, jax.core.Tracer | bool):
         hint = "; fold a learned scale into query" if name == "scale" else ""
         raise TypeError(f"{name} must be a number known when traced, got {_kind(x)}{hint}")
     try:
@@ -283,10 +292,13 @@ def _number(name: str, x: object) -> float:
     return number
 
 
-def _precision(query: Array) -> jax.lax.Precision | None:
-    """Full precision for float32 unless jax's default, which the user may set, says otherwise."""
-    wants_default = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]
-    return None if wants_default or query.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
+def _precision(query: Array) -> str | None:
+    """jax's default if the user set it, else full precision for float32.
+
+    Read once, so that a backward pass traced later, outside the user's context, agrees.
+    """
+    default: str | None = jax.config.jax_default_matmul_precision
+    return default or (None if query.dtype.itemsize < 4 else "highest")
 
 
 def _shape4(x: Array | None) -> Shape4 | None:

@@ -43,6 +43,7 @@ def dot_product_attention(
     sinks: ArrayLike | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Exact attention, softmax(Q Kᵀ * scale + bias) V, on the best backend that can do the call.
 
@@ -80,6 +81,7 @@ def dot_product_attention(
       dropout_rate: the share of weights dropped, in [0, 1); the rest grow by 1 / (1 - rate).
       dropout_rng: a `jax.random` key. The mask is a fixed function of it and of the position, the
         same on every backend.
+      broadcast_dropout: one dropout mask for all batch rows and heads (Flax's).
 
     Returns:
       (B, T, N, D) or (T, N, D), in query's dtype; with `return_residual`, also the natural
@@ -113,6 +115,7 @@ def dot_product_attention(
         sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
     )
     return _run(call, implementation)
 

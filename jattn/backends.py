@@ -102,7 +102,7 @@ def candidates(implementation: Implementation | None) -> tuple[Backend, ...]:
 
 
 def choose(spec: AttentionSpec, target: Target, implementation: Implementation | None) -> Backend:
-    """The first candidate that refuses nothing; UnsupportedAttentionError with all reasons if none."""
+    """The first candidate that refuses nothing; else UnsupportedAttentionError, with all reasons."""
     tried = candidates(implementation)
     reasons: list[str] = []
     for backend in tried:

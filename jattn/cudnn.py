@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -60,7 +58,7 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         local_window_size=window,
         implementation="cudnn",
     )
-    return cast(Array, out), jnp.full(out.shape[:-1], jnp.nan, spec.accumulator)
+    return out, jnp.full(out.shape[:-1], jnp.nan, spec.accumulator)
 
 
 def _head_dim(spec: AttentionSpec, target: Target) -> dict[str, bool]:

@@ -33,9 +33,7 @@ def threshold(rate: float) -> int:
     return min(round(rate * 2**32), 2**32 - 1)
 
 
-def keep(
-    seed: tuple[Array, Array], head: Array, query: Array, key: Array, rate: float
-) -> Array:
+def keep(seed: tuple[Array, Array], head: Array, query: Array, key: Array, rate: float) -> Array:
     """True where the element stays. Everything broadcasts; indices are integers.
 
     seed: the two words of the batch row, from `seeds`; head, query, key: absolute positions.
@@ -47,7 +45,8 @@ def keep(
     x = x ^ (x >> 15)
     x = x * jnp.uint32(0x846CA68B)
     x = x ^ (x >> 16)
-    return x >= jnp.uint32(threshold(rate))
+    kept: Array = x >= jnp.uint32(threshold(rate))
+    return kept
 
 
 def _row(seed: tuple[Array, Array], head: Array, query: Array) -> tuple[Array, Array]:

@@ -85,9 +85,12 @@ def _without_padding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Ar
 
 def _kept(spec: AttentionSpec, seeds: Array) -> Array:
     """The dropout mask of the whole call, (B, K, G, T, S)."""
-    heads = jnp.arange(spec.heads).reshape(spec.kv_heads, spec.group, 1, 1)
     queries = jnp.arange(spec.queries)[:, None]
     row = seeds[:, :, None, None, None, None]
     return dropout.keep(
-        (row[:, 0], row[:, 1]), heads, queries, jnp.arange(spec.keys), spec.dropout_rate
+        (row[:, 0], row[:, 1]),
+        spec.dropout_heads(),
+        queries,
+        jnp.arange(spec.keys),
+        spec.dropout_rate,
     )

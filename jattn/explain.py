@@ -12,7 +12,7 @@ from jattn import backends
 from jattn.arguments import AttentionOptions, attention_call
 from jattn.backends import Implementation
 from jattn.spec import AttentionSpec
-from jattn.target import Target, current_target
+from jattn.target import current_target
 
 __all__ = ["BackendReport", "Explanation", "explain"]
 

@@ -1,7 +1,7 @@
 """The `flash` backend: blocked online-softmax attention in Pallas GPU kernels.
 
-It carries no kernel yet: it refuses every call, with the reason, and `dot_product_attention` goes on
-to the next backend.
+It carries no kernel yet: it refuses every call, with the reason, and `dot_product_attention` goes
+on to the next backend.
 """
 
 from __future__ import annotations

@@ -38,9 +38,7 @@ class Band:
     upper: int | None = None
 
     @staticmethod
-    def of(
-        *, is_causal: bool, window: tuple[int, int] | None, diagonal: int
-    ) -> Band:
+    def of(*, is_causal: bool, window: tuple[int | None, int | None] | None, diagonal: int) -> Band:
         """The band of a causal mask and a (left, right) window around key `i + diagonal`."""
         left, right = window if window is not None else (None, None)
         if is_causal:
@@ -49,6 +47,13 @@ class Band:
             lower=None if left is None else diagonal - left,
             upper=None if right is None else diagonal + right,
         )
+
+    @property
+    def width(self) -> int | None:
+        """How many keys a query may see, at least 0; None if a side is open."""
+        if self.lower is None or self.upper is None:
+            return None
+        return max(self.upper - self.lower + 1, 0)
 
     def describe(self) -> str:
         """The band in words, with the offsets that make it."""
@@ -71,7 +76,9 @@ class KeyIntervals:
     key_length: Index
 
     @staticmethod
-    def of(spec: AttentionSpec, query_lengths: Array | None, key_lengths: Array | None) -> KeyIntervals:
+    def of(
+        spec: AttentionSpec, query_lengths: Array | None, key_lengths: Array | None
+    ) -> KeyIntervals:
         """The intervals of a call; lengths longer than the sequence are cut to it."""
         return KeyIntervals(
             band=spec.band,
@@ -112,12 +119,11 @@ def visible(spec: AttentionSpec, operands: Operands) -> Array:
 
     O(T * S) elements: the reference, and what `eager` uses.
     """
+
     def column(lengths: Array | None) -> Array | None:
         return None if lengths is None else lengths[:, None, None, None]
 
-    intervals = KeyIntervals.of(
-        spec, column(operands.query_lengths), column(operands.key_lengths)
-    )
+    intervals = KeyIntervals.of(spec, column(operands.query_lengths), column(operands.key_lengths))
     query = jnp.arange(spec.queries)[:, None]
     key = jnp.arange(spec.keys)[None, :]
     mask = intervals.visible(query, key)

@@ -1,7 +1,7 @@
 """The `memory_efficient` backend: query-chunked attention whose backward recomputes.
 
-Saves q, k, v, the output and the log-sum-exp, never the T x S weights (Rabe and Staats, "Self-attention
-Does Not Need O(n^2) Memory", 2021). It runs anywhere and can do every call.
+Saves q, k, v, the output and the log-sum-exp, never the T x S weights (Rabe and Staats,
+"Self-attention Does Not Need O(n^2) Memory", 2021). It runs anywhere and can do every call.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def choose_chunks(
     spec: AttentionSpec, target: Target, queries: int | None = None, keys: int | None = None
 ) -> Chunks:
     """Chunk sizes by shape and platform, or those asked for, cut to the sequence."""
-    for name, size in {"query_chunk_size": queries, "key_chunk_size": keys}.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+    _check_chunk_size("query_chunk_size", queries)
+    _check_chunk_size("key_chunk_size", keys)
     platform = "cpu" if target.platform == "cpu" else "gpu"
     budget, (most_queries, most_keys) = _STEP_LOGITS[platform], _MOST[platform]
+    if spec.band.width is not None:  # blocks wider than the band would be mostly hidden
+        most_keys = min(most_keys, max(128, 2 ** (spec.band.width - 1).bit_length()))
     while spec.heads * most_queries * most_keys > budget and most_keys > 64:
         most_queries, most_keys = sorted((most_queries, most_keys // 2))
     queries = min(most_queries if queries is None else queries, spec.queries)
@@ -53,6 +54,12 @@ def choose_chunks(
     rows = max(1, budget // (spec.heads * queries * keys))
     rows = max(r for r in range(1, min(rows, spec.batch) + 1) if spec.batch % r == 0)
     return Chunks(rows, queries, keys)
+
+
+def _check_chunk_size(name: str, size: object) -> None:
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 1):
+        return
+    raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
 
 
 def kernel(spec: AttentionSpec, target: Target) -> str:
@@ -75,7 +82,8 @@ def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
-    return query_chunks.forward(spec, chunks, operands)
+    out, lse = query_chunks.forward(spec, chunks, operands)
+    return out, lse
 
 
 type _Saved = tuple[Operands, Array, Array]

@@ -221,7 +221,8 @@ def _empty_sums(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> _Sum
 
 def _bias_sum_dtype(spec: AttentionSpec, chunks: Chunks) -> jnp.dtype:
     """The bias's own dtype where one tile writes each element, so that no sum is rounded twice."""
-    assert spec.bias_shape is not None and spec.bias_dtype is not None
+    assert spec.bias_shape is not None
+    assert spec.bias_dtype is not None
     b, _, t, s = spec.bias_shape
     one_writer = (t, s) == (spec.queries, spec.keys) and (b > 1 or chunks.rows == spec.batch)
     return spec.bias_dtype if one_writer else spec.accumulator

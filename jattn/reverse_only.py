@@ -35,25 +35,32 @@ def _reverse_only_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
     return primals[0], _tangent_p.bind(tangents[0])
 
 
-def reverse_only(tree: Any) -> Any:
+def reverse_only[T](tree: T) -> T:
     """The same arrays; forward-mode differentiation through the inexact ones is refused."""
-    return jax.tree.map(
-        lambda x: _reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
-    )
+
+    def guard(x: Array) -> Array:
+        return _reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    guarded: T = jax.tree.map(guard, tree)
+    return guarded
 
 
 def first_order_only[**P, R](backward: Callable[P, R]) -> Callable[P, R]:
-    """The same function of arrays; differentiating it, in either mode, is refused."""
+    """The same function of arrays, by position; differentiating it, in either mode, is refused."""
 
     @jax.custom_vjp
-    def guarded(*args: Any) -> Any:
-        return backward(*args)  # type: ignore[call-arg]
+    def guarded(*args: P.args, **_: P.kwargs) -> R:
+        return backward(*args, **_)
 
     def no_second(*_: Any) -> NoReturn:
         raise UnsupportedAttentionError(SECOND_ORDER)
 
     guarded.defvjp(lambda *args: (guarded(*args), None), no_second)
-    return lambda *args: guarded(*reverse_only(args))  # type: ignore[return-value]
+
+    def refusing(*args: P.args, **kwargs: P.kwargs) -> R:
+        return guarded(*reverse_only(args), **kwargs)
+
+    return refusing
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.lax import Precision
 
 from jattn.masking import Band
 
@@ -54,11 +53,12 @@ class AttentionSpec:
     head_dim: int
     value_dim: int
     dtype: np.dtype[np.generic]
-    precision: Precision | None
+    precision: str | None
     scale: float
     band: Band
     logits_soft_cap: float | None = None
     dropout_rate: float = 0.0
+    broadcast_dropout: bool = False
     bias_shape: Shape4 | None = None
     bias_dtype: np.dtype[np.generic] | None = None
     mask_shape: Shape4 | None = None
@@ -76,7 +76,7 @@ class AttentionSpec:
     @property
     def accumulator(self) -> np.dtype[np.generic]:
         """The dtype of sums and softmax: float32, or float64 for float64 inputs."""
-        return np.dtype(jnp.promote_types(self.dtype, jnp.float32))
+        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 
     @property
     def element_bytes(self) -> int:
@@ -93,9 +93,16 @@ class AttentionSpec:
         cap = self.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
+    def dropout_heads(self) -> Array:
+        """The head index that each head's dropout mask is drawn for, (K, G, 1, 1)."""
+        heads = jnp.arange(self.heads).reshape(self.kv_heads, self.group, 1, 1)
+        return jnp.zeros_like(heads) if self.broadcast_dropout else heads
+
     def describe(self) -> str:
         """One line for people: shapes, dtype and every feature in use."""
-        shape = f"B {self.batch}, T {self.queries}, S {self.keys}, heads {self.heads}/{self.kv_heads}"
+        shape = (
+            f"B {self.batch}, T {self.queries}, S {self.keys}, heads {self.heads}/{self.kv_heads}"
+        )
         dims = f"head dim {self.head_dim}"
         if self.value_dim != self.head_dim:
             dims += f", value head dim {self.value_dim}"
@@ -113,4 +120,3 @@ class AttentionSpec:
         }
         used = [name for name, present in features.items() if present]
         return ", ".join([shape, dims, self.dtype.name, *used])
-

@@ -34,7 +34,9 @@ class Target:
     def __str__(self) -> str:
         if self.compute_capability is None:
             return self.device_kind
-        return f"{self.device_kind}, compute capability {'.'.join(map(str, self.compute_capability))}"
+        return (
+            f"{self.device_kind}, compute capability {'.'.join(map(str, self.compute_capability))}"
+        )
 
 
 def current_target() -> Target:
@@ -56,11 +58,11 @@ def current_target() -> Target:
 
 
 def _default_device() -> jax.Device:
-    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    chosen = jax.config.jax_default_device
     if isinstance(chosen, str):
         return jax.devices(chosen)[0]
     if chosen is not None:
-        return chosen  # type: ignore[no-any-return]
+        return chosen
     return jax.devices()[0]
 
 

@@ -66,7 +66,7 @@ class HeadMajor(NamedTuple):
 class Step[State](Protocol):
     """The work on key block j; `clear` says that every query sees every key of it."""
 
-    def __call__(self, j: Array, state: State, *, clear: bool) -> State: ...
+    def __call__(self, j: Array, state: State, /, *, clear: bool) -> State: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Tile:
 
     def write(self, x: Array, part: Array) -> Array:
         """x (B, K, G, T, ...) with this tile's part replaced."""
-        start = (self.row, 0, 0, self.query, *(0,) * (x.ndim - 4))
+        start: list[Array | int] = [self.row, 0, 0, self.query, *[0] * (x.ndim - 4)]
         return lax.dynamic_update_slice(x, part.astype(x.dtype), start)
 
     def real_rows(self, part: Array) -> Array:
@@ -124,7 +124,9 @@ class Tile:
         """This tile's part of a per-query array with zeros where an earlier chunk has the row."""
         if self.spec.queries % self.chunks.queries == 0:
             return part
-        return jnp.where(_row_column((self.query_positions >= self.fresh)[None], part.ndim), part, 0)
+        return jnp.where(
+            _row_column((self.query_positions >= self.fresh)[None], part.ndim), part, 0
+        )
 
     def keys(self, x: Array, j: Array, *, clear: bool) -> Array:
         """Block j of a per-key array (B, K, S, ·), with zeros past the key lengths."""
@@ -150,7 +152,9 @@ class Tile:
     def add_block(self, x: Array, part: Array, j: Array) -> Array:
         """x, shaped like a bias, with the logits' gradient `part` summed into it at block j."""
         start, size = self._window(x, j)
-        part = part.reshape(self.chunks.rows, self.spec.heads, self.chunks.queries, self.chunks.keys)
+        part = part.reshape(
+            self.chunks.rows, self.spec.heads, self.chunks.queries, self.chunks.keys
+        )
         narrow = [axis for axis, n in enumerate(size) if n == 1]
         old = lax.dynamic_slice(x, start, size)
         return lax.dynamic_update_slice(
@@ -159,19 +163,21 @@ class Tile:
 
     def visit[State](self, step: Step[State], state: State) -> State:
         """Runs `step` over the key blocks that some query of the tile sees."""
-        first, stop, clear = self._key_blocks()
-        if clear is None:
-            return lax.fori_loop(first, stop, lambda j, s: step(j, s, clear=True), state)
+        first, stop, is_clear = self._key_blocks()
 
         def body(j: Array, state: State) -> State:
-            def run(clear: bool) -> Callable[[State], State]:
-                return lambda state: step(j, state, clear=clear)
+            if is_clear is None or self.spec.mask_shape is not None:
+                return step(j, state, clear=is_clear is None)
+            after: State = lax.cond(
+                is_clear(j),
+                lambda state: step(j, state, clear=True),
+                lambda state: step(j, state, clear=False),
+                state,
+            )
+            return after
 
-            if self.spec.mask_shape is not None:
-                return run(False)(state)
-            return lax.cond(clear(j), run(True), run(False), state)
-
-        return lax.fori_loop(first, stop, body, state)
+        final: State = lax.fori_loop(first, stop, body, state)
+        return final
 
     def visible(self, j: Array) -> Array:
         """Which logits of block j count: (rows, K|1, G|1, queries, keys) or broadcastable to it."""
@@ -192,10 +198,9 @@ class Tile:
         if seeds is None:
             return None
         row = self._of_rows(seeds).reshape(-1, 2, 1, 1, 1, 1)
-        heads = jnp.arange(self.spec.heads).reshape(self.spec.kv_heads, self.spec.group, 1, 1)
         return dropout.keep(
             (row[:, 0], row[:, 1]),
-            heads,
+            self.spec.dropout_heads(),
             self.query_positions[:, None],
             self.key_positions(j),
             self.spec.dropout_rate,
@@ -223,7 +228,7 @@ class Tile:
     def _window(self, x: Array, j: Array) -> tuple[tuple[Array | int, ...], tuple[int, ...]]:
         """Start and size of block j in an array that broadcasts to (B, N, T, S)."""
         spec, chunks = self.spec, self.chunks
-        starts = (self.row, 0, self.query, self._key_start(j))
+        starts: tuple[Array | int, ...] = (self.row, 0, self.query, self._key_start(j))
         sizes = (chunks.rows, spec.heads, chunks.queries, chunks.keys)
         narrow = [n == 1 for n in x.shape]
         start = tuple(0 if one else at for one, at in zip(narrow, starts, strict=True))
