@@ -267,7 +267,7 @@ def _window(window: object) -> tuple[int | None, int | None] | None:
 def _is_window_side(side: object) -> bool:
     if side is None:
         return True
-    return isinstance(side, int | np.integer) and not isinstance(side, bool) and side >= 0
+    return isinstance(side, int | np.integer) and not isinstance(side, bool) and int(side) >= 0
 
 
 def _soft_cap(cap: float | None) -> float | None:

@@ -102,7 +102,7 @@ def candidates(implementation: Implementation | None) -> tuple[Backend, ...]:
 
 
 def choose(spec: AttentionSpec, target: Target, implementation: Implementation | None) -> Backend:
-    """The first candidate that refuses nothing; else UnsupportedAttentionError, with all reasons."""
+    """The first candidate that refuses nothing; raises with every reason if there is none."""
     tried = candidates(implementation)
     reasons: list[str] = []
     for backend in tried:

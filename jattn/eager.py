@@ -47,7 +47,6 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     if sinks is not None:
         total = total + jnp.exp(sinks - top)
     total = jnp.where(sees_none, 1, total)
-    weights = weights / total
     if operands.dropout_seeds is not None:
         kept = _kept(spec, operands.dropout_seeds)
         weights = jnp.where(kept, weights / (1 - spec.dropout_rate), 0)
@@ -56,15 +55,16 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         "bkgts,bskd->btkgd", weights.astype(spec.dtype), value,
         preferred_element_type=spec.accumulator, precision=spec.precision,
     )  # fmt: skip
-    out = out.astype(spec.dtype).reshape(spec.batch, spec.queries, spec.heads, spec.value_dim)
+    out = (out / jnp.moveaxis(total, 3, 1)).astype(spec.dtype)
+    out = out.reshape(spec.batch, spec.queries, spec.heads, spec.value_dim)
     lse = jnp.where(sees_none, -jnp.inf, top + jnp.log(total))[..., 0]
     lse = jnp.moveaxis(lse, -1, 1).reshape(spec.batch, spec.queries, spec.heads)
     return out, lse
 
 
 def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
-    """Bytes of the gradient: about three T x S arrays, weights, logits and their gradient."""
-    return 3 * spec.batch * spec.heads * spec.queries * spec.keys * spec.accumulator.itemsize
+    """Bytes of the gradient: about four T x S arrays, weights, logits and their gradients."""
+    return 4 * spec.batch * spec.heads * spec.queries * spec.keys * spec.accumulator.itemsize
 
 
 def _without_padding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:

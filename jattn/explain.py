@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 
 from jattn import backends
 from jattn.arguments import AttentionOptions, attention_call
-from jattn.backends import Implementation
+from jattn.backends import BACKENDS, Backend, Implementation
 from jattn.spec import AttentionSpec
-from jattn.target import current_target
+from jattn.target import Target, current_target
 
 __all__ = ["BackendReport", "Explanation", "explain"]
 
@@ -23,15 +23,16 @@ type Shaped = ArrayLike | jax.ShapeDtypeStruct
 class BackendReport:
     """One backend and one call.
 
-    gradient_bytes estimates what the gradient's computation holds beside the call's own arguments,
-    results and their gradients.
+    refusals: why it cannot run; then kernel and gradient_bytes are None.
+    gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
+      arguments, results and their gradients.
     """
 
     name: str
-    kernel: str
     refusals: tuple[str, ...]
     may_run: bool
-    gradient_bytes: int
+    kernel: str | None
+    gradient_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Explanation:
         body = [
             [
                 ("> " if report.name == self.chosen else "  ") + report.name,
-                report.kernel,
-                _size(report.gradient_bytes),
+                report.kernel or "-",
+                "-" if report.gradient_bytes is None else _size(report.gradient_bytes),
                 _why(report, self.chosen),
             ]
             for report in self.reports
@@ -92,16 +93,7 @@ def explain(
     spec = _spec(dict(query=query, key=key, value=value, bias=bias, mask=mask, **options))
     target = current_target()
     candidates = backends.candidates(implementation)
-    reports = [
-        BackendReport(
-            name=backend.name,
-            kernel=backend.kernel(spec, target),
-            refusals=tuple(backend.refusals(spec, target)),
-            may_run=backend in candidates,
-            gradient_bytes=backend.gradient_bytes(spec, target),
-        )
-        for backend in backends.BACKENDS.values()
-    ]
+    reports = [_report(backend, spec, target, candidates) for backend in BACKENDS.values()]
     can = {report.name for report in reports if not report.refusals}
     chosen = next((backend.name for backend in candidates if backend.name in can), None)
     return Explanation(spec.describe(), str(target), chosen, tuple(reports))
@@ -120,6 +112,19 @@ def _spec(arguments: dict[str, Any]) -> AttentionSpec:
     found: list[AttentionSpec] = []
     jax.eval_shape(lambda arrays: found.append(attention_call(**arrays, **static).spec), arrays)
     return found[0]
+
+
+def _report(
+    backend: Backend, spec: AttentionSpec, target: Target, candidates: tuple[Backend, ...]
+) -> BackendReport:
+    refusals = tuple(backend.refusals(spec, target))
+    return BackendReport(
+        name=backend.name,
+        refusals=refusals,
+        may_run=backend in candidates,
+        kernel=None if refusals else backend.kernel(spec, target),
+        gradient_bytes=None if refusals else backend.gradient_bytes(spec, target),
+    )
 
 
 def _why(report: BackendReport, chosen: str | None) -> str:
