@@ -11,7 +11,7 @@ from functools import partial
 import jax
 from jax import Array
 
-from jattn import query_chunks
+from jattn import query_chunks, sharding
 from jattn.reverse_only import first_order_only, reverse_only
 from jattn.spec import AttentionSpec, Operands
 from jattn.target import Target
@@ -34,7 +34,7 @@ def attend_in_chunks(
     spec: AttentionSpec, operands: Operands, chunks: Chunks
 ) -> tuple[Array, Array]:
     """The same with chunk sizes given."""
-    return _attend(spec, chunks, reverse_only(operands))
+    return _attend(spec, chunks, reverse_only(sharding.varying_alike(operands)))
 
 
 def choose_chunks(

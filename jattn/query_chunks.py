@@ -26,7 +26,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
+from jattn.sharding import in_auto_mode, partition, varying_as
 from jattn.spec import AttentionSpec, Operands
 from jattn.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
 
@@ -60,9 +62,38 @@ class _Sums(NamedTuple):
     bias: Array | None  # the bias's shape
 
 
-@partial(jax.jit, static_argnames=("spec", "chunks"))
 def forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
+    b, t, n, _ = partition(operands.query)
+    results = PartitionSpec(b, t, n, None), PartitionSpec(b, t, n)
+    out, lse = in_auto_mode(partial(_forward, spec, chunks), results)(operands)
+    return out, lse
+
+
+def backward(
+    spec: AttentionSpec,
+    chunks: Chunks,
+    operands: Operands,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+    d_lse: Array,
+) -> Gradients:
+    """Gradients, from what forward returned and the gradients of that."""
+    results = jax.tree.map(
+        partition,
+        Gradients(
+            operands.query, operands.key, operands.value, bias=operands.bias, sinks=operands.sinks
+        ),
+    )
+    gradients: Gradients = in_auto_mode(partial(_backward, spec, chunks), results)(
+        operands, out, lse, d_out, d_lse
+    )
+    return gradients
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
     arrays = HeadMajor.of(spec, chunks, operands)
 
     def chunk(index: Array, written: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -85,17 +116,18 @@ def forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Ar
         rows = (chunks.rows, spec.kv_heads, spec.group, chunks.queries)
         zeros = jnp.zeros(rows, spec.accumulator)
         start = _Softmax(zeros - jnp.inf, zeros, jnp.zeros((*rows, spec.value_dim), zeros.dtype))
-        out, lse = _finish(spec, tile.visit(step, start), operands.sinks)
+        out, lse = _finish(spec, tile.visit(step, varying_as(start, operands)), operands.sinks)
         return tile.write(written[0], out), tile.write(written[1], lse)
 
     rows = (spec.batch, spec.kv_heads, spec.group, spec.queries)
     empty = jnp.zeros((*rows, spec.value_dim), spec.dtype), jnp.zeros(rows, spec.accumulator)
-    out, lse = lax.fori_loop(0, Tile.count(spec, chunks), chunk, empty)
+    written = varying_as(empty, operands)
+    out, lse = lax.fori_loop(0, Tile.count(spec, chunks), chunk, written)
     return merge_heads(spec, out), merge_heads(spec, lse)
 
 
-@partial(jax.jit, static_argnames=("spec", "chunks"))
-def backward(
+@partial(jax.jit, static_argnums=(0, 1))
+def _backward(
     spec: AttentionSpec,
     chunks: Chunks,
     operands: Operands,
@@ -104,7 +136,6 @@ def backward(
     d_out: Array,
     d_lse: Array,
 ) -> Gradients:
-    """Gradients, from what forward returned and the gradients of that."""
     arrays = HeadMajor.of(spec, chunks, operands)
     d_out = split_heads(spec, d_out)
     row_term = _row_term(spec, split_heads(spec, out), d_out) - split_heads(spec, d_lse)
@@ -140,17 +171,12 @@ def backward(
                 bias=None if sums.bias is None else tile.add_block(sums.bias, d_logits, j),
             )
 
-        zeros = jnp.zeros((*query.shape[:-1], spec.head_dim), spec.accumulator)
-        sums = tile.visit(step, sums._replace(query=zeros))
+        sums = tile.visit(step, sums._replace(query=jnp.zeros_like(sums.query)))
         own = tile.rows(d_query) + (sums.query * spec.scale).astype(d_query.dtype)
-        return tile.write(d_query, own), sums._replace(query=zeros)
+        return tile.write(d_query, own), sums
 
-    d_query, sums = lax.fori_loop(
-        0,
-        Tile.count(spec, chunks),
-        chunk,
-        (jnp.zeros_like(arrays.query), _empty_sums(spec, chunks, operands)),
-    )
+    empty = jnp.zeros_like(arrays.query), _empty_sums(spec, chunks, operands)
+    d_query, sums = lax.fori_loop(0, Tile.count(spec, chunks), chunk, varying_as(empty, operands))
     return Gradients(
         query=merge_heads(spec, d_query),
         key=jnp.moveaxis(sums.key * spec.scale, 3, 1).astype(spec.dtype),
