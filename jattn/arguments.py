@@ -185,8 +185,10 @@ def _bias(bias: ArrayLike | None, logits_shape: Shape4) -> Array | None:
     x = jnp.asarray(bias)
     if x.dtype == bool:
         raise TypeError("bias must be a number to add to the logits, got bool: pass it as mask")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if jnp.issubdtype(x.dtype, jnp.integer):
         x = x.astype(jnp.float32)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"bias must be real numbers, got {x.dtype}")
     return _broadcastable("bias", x, logits_shape)
 
 

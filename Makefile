@@ -1,0 +1,37 @@
+# One command for each thing a newcomer does; the environment is made on first use. `make help` lists them.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench environment clean
+
+PYTHON := .venv/bin/python
+ARGS ?=
+
+help: ## show this list
+	@echo 'usage: make TARGET [ARGS="..."]    ARGS goes to the program that the target runs'
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
+	@echo 'settings (environment or command line):'
+	@printf '%s\n' '  JATTN_PYTHON=PATH              the Python to make .venv with, instead of the one found' \
+	  '  JATTN_ACCELERATOR=cpu|cuda13   the build of jax to install, instead of the one this machine calls for'
+
+train: environment ## train on real text; on a CPU also report how memory grows with length
+	$(PYTHON) train.py $(ARGS)
+
+# The workers share one GPU where there is one: none may take its memory in advance.
+test: export XLA_PYTHON_CLIENT_PREALLOCATE := false
+test: environment ## run the tests (those that need a GPU skip themselves without one)
+	$(PYTHON) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+lint: environment ## check style, format and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: environment ## time attention on this machine next to its peers
+	$(PYTHON) benchmarks/attention.py $(ARGS)
+
+environment: ## make or update .venv and nothing else
+	@sh scripts/environment.sh
+
+clean: ## remove .venv and every cache (runs/ stays)
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
