@@ -1,0 +1,214 @@
+"""Attention in float64 NumPy, written from the definitions: what every backend is held to.
+
+Nothing here imports jax or jattn. Letters as in `jax.nn`: B batch, T queries, S keys, N query
+heads, K key heads, H head dim, D value head dim. Arrays are BTNH.
+
+    z = scale q k + bias        s = cap tanh(z / cap)        p = exp(s - lse)
+    lse = log(sum_visible exp s + exp sink)                  out = (keep p / (1 - rate)) v
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def float64(array: Any) -> Floats:
+    return np.asarray(array).astype(np.float64)
+
+
+def sees(
+    query: int,
+    key: int,
+    *,
+    shift: int,
+    causal: bool,
+    window: tuple[int, int] | None,
+) -> bool:
+    """Whether a query may see a key by position alone; `shift` moves the diagonal right."""
+    diagonal = query + shift
+    if causal and key > diagonal:
+        return False
+    return window is None or diagonal - window[0] <= key <= diagonal + window[1]
+
+
+def visible(
+    batch: int,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool = False,
+    alignment: str = "top_left",
+    window: int | tuple[int, int] | None = None,
+    query_lengths: Sequence[int] | None = None,
+    key_lengths: Sequence[int] | None = None,
+    query_segments: Any = None,
+    key_segments: Any = None,
+    mask: Any = None,
+) -> Bools:
+    """The boolean mask (B, 1 or N, T, S) that all the arguments stand for."""
+    shift = keys - queries if alignment == "bottom_right" else 0
+    both = (window, window) if isinstance(window, int) else window
+    seen = np.zeros((batch, 1, queries, keys), bool)
+    for t in range(queries):
+        for s in range(keys):
+            if not sees(t, s, shift=shift, causal=causal, window=both):
+                continue
+            for b in range(batch):
+                seen[b, 0, t, s] = (
+                    (query_lengths is None or t < query_lengths[b])
+                    and (key_lengths is None or s < key_lengths[b])
+                    and (query_segments is None or query_segments[b][t] == key_segments[b][s])
+                )
+    return seen if mask is None else seen & np.asarray(mask)
+
+
+def sum_to(array: Floats, shape: tuple[int, ...]) -> Floats:
+    """Sums over the axes along which `shape` was broadcast to give `array`."""
+    array = array.sum(axis=tuple(range(array.ndim - len(shape))))
+    axes = tuple(i for i, n in enumerate(shape) if n == 1 and array.shape[i] != 1)
+    return array.sum(axis=axes, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call: operands in float64 and what the formula makes of them.
+
+    `magnitudes` are the same sums with every term made positive: a rounding error of relative size
+    eps in each term moves a result by about eps times its magnitude, however much cancels.
+    """
+
+    q: Floats
+    k: Floats
+    v: Floats
+    bias_shape: tuple[int, ...] | None
+    sinks: Floats | None
+    scale: float
+    soft_cap: float | None
+    seen: Bools
+    z: Floats
+    p: Floats
+    kept: Floats
+    out: Floats
+    lse: Floats
+
+    def gradients(self, dout: Any, dlse: Any) -> dict[str, Floats]:
+        """Gradients of sum(out dout) + sum(lse dlse) over rows that see a key."""
+        return self._backward(float64(dout), float64(dlse), absolute=False)
+
+    def magnitudes(self, dout: Any = None, dlse: Any = None) -> dict[str, Floats]:
+        v = np.repeat(np.abs(self.v), self._groups, axis=2)
+        logits = np.abs(np.where(self.seen, self.z, 0.0)).max(axis=-1, initial=0.0)
+        sizes = {
+            "out": np.einsum("bnts,bsnd->btnd", self.kept * self.p, v),
+            "lse": 1.0 + logits.transpose(0, 2, 1),
+        }
+        if dout is not None:
+            sizes |= self._backward(np.abs(float64(dout)), np.abs(float64(dlse)), absolute=True)
+        return sizes
+
+    @property
+    def _groups(self) -> int:
+        return self.q.shape[2] // self.k.shape[2]
+
+    def _backward(self, dout: Floats, dlse: Floats, *, absolute: bool) -> dict[str, Floats]:
+        q, k, v, scale = (
+            np.abs(x) if absolute else x for x in (self.q, self.k, self.v, self.scale)
+        )
+        sign = 1.0 if absolute else -1.0
+        k, v = np.repeat(k, self._groups, axis=2), np.repeat(v, self._groups, axis=2)
+        dp = self.kept * np.einsum("btnd,bsnd->bnts", dout, v)
+        row = (dp * self.p).sum(axis=-1, keepdims=True)
+        dlse = dlse.transpose(0, 2, 1)[..., None]
+        ds = self.p * (dp + sign * row + dlse)
+        dz = ds
+        if self.soft_cap is not None:
+            with np.errstate(invalid="ignore"):
+                slope = 1.0 - np.tanh(self.z / self.soft_cap) ** 2
+            dz = np.where(self.seen, ds * slope, 0.0)
+        grads = {
+            "q": scale * np.einsum("bnts,bsnh->btnh", dz, k),
+            "k": self._sum_groups(scale * np.einsum("bnts,btnh->bsnh", dz, q)),
+            "v": self._sum_groups(np.einsum("bnts,btnd->bsnd", self.kept * self.p, dout)),
+        }
+        if self.bias_shape is not None:
+            grads["bias"] = sum_to(dz, self.bias_shape)
+        if self.sinks is not None:
+            lse = self.lse.transpose(0, 2, 1)[..., None]
+            alive = np.isfinite(lse)
+            sink = self.sinks[None, :, None, None]
+            p_sink = np.where(alive, np.exp(sink - np.where(alive, lse, 0.0)), 0.0)
+            grads["sinks"] = (p_sink * (sign * row + dlse)).sum(axis=(0, 2, 3))
+        return grads
+
+    def _sum_groups(self, array: Floats) -> Floats:
+        b, s, n, h = array.shape
+        return array.reshape(b, s, n // self._groups, self._groups, h).sum(axis=3)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    seen: Bools,
+    bias: Any = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Any = None,
+    keep: Bools | None = None,
+    rate: float = 0.0,
+) -> Attention:
+    """Attention over the pairs of `seen` (broadcast to B, N, T, S); dropout keeps those of `keep`.
+
+    Queries, keys and values that no pair of `seen` touches are taken as zero, whatever they hold.
+    """
+    q, k, v = float64(q), float64(k), float64(v)
+    (b, t, n, h), s = q.shape, k.shape[1]
+    seen = np.broadcast_to(seen, (b, n, t, s))
+    q = np.where(seen.any(axis=3).transpose(0, 2, 1)[..., None], q, 0.0)
+    heads = seen.any(axis=2).reshape(b, k.shape[2], -1, s).any(axis=2).transpose(0, 2, 1)
+    k, v = np.where(heads[..., None], k, 0.0), np.where(heads[..., None], v, 0.0)
+    scale = h**-0.5 if scale is None else scale
+    groups = n // k.shape[2]
+    z = scale * np.einsum("btnh,bsnh->bnts", q, np.repeat(k, groups, axis=2))
+    if bias is not None:
+        z = z + float64(bias)
+    logits = z if soft_cap is None else soft_cap * np.tanh(z / soft_cap)
+    seen = seen & ~np.isneginf(logits)
+    logits = np.where(seen, logits, -np.inf)
+    alive = seen.any(axis=-1, keepdims=True)
+    top = logits.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = float64(sinks)
+        top = np.maximum(top, sinks[:, None, None])
+    top = np.where(alive, top, 0.0)
+    weights = np.exp(logits - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks[:, None, None] - top)
+    p = np.where(alive, weights / np.where(alive, total, 1.0), 0.0)
+    lse = np.where(alive, top + np.log(np.where(alive, total, 1.0)), -np.inf)
+    kept = np.ones_like(p) if keep is None else np.broadcast_to(keep, p.shape) / (1.0 - rate)
+    return Attention(
+        q=q,
+        k=k,
+        v=v,
+        bias_shape=None if bias is None else np.shape(bias),
+        sinks=sinks,
+        scale=scale,
+        soft_cap=soft_cap,
+        seen=seen,
+        z=z,
+        p=p,
+        kept=kept,
+        out=np.einsum("bnts,bsnd->btnd", kept * p, np.repeat(v, groups, axis=2)),
+        lse=lse[..., 0].transpose(0, 2, 1),
+    )

@@ -1,0 +1,268 @@
+"""Which backend runs, how it is forced, how it is refused, and what `explain` says of it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from tests.backends import computed_by, largest_array
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() == "gpu", reason="what is chosen and refused on a machine without a GPU"
+)
+T = 600
+X = jnp.asarray(np.random.default_rng(0).standard_normal((1, T, 1, 4)), jnp.float32)
+NAMES = ("flash", "cudnn", "memory_efficient", "eager")
+
+
+def attend(x: jax.Array, **options: Any) -> jax.Array:
+    return jattn.dot_product_attention(x, x, x, is_causal=True, **options)
+
+
+def ran(**options: Any) -> str:
+    """What a call runs: `eager` holds the T x T logits, memory_efficient does not."""
+    quadratic = largest_array(lambda x: attend(x, **options), X) >= T * T
+    return "eager" if quadratic else "memory_efficient"
+
+
+def explained(**options: Any) -> Any:
+    return jattn.explain(X, X, X, is_causal=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "expected"),
+    [
+        (None, "memory_efficient"),
+        ("memory_efficient", "memory_efficient"),
+        ("eager", "eager"),
+        (("flash", "memory_efficient"), "memory_efficient"),
+        (["flash", "cudnn", "eager"], "eager"),
+        (("eager", "memory_efficient"), "eager"),
+        (("memory_efficient", "eager"), "memory_efficient"),
+    ],
+)
+def test_what_runs_is_what_explain_says(implementation: Any, expected: str) -> None:
+    assert ran(implementation=implementation) == expected
+    assert explained(implementation=implementation).chosen == expected
+    if implementation is not None:
+        with jattn.attention_backend(implementation):
+            assert ran() == expected
+            assert explained().chosen == expected
+
+
+def test_named_functions_run_themselves() -> None:
+    assert largest_array(jattn.eager_attention, X, X, X) >= T * T
+    assert largest_array(jattn.memory_efficient_attention, X, X, X) < T * T
+    with jattn.attention_backend("eager"):
+        assert largest_array(jattn.memory_efficient_attention, X, X, X) < T * T
+    with jattn.attention_backend("memory_efficient"):
+        assert largest_array(jattn.eager_attention, X, X, X) >= T * T
+
+
+@pytest.mark.parametrize("implementation", ["flash", "cudnn"])
+@pytest.mark.parametrize("forced", [False, True])
+def test_what_needs_a_gpu_is_refused_with_the_reason(implementation: str, forced: bool) -> None:
+    def run() -> Any:
+        if not forced:
+            return attend(X, implementation=implementation)
+        with jattn.attention_backend(implementation):
+            return attend(X)
+
+    with pytest.raises(jattn.UnsupportedAttentionError) as caught:
+        run()
+    text = str(caught.value)
+    assert implementation in text
+    assert "NVIDIA" in text
+    assert "cpu" in text
+    assert isinstance(caught.value, NotImplementedError)
+
+
+def test_flash_attention_is_refused_with_the_reason() -> None:
+    with pytest.raises(jattn.UnsupportedAttentionError, match=r"flash.*NVIDIA"):
+        jattn.flash_attention(X, X, X)
+    with pytest.raises(jattn.UnsupportedAttentionError, match=r"flash.*NVIDIA"):
+        jax.jit(jax.grad(lambda x: jattn.flash_attention(x, x, x).sum()))(X)
+
+
+def test_a_refusal_lists_every_backend_and_every_reason() -> None:
+    options: dict[str, Any] = {
+        "sinks": jnp.zeros(1),
+        "logits_soft_cap": 7.25,
+        "dropout_rate": 0.375,
+        "dropout_rng": jax.random.key(0),
+    }
+    with pytest.raises(jattn.UnsupportedAttentionError) as caught:
+        attend(X, implementation=("flash", "cudnn"), **options)
+    text = str(caught.value)
+    for word in ("flash", "cudnn", "NVIDIA"):
+        assert word in text
+    assert "memory_efficient" not in text.split("[")[0]
+    for report in explained(implementation=("flash", "cudnn"), **options).reports:
+        if report.name in ("flash", "cudnn"):
+            assert report.refusals
+            assert all(reason in text for reason in report.refusals)
+
+
+@pytest.mark.parametrize("name", ["xla", "Flash", "triton", "", "flash "])
+def test_an_unknown_name_is_answered_with_the_known_ones(name: str) -> None:
+    for run in (
+        lambda: attend(X, implementation=name),
+        lambda: attend(X, implementation=("eager", name)),
+        lambda: explained(implementation=name),
+        lambda: jattn.attention_backend(name).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="implementation") as caught:
+            run()
+        assert all(known in str(caught.value) for known in (*NAMES, repr(name)))
+
+
+@pytest.mark.parametrize("implementation", [(), [], 3, True, ("eager", 3), jnp.zeros(2)])
+def test_what_is_no_name_is_an_error_of_its_own(implementation: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="implementation"):
+        attend(X, implementation=implementation)
+    with pytest.raises((ValueError, TypeError), match="implementation"):
+        jattn.attention_backend(implementation).__enter__()
+
+
+def test_the_backend_in_force_is_part_of_the_key_of_a_jitted_function() -> None:
+    traces: list[str] = []
+
+    @jax.jit
+    def f(x: jax.Array) -> jax.Array:
+        traces.append("trace")
+        return attend(x)
+
+    def in_force() -> str:
+        quadratic = max(array.size for array in computed_by(f.trace(X).jaxpr.jaxpr)) >= T * T
+        return "eager" if quadratic else "memory_efficient"
+
+    first = f(X)
+    assert in_force() == "memory_efficient"
+    count = len(traces)
+    with jattn.attention_backend("eager"):
+        second = f(X)
+        assert in_force() == "eager"
+        assert len(traces) == count + 1
+        with jattn.attention_backend("flash"), pytest.raises(jattn.UnsupportedAttentionError):
+            f(X)
+        assert in_force() == "eager"
+        count = len(traces)
+        f(X)
+        assert len(traces) == count, "the entry of the outer backend must still be there"
+    third = f(X)
+    assert in_force() == "memory_efficient"
+    assert len(traces) == count, "the entry made before must still be there"
+    np.testing.assert_array_equal(first, third)
+    np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+def test_a_forced_backend_reaches_gradients_and_forward_mode() -> None:
+    f = jax.jit(attend)
+    with pytest.raises(jattn.UnsupportedAttentionError, match="eager"):
+        jax.jvp(f, (X,), (X,))
+    with jattn.attention_backend("eager"):
+        _, tangent = jax.jvp(f, (X,), (X,))
+    assert np.isfinite(tangent).all()
+    with pytest.raises(jattn.UnsupportedAttentionError, match="eager"):
+        jax.jvp(f, (X,), (X,))
+
+
+def test_an_argument_outweighs_the_context_and_inner_contexts_outer_ones() -> None:
+    with jattn.attention_backend("eager"):
+        assert ran(implementation="memory_efficient") == "memory_efficient"
+        with jattn.attention_backend("memory_efficient"):
+            assert ran() == "memory_efficient"
+            assert ran(implementation="eager") == "eager"
+        assert ran() == "eager"
+    assert ran() == "memory_efficient"
+
+
+def test_the_context_ends_with_an_exception_too() -> None:
+    with pytest.raises(RuntimeError, match="inside"), jattn.attention_backend("eager"):
+        raise RuntimeError("inside")
+    assert ran() == "memory_efficient"
+
+
+def test_the_context_holds_for_its_thread_alone() -> None:
+    with jattn.attention_backend("eager"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ran).result() == "memory_efficient"
+        assert ran() == "eager"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eager_is_never_chosen_unless_named(name: str) -> None:
+    def automatic() -> Any:
+        return jattn.explain(X, X, X, sinks=jnp.zeros(1), logits_soft_cap=3.0)
+
+    reports = {report.name: report for report in automatic().reports}
+    assert set(reports) == set(NAMES)
+    assert reports["eager"].may_run is False
+    assert automatic().chosen != "eager"
+
+
+class TestExplain:
+    def test_shapes_are_enough(self) -> None:
+        shape = jax.ShapeDtypeStruct((4, 2**20, 32, 128), jnp.bfloat16)
+        report = jattn.explain(
+            shape,
+            shape,
+            shape,
+            jax.ShapeDtypeStruct((1, 32, 1, 2**20), jnp.float32),
+            is_causal=True,
+            key_value_seq_lengths=jax.ShapeDtypeStruct((4,), jnp.int32),
+            dropout_rate=0.1,
+            dropout_rng=jax.eval_shape(lambda: jax.random.key(0)),
+        )
+        assert report.chosen == "memory_efficient"
+        eager = next(r for r in report.reports if r.name == "eager")
+        chosen = next(r for r in report.reports if r.name == "memory_efficient")
+        assert eager.gradient_bytes >= 4 * 32 * 2**40 * 2
+        assert chosen.gradient_bytes < eager.gradient_bytes / 1000
+
+    def test_the_table_has_every_backend_and_every_reason(self) -> None:
+        report = explained()
+        text = str(report)
+        for name in NAMES:
+            assert name in text
+        for line in report.reports:
+            assert all(reason in text for reason in line.refusals)
+        assert "> memory_efficient" in text
+        assert "NVIDIA" in text
+        assert "cpu" in text
+
+    def test_none_is_chosen_where_the_call_would_raise(self) -> None:
+        report = explained(implementation=("flash", "cudnn"))
+        assert report.chosen is None
+        assert report.kernel is None
+        assert "NVIDIA" in str(report)
+
+    def test_it_works_while_tracing(self) -> None:
+        seen = []
+
+        @jax.jit
+        def f(x: jax.Array) -> jax.Array:
+            seen.append(jattn.explain(x, x, x).chosen)
+            return x
+
+        f(X)
+        with jattn.attention_backend("eager"):
+            f(X)
+        assert seen == ["memory_efficient", "eager"]
+
+    def test_memory_is_near_what_the_compiler_says(self) -> None:
+        def loss(x: jax.Array, implementation: str) -> jax.Array:
+            return attend(x, implementation=implementation).sum()
+
+        x = jax.ShapeDtypeStruct((1, 1024, 4, 32), jnp.float32)
+        for line in jattn.explain(x, x, x, is_causal=True).reports:
+            if line.refusals:
+                continue
+            lowered = jax.jit(jax.grad(loss), static_argnums=1).lower(x, line.name)
+            measured = lowered.compile().memory_analysis().temp_size_in_bytes
+            assert measured / 3 < line.gradient_bytes < measured * 3, line.name

@@ -1,0 +1,280 @@
+"""Every backend on the table of cases, against float64: output, log-sum-exp and every gradient."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tolerance
+from tests.backends import (
+    BACKENDS,
+    CHUNKED,
+    DEFAULT,
+    EAGER,
+    TALL_CHUNKS,
+    Backend,
+    call,
+    kept,
+    results,
+)
+from tests.cases import CASES, EVERYTHING, Case, operands
+from tests.reference import Floats
+
+Values = dict[str, Floats]
+
+
+@cache
+def exact(case: Case, seed: int) -> tuple[Values, Values, float]:
+    """Float64 results, their magnitudes, and 1 + the largest logit."""
+    drawn = operands(case, seed)
+    attention = drawn.exact(kept(case))
+    cotangents = drawn["dout"], drawn["dlse"]
+    values = {"out": attention.out, "lse": attention.lse, **attention.gradients(*cotangents)}
+    magnitudes = attention.magnitudes(*cotangents)
+    return values, magnitudes, float(magnitudes["lse"].max())
+
+
+def check_errors(backend: Backend, case: Case, seed: int) -> None:
+    """Eager against its a-priori bound, the others against eager."""
+    values, magnitudes, condition = exact(case, seed)
+    found = results(backend, case, seed)
+    for name, value in values.items():
+        dtype = max(case.dtype, found[name].dtype, key=tolerance.epsilon)
+        if backend is EAGER:
+            tolerance.check_a_priori(name, found[name], value, magnitudes[name], dtype, condition)
+        else:
+            peer = results(EAGER, case, seed)[name]
+            tolerance.check_against_peer(name, found[name], peer, value, magnitudes[name], dtype)
+
+
+def check_dtypes_and_shapes(backend: Backend, case: Case, seed: int) -> None:
+    drawn, found = operands(case, seed), results(backend, case, seed)
+    value_dim = case.head_dim if case.value_dim is None else case.value_dim
+    rows = (case.batch, case.queries, case.heads)
+    assert (found["out"].shape, found["out"].dtype) == ((*rows, value_dim), case.dtype)
+    assert (found["lse"].shape, found["lse"].dtype) == (rows, jnp.float32)
+    for name, array in drawn.differentiable.items():
+        assert (found[name].shape, found[name].dtype) == (array.shape, array.dtype), name
+
+
+def check_what_sees_nothing_is_zero(backend: Backend, case: Case, seed: int) -> None:
+    """Exactly: a query without a key, and the gradients of a key without a query."""
+    found = {name: np.asarray(x) for name, x in results(backend, case, seed).items()}
+    seen = np.broadcast_to(operands(case, seed).seen, case.shape_of("BNTS"))
+    dead_rows = ~seen.any(axis=3).transpose(0, 2, 1)
+    assert (found["out"][dead_rows] == 0).all()
+    assert (found["lse"][dead_rows] == -np.inf).all()
+    assert (found["q"][dead_rows] == 0).all()
+    by_key_head = seen.reshape(case.batch, case.kv_heads, -1, case.keys)
+    dead_keys = ~by_key_head.any(axis=2).transpose(0, 2, 1)
+    assert (found["k"][dead_keys] == 0).all()
+    assert (found["v"][dead_keys] == 0).all()
+    if case.bias == "BNTS":
+        assert (found["bias"][~seen] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_are_exact_within_rounding(backend: Backend, case: Case, seed: int) -> None:
+    check_dtypes_and_shapes(backend, case, seed)
+    check_errors(backend, case, seed)
+    check_what_sees_nothing_is_zero(backend, case, seed)
+
+
+def test_the_table_covers_hidden_rows_and_visible_ones() -> None:
+    hidden = [case for case in CASES if not operands(case, 0).seen.any(axis=-1).all()]
+    assert len(hidden) > 15
+    assert all(operands(case, 0).seen.any() for case in CASES if case.mask_density > 0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        (TALL_CHUNKS, EVERYTHING),
+        (DEFAULT, EVERYTHING),
+        (
+            DEFAULT,
+            Case("many_rows_to_a_step", batch=6, query_lengths=(1, 24, 0, 9, 24, 17), causal=True),
+        ),
+        (
+            DEFAULT,
+            Case(
+                "long",
+                batch=1,
+                queries=700,
+                keys=1100,
+                heads=2,
+                causal=True,
+                alignment="bottom_right",
+            ),
+        ),
+        (
+            DEFAULT,
+            Case(
+                "long_window",
+                batch=1,
+                queries=1300,
+                keys=1300,
+                heads=2,
+                window=(100, 20),
+                bias="1N1S",
+            ),
+        ),
+        (
+            DEFAULT,
+            Case(
+                "long_segments",
+                batch=1,
+                queries=900,
+                keys=900,
+                heads=2,
+                segments="sorted",
+                sinks=True,
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_other_chunk_sizes_are_as_exact(backend: Backend, case: Case, seed: int) -> None:
+    check_errors(backend, case, seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        EVERYTHING,
+        Case("plain"),
+        Case("causal_half", queries=40, keys=40, causal=True, dtype="bfloat16"),
+        Case("bias_lengths", bias="1N1S", key_lengths=(0, 21)),
+    ],
+    ids=str,
+)
+def test_without_residual_and_without_gradient_it_is_the_same(
+    backend: Backend, case: Case, seed: int
+) -> None:
+    drawn = operands(case, seed)
+    arrays = drawn.differentiable
+
+    @jax.jit
+    def run() -> tuple[jax.Array, jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+        def alone(arrays: dict[str, jax.Array]) -> jax.Array:
+            return call(backend, drawn, arrays)
+
+        def first(arrays: dict[str, jax.Array]) -> jax.Array:
+            return call(backend, drawn, arrays, return_residual=True)[0]
+
+        dout = drawn["dout"]
+        return (
+            alone(arrays),
+            first(arrays),
+            jax.vjp(alone, arrays)[1](dout)[0],
+            jax.vjp(first, arrays)[1](dout)[0],
+        )
+
+    plain, residual, plain_gradients, residual_gradients = run()
+    values, magnitudes, _ = exact(case, seed)
+    for output in (plain, residual):
+        tolerance.check_against_peer(
+            "out",
+            output,
+            results(EAGER, case, seed)["out"],
+            values["out"],
+            magnitudes["out"],
+            case.dtype,
+        )
+    gradients = drawn.exact(kept(case)).gradients(drawn["dout"], np.zeros_like(drawn["dlse"]))
+    for name, value in gradients.items():
+        tolerance.check_against_peer(
+            name,
+            plain_gradients[name],
+            residual_gradients[name],
+            value,
+            magnitudes[name],
+            case.dtype,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_hidden_by_an_infinite_bias_are_zero(backend: Backend, sinks: bool) -> None:
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 20, 2, 4)), jnp.float32) for _ in range(3))
+    bias = np.zeros((1, 1, 20, 20), np.float32)
+    bias[..., 5:9, :] = -np.inf
+    bias[..., 12, 3:] = -np.inf
+    sink = jnp.ones(2) if sinks else None
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple:
+        out, lse = backend(q, k, v, bias, sinks=sink, return_residual=True)
+        return out.sum() + jnp.where(lse > -jnp.inf, lse, 0).sum(), (out, lse)
+
+    gradients, (out, lse) = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(
+        q, k, v, jnp.asarray(bias)
+    )
+    assert (np.asarray(out)[:, 5:9] == 0).all()
+    assert (np.asarray(lse)[:, 5:9] == -np.inf).all()
+    assert (np.asarray(gradients[0])[:, 5:9] == 0).all()
+    assert (np.asarray(gradients[3])[np.isneginf(bias)] == 0).all()
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert np.isfinite(np.asarray(lse)[:, 12]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("logit", [200.0, -200.0, 3e4])
+def test_large_logits_neither_overflow_nor_vanish(backend: Backend, logit: float) -> None:
+    q = jnp.full((1, 20, 1, 1), logit)
+    k = jnp.linspace(0.5, 1.0, 24).reshape(1, 24, 1, 1)
+    v = jnp.arange(24.0).reshape(1, 24, 1, 1)
+    out, lse = backend(q, k, v, scale=1.0, return_residual=True)
+    gradients = jax.grad(lambda *x: backend(*x, scale=1.0).sum(), (0, 1, 2))(q, k, v)
+    expected = 23.0 if logit > 0 else 0.0
+    assert np.abs(np.asarray(out) - expected).max() < (0.1 if abs(logit) < 1e3 else 1e-6)
+    best = logit * (1.0 if logit > 0 else 0.5)
+    np.testing.assert_allclose(lse, best, atol=0.1)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("window", [(3, None), (None, 2), (None, None)])
+def test_a_side_of_the_window_may_be_open(window: tuple[int | None, int | None]) -> None:
+    q, k = (jnp.asarray(operands(Case("plain"), 0)[name]) for name in "qk")
+    left, right = (1000 if side is None else side for side in window)
+    found = CHUNKED(q, k, k, local_window_size=window)
+    np.testing.assert_array_equal(found, CHUNKED(q, k, k, local_window_size=(left, right)))
+
+
+STRICT = {
+    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "nans": lambda: jax.debug_nans(True),
+    "leaks": lambda: jax.checking_leaks(),
+}
+
+
+@pytest.mark.parametrize("mode", STRICT)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_jax_may_be_told_to_be_strict(backend: Backend, mode: str) -> None:
+    case = Case(
+        "strict",
+        queries=12,
+        keys=20,
+        causal=True,
+        bias="1NTS",
+        sinks=True,
+        dropout=0.1,
+        key_lengths=(0, 17),
+        segments="sorted",
+        mask="B1TS",
+        dtype="bfloat16",
+    )
+    drawn = operands(case, 0)
+    with STRICT[mode]():
+        (out, lse), vjp = jax.vjp(
+            lambda arrays: call(backend, drawn, arrays, return_residual=True), drawn.differentiable
+        )
+        vjp((jnp.asarray(drawn["dout"]), jnp.asarray(drawn["dlse"])))
+    assert out.shape == (*lse.shape, case.head_dim)

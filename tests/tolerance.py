@@ -1,0 +1,67 @@
+"""How far from float64 a result may be: never a magic number.
+
+`eager` is held to an a-priori bound: a few units of rounding times the sum of absolute terms,
+element by element. Every other backend is held to eager: at most 2x its error (3x for gradients)
+plus a few ulp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tests.reference import Floats, float64
+
+FORWARD = ("out", "lse")
+
+
+def epsilon(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).eps)
+
+
+def internal_epsilon(dtype: Any) -> float:
+    """Sums and softmax are float32, or float64 when the inputs are."""
+    return min(epsilon(dtype), epsilon(jnp.float32))
+
+
+def error(got: Any, exact: Floats) -> float:
+    """Largest absolute error; infinities and NaN must sit in the same places."""
+    got = float64(got)
+    assert got.shape == exact.shape, f"shape {got.shape}, expected {exact.shape}"
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(got[~finite], exact[~finite])
+    difference = np.abs(got[finite] - exact[finite])
+    return float(difference.max(initial=0.0)) if not np.isnan(difference).any() else np.inf
+
+
+def check_a_priori(
+    name: str, got: Any, exact: Floats, magnitude: Floats, dtype: Any, condition: float
+) -> None:
+    """Eager's own bound. `condition` is 1 + the largest logit: what exp makes of its rounding."""
+    unit = (0.0 if name == "lse" else epsilon(dtype)) + 2 * condition * internal_epsilon(dtype)
+    error(got, exact)
+    finite = np.isfinite(exact)
+    bound = 4 * unit * np.broadcast_to(magnitude, exact.shape)[finite]
+    excess = np.abs(float64(got)[finite] - exact[finite]) - bound
+    assert excess.max(initial=0.0) <= 0.0, f"{name}: {excess.max()} over the a-priori bound"
+
+
+def allowed(name: str, peer_error: float, exact: Floats, magnitude: Floats, dtype: Any) -> float:
+    times = 2.0 if name in FORWARD else 3.0
+    result = internal_epsilon(dtype) if name == "lse" else epsilon(dtype)
+    largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0))
+    few_ulp = 2 * result * largest + 4 * internal_epsilon(dtype) * float(magnitude.max(initial=0.0))
+    return times * peer_error + few_ulp
+
+
+def check_against_peer(
+    name: str, got: Any, peer: Any, exact: Floats, magnitude: Floats, dtype: Any
+) -> None:
+    """`got` is at most 2x (gradients 3x) as far from exact as `peer`, plus a few ulp."""
+    bound = allowed(name, error(peer, exact), exact, magnitude, dtype)
+    found = error(got, exact)
+    assert found <= bound, (
+        f"{name}: error {found:.3g}, allowed {bound:.3g}, eager's {error(peer, exact):.3g}"
+    )

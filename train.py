@@ -1,0 +1,125 @@
+"""Trains a byte-level transformer on real text and reports how its attention's memory scales.
+
+python train.py                              sized for this machine, on the standard library
+python train.py --data PATH --steps 1000     on any file or folder
+python train.py --resume runs/NAME           exactly as if it had not stopped
+python train.py --help                       every option
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jattn import UnsupportedAttentionError
+from training import cli, memory_scaling, plots, run_folder
+from training.checkpoints import Checkpoints
+from training.config import TrainConfig
+from training.data import Corpus, load_corpus
+from training.errors import TrainingError, one_line
+from training.interrupt import StopRequest, stop_on_signals
+from training.loop import Outputs, train
+from training.progress import TrainingProgress, say
+from training.run_folder import MetricsLog, RunFolder, read_metrics
+from training.step import TrainState, check_model_runs, initial_state, parameter_count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does what the arguments ask; returns 0, 2 for an error, or 128 + n after signal n."""
+    try:
+        return run(cli.parse(argv), Console())
+    except KeyboardInterrupt:  # before or after the part that saves
+        return 130
+    except (TrainingError, UnsupportedAttentionError, OSError) as error:
+        message = one_line(error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        message = f"out of memory; lower --batch-size or --sequence-length ({one_line(error)})"
+    print(f"train.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+def run(request: cli.Request, console: Console) -> int:
+    """Corpus, run folder, memory report, training, plot; checks all before it writes anything."""
+    config = request.config
+    check_model_runs(config)
+    corpus = load_corpus(config.data)
+    with stop_on_signals() as stop:
+        folder, state = begin(request, corpus)
+        checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
+        title = f"{parameter_count(state) / 1e6:.2g} million weights on {corpus.source}"
+        say(console, f"{folder.path}: {title}, on {jax.devices()[0].device_kind}")
+        say(console, str(corpus))
+        if config.memory.memory_report and not folder.memory_json.exists():
+            report_memory(config, folder, console, stop)
+        with (
+            MetricsLog(folder.metrics, after_step=int(state.step)) as log,
+            TrainingProgress(console, total=config.optimizer.steps, done=int(state.step)) as bar,
+        ):
+            state = train(config, corpus, state, Outputs(log, checkpoints, bar), stop)
+
+    rows, done = read_metrics(folder.metrics), int(state.step)
+    plots.plot_loss(folder.loss_plot, rows, corpus.held_out_compressed, title)
+    if stop.signal is not None and done < config.optimizer.steps:
+        say(console, f"{stop.signal.name}: saved after step {done}; to go on:")
+        say(console, f"    {resume_command(folder)}")
+        return 128 + stop.signal
+    say(console, summary(rows, corpus.held_out_compressed))
+    say(console, f"results in {folder.path}")
+    return 0
+
+
+def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState]:
+    """A new run's folder and first state, or those of the run to resume."""
+    config, run = request.config, request.run
+    if run.resume is not None:
+        folder = RunFolder(Path(run.resume))
+        return folder, Checkpoints(folder.checkpoints, config, corpus.fingerprint).restore()
+    state = initial_state(config)
+    facts = {"weights": parameter_count(state), "corpus": corpus.facts()}
+    return run_folder.create(run.runs_dir, run.name, config, facts), state
+
+
+def report_memory(
+    config: TrainConfig, folder: RunFolder, console: Console, stop: StopRequest
+) -> None:
+    """Measures, prints, stores and draws the memory-scaling report; a stop leaves none."""
+    model = config.model
+    with console.status("memory report") as status:
+        cells = []
+        for cell in memory_scaling.measure(model, config.memory, stopped=lambda: bool(stop)):
+            cells.append(cell)
+            status.update(f"memory report: {cell.implementation}, T = {cell.sequence_length:,}")
+    if stop:
+        return
+    say(console, f"memory report, {memory_scaling.what_is_measured(model)}:")
+    console.print(memory_scaling.as_table(cells))
+    say(console, "memory is the compiled step's temporary bytes, with the factor to the row above")
+    for note in memory_scaling.notes(cells):
+        say(console, note)
+    run_folder.write_json(folder.memory_json, memory_scaling.as_json(cells, model))
+    plots.plot_memory(folder.memory_plot, cells, memory_scaling.what_is_measured(model))
+
+
+def summary(rows: Sequence[dict[str, Any]], references: dict[str, float]) -> str:
+    """Held-out bits per byte before and after, beside the compressors'."""
+    held_out = [row["held_out_bits_per_byte"] for row in rows if "held_out_bits_per_byte" in row]
+    compressors = ", ".join(f"{name} {value:.3f}" for name, value in references.items())
+    return f"held-out bits/byte: {held_out[0]:.3f} -> {held_out[-1]:.3f} ({compressors})"
+
+
+def resume_command(folder: RunFolder) -> str:
+    """What continues the run when typed where this one was started."""
+    here = Path.cwd()
+    words = [Path(sys.executable), Path(__file__)]
+    shown = [str(word.relative_to(here) if word.is_relative_to(here) else word) for word in words]
+    return shlex.join([*shown, "--resume", str(folder.path)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

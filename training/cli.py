@@ -1,0 +1,141 @@
+"""The command line: options over a preset, or over the configuration of the run to resume."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from training.config import PRESETS, PresetName, TrainConfig, differences, from_json
+from training.errors import TrainingError
+
+_DESCRIPTION = """\
+Trains a byte-level transformer on real text and reports how its attention's memory scales.
+
+Without options: a memory-scaling report, then a short training on the standard library's source,
+both sized for the machine. Results go to runs/<name>/: config.json, metrics.jsonl, checkpoints/,
+loss.png, memory_scaling.png and memory_scaling.json. Ctrl-C saves and says how to resume."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Which run."""
+
+    preset: Literal["auto", "cpu", "gpu"] = "auto"
+    """Set of defaults for all options below; auto takes gpu if JAX's default device is one."""
+
+    name: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: date and time)")
+    ] = None
+    """Name of the run and of its folder; a name that exists already is refused."""
+
+    runs_dir: Annotated[str, tyro.conf.arg(metavar="PATH")] = "runs"
+    """Folder that holds the runs."""
+
+    resume: Annotated[
+        str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: a new run)")
+    ] = None
+    """Folder of a run to continue exactly as if it had not stopped, with its own options."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one call of train.py is to do."""
+
+    run: RunOptions
+    """The run."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """Its configuration."""
+
+
+def parse(argv: Sequence[str] | None) -> Request:
+    """The request that the arguments make; None reads those of the process.
+
+    Raises:
+        TrainingError: an argument is unknown or has a value that is not allowed, or a resumed run
+            is given options it was not started with.
+        SystemExit: help was asked for and has been printed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    resume = _peek(argv, "--resume")
+    if resume is None:
+        return _parse_over(PRESETS[_preset(_peek(argv, "--preset"))], argv)
+    stored = read_config(Path(resume))
+    request = _parse_over(stored, argv)
+    for option in ("preset", "name", "runs_dir"):
+        if getattr(request.run, option) != getattr(RunOptions, option):
+            raise TrainingError(
+                f"--{option.replace('_', '-')} is for new runs; --resume {resume} continues that"
+                " one where it is"
+            )
+    if changed := differences(stored, request.config):
+        raise TrainingError(
+            f"cannot resume {resume} with other options than it was started with:"
+            f" {', '.join(changed)}"
+        )
+    return request
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration stored in a run's folder."""
+    path = folder / "config.json"
+    try:
+        stored: Any = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except OSError as error:
+        raise TrainingError(
+            f"{folder} is not a run: cannot read {path}: {error.strerror}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} is corrupt: {error}") from None
+    return from_json(stored, str(path))
+
+
+def _preset(given: str | None) -> PresetName:
+    gpu = jax.default_backend() == "gpu" if given in (None, "auto") else given == "gpu"
+    return "gpu" if gpu else "cpu"
+
+
+def _peek(argv: Sequence[str], option: str) -> str | None:
+    """Value of an option that decides the defaults of the others, before those are parsed."""
+    for argument, following in itertools.pairwise((*argv, None)):
+        if argument == option:
+            return following
+        if argument is not None and argument.startswith(f"{option}="):
+            return argument.removeprefix(f"{option}=")
+    return None
+
+
+def _parse_over(defaults: TrainConfig, argv: Sequence[str]) -> Request:
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(
+                Request,
+                prog="train.py",
+                description=_DESCRIPTION,
+                default=Request(run=RunOptions(), config=defaults),
+                args=argv,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        raise TrainingError(_one_line(message.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The message in tyro's frame: what stands between its title and the next rule."""
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    is_text = itertools.groupby(lines, key=lambda line: bool(line.strip("─╰╯-+")))
+    message = next((" ".join(group) for text, group in is_text if text), "bad arguments")
+    for section in ("run", "model", "data", "optimizer", "record", "memory"):
+        message = message.removeprefix(f"Error parsing config.{section}: ")
+    return f"{message} (see train.py --help)"

@@ -1,0 +1,108 @@
+"""The training loop: steps, held-out text, metrics, checkpoints, and stopping where asked."""
+
+import dataclasses
+import math
+import time
+
+import jax
+
+from training.checkpoints import Checkpoints
+from training.config import TrainConfig
+from training.data import Batch, Corpus, evaluation_batches, training_batch
+from training.errors import TrainingError
+from training.interrupt import StopRequest
+from training.progress import TrainingProgress
+from training.run_folder import MetricsLog
+from training.step import BITS_PER_NAT, TrainState, held_out_bits_per_byte, train_step
+from training.throughput import Pace, peak_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where the loop writes."""
+
+    log: MetricsLog
+    checkpoints: Checkpoints
+    progress: TrainingProgress
+
+
+def train(
+    config: TrainConfig, corpus: Corpus, state: TrainState, outputs: Outputs, stop: StopRequest
+) -> TrainState:
+    """Runs the steps that are left, or up to a stop request; the last state is checkpointed.
+
+    A row of the log has the loss of the weights before its update and, when due, the held-out
+    result of those after it; row 0 has only the latter.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+    """
+    total, record = config.optimizer.steps, config.record
+    log, checkpoints, progress = outputs.log, outputs.checkpoints, outputs.progress
+    pace = Pace(config.model, peak=peak_flops(config.model, jax.devices()[0]))
+
+    def batch_of(step: int) -> Batch:
+        return training_batch(corpus.train, config.data, seed=config.optimizer.seed, step=step)
+
+    def held_out() -> float:
+        windows = evaluation_batches(corpus.held_out, config.data, record.evaluation_windows)
+        return held_out_bits_per_byte(state, windows)
+
+    first = int(state.step) + 1
+    if log.last_step < 0 and not stop:
+        log.write({"step": 0, "held_out_bits_per_byte": (untrained := held_out())})
+        progress.line(f"step {0:{len(str(total))}}/{total}{'':27}held-out {untrained:.3f}")
+    batch = batch_of(first)
+    for step in range(first, total + 1):
+        if stop:
+            break
+        started = time.perf_counter()
+        state, in_flight = train_step(
+            state, batch.inputs, batch.targets, batch.segment_ids, config=config.optimizer
+        )
+        next_batch = batch_of(step + 1)  # prepared while the device works
+        scalars = jax.device_get(in_flight)
+        seconds = time.perf_counter() - started
+        if not math.isfinite(scalars.loss):
+            raise TrainingError(
+                f"the loss at step {step} is {scalars.loss}; start again with a lower"
+                f" --learning-rate than {config.optimizer.learning_rate} or a longer --warmup-steps"
+            )
+        row: dict[str, float | int] = {
+            "step": step,
+            "loss": float(scalars.loss),
+            "bits_per_byte": float(scalars.loss) * BITS_PER_NAT,
+            "gradient_norm": float(scalars.gradient_norm),
+            "learning_rate": float(scalars.learning_rate),
+            "seconds": seconds,
+            **pace.add(batch, seconds),
+        }
+        measured = step % record.evaluate_every == 0 or step == total
+        if measured:
+            row["held_out_bits_per_byte"] = held_out()
+        log.write(row)
+        progress.advance(step, row["bits_per_byte"])
+        if measured or step == first or step % record.log_every == 0:
+            progress.line(_line(row, total, pace.take()))
+        if step % record.checkpoint_every == 0:
+            checkpoints.save(state)
+        batch = next_batch
+    checkpoints.save(state)
+    return state
+
+
+def _line(row: dict[str, float | int], total: int, rates: dict[str, float]) -> str:
+    parts = [
+        f"step {row['step']:{len(str(total))}}/{total}",
+        f"{row['bits_per_byte']:.3f} bits/byte",
+        f"held-out {row['held_out_bits_per_byte']:.3f}"
+        if "held_out_bits_per_byte" in row
+        else f"{'':14}",
+        f"lr {row['learning_rate']:.1e}",
+        f"{rates['tokens_per_second']:,.0f} tokens/s"
+        if rates
+        else f"{row['seconds']:.1f} s with compilation",
+    ]
+    if "mfu" in rates:
+        parts.append(f"MFU {rates['mfu']:.1%}")
+    return "   ".join(parts)

@@ -1,0 +1,161 @@
+"""The two pictures of a run, drawn without a display."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.memory_scaling import Cell, bytes_text
+
+_COLORS = ("#d1495b", "#00798c", "#edae49", "#66518f", "#2e933c")
+_SMOOTHING = 0.9  # share that the average keeps of the step before
+
+
+def plot_loss(
+    path: Path, rows: Sequence[dict[str, Any]], references: dict[str, float], title: str
+) -> None:
+    """Training and held-out bits per byte over the steps, and what compressors reach.
+
+    Args:
+        path: the PNG to write.
+        rows: those of metrics.jsonl.
+        references: bits per byte of the held-out text by name of the compressor.
+        title: what was trained on what.
+    """
+    figure, axes = _figure(8.5, 5.0)
+    trained = [row for row in rows if "bits_per_byte" in row]
+    measured = [row for row in rows if "held_out_bits_per_byte" in row]
+    steps = [row["step"] for row in trained]
+    losses = [row["bits_per_byte"] for row in trained]
+    axes.plot(steps, losses, color=_COLORS[1], alpha=0.25, linewidth=1)
+    axes.plot(steps, _smoothed(losses), color=_COLORS[1], label="training, smoothed")
+    axes.plot(
+        [row["step"] for row in measured],
+        [row["held_out_bits_per_byte"] for row in measured],
+        color=_COLORS[0],
+        marker="o",
+        markersize=4,
+        clip_on=False,
+        zorder=3,
+        label="held-out",
+    )
+    last = max([1, *(row["step"] for row in rows)])
+    for name, value in references.items():
+        axes.axhline(value, color="0.35", linestyle=(0, (5, 3)), linewidth=1)
+        label = f"held-out text under {name}: {value:.2f}"
+        axes.text(0.99 * last, value, label, color="0.35", fontsize=9, va="bottom", ha="right")
+    values = [
+        *losses,
+        *references.values(),
+        *(row["held_out_bits_per_byte"] for row in measured),
+    ]
+    axes.set_yscale("log")
+    ticks = [0.25, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0.9 * min(values), 1.1 * max(values))
+    axes.set_xlim(0, last)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte (log scale, lower is better)")
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(path)
+
+
+def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
+    """Memory and time over the sequence length, each with its lines of growth as T and T squared.
+
+    Args:
+        path: the PNG to write.
+        cells: the report's.
+        measured: what the numbers are of.
+    """
+    figure, (memory, seconds) = _figure(11.0, 4.8, columns=2)
+    lengths = sorted({cell.sequence_length for cell in cells})
+    names = list(dict.fromkeys(cell.implementation for cell in cells))
+    for name, color in zip(names, _COLORS, strict=False):
+        own = [cell for cell in cells if cell.implementation == name]
+        bytes_of = {c.sequence_length: c.temp_bytes for c in own if c.temp_bytes is not None}
+        seconds_of = {c.sequence_length: c.seconds for c in own if c.seconds is not None}
+        for axes, values in ((memory, bytes_of), (seconds, seconds_of)):
+            axes.plot(list(values), list(values.values()), color=color, marker="o", label=name)
+        untimed = [c for c in own if c.temp_bytes is not None and c.seconds is None]
+        memory.plot(
+            [c.sequence_length for c in untimed],
+            [c.temp_bytes for c in untimed],
+            linestyle="none",
+            marker="o",
+            markersize=4,
+            color="white",
+            label=f"{name}, not run" if untimed else None,
+            markeredgecolor=color,
+        )
+    for axes, title in ((memory, "temporary memory"), (seconds, "time of one step")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [_length_text(length) for length in lengths])
+        axes.set_xlabel("sequence length T (tokens, log scale)")
+        axes.set_title(title, loc="left")
+    _growth_lines(memory, powers=(1, 2))
+    _growth_lines(seconds, powers=(2,))
+    memory.set_yscale("log", base=2)
+    memory.yaxis.set_major_formatter(lambda value, _: bytes_text(value).replace(".0", ""))
+    memory.set_ylabel("bytes (log scale)")
+    seconds.set_yscale("log")
+    seconds.yaxis.set_major_formatter(lambda value, _: _seconds_tick(value))
+    seconds.set_ylabel("time (log scale)")
+    memory.legend(frameon=False, loc="upper left")
+    figure.suptitle(measured, x=0.01, ha="left", fontsize=10, color="0.25")
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> Any:
+    # Its first import on a machine builds a font cache, and would say so as a warning.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns)
+    for each in [axes] if columns == 1 else axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(color="0.92")
+        each.set_axisbelow(True)
+    return figure, axes
+
+
+def _growth_lines(axes: Any, *, powers: Sequence[int]) -> None:
+    """Dotted: growth as T through the end of the lowest curve, as T squared of the highest."""
+    curves = [line.get_xydata() for line in axes.get_lines() if len(line.get_xdata()) > 1]
+    by_height = sorted(curves, key=lambda curve: float(curve[-1][1]))
+    if not by_height:
+        return
+    first = min(curve[0][0] for curve in curves)
+    for power, label in ((1, "as T"), (2, "as T²")):
+        if power not in powers:
+            continue
+        last, value = by_height[0 if power == 1 else -1][-1]
+        start = value * (first / last) ** power
+        axes.plot([first, last], [start, value], color="0.6", linestyle=":", zorder=0)
+        axes.annotate(
+            label, (first, start), (4, -10), textcoords="offset points", color="0.45", fontsize=9
+        )
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over the values so far, its weights summing to one at each."""
+    smoothed: list[float] = []
+    total = weight = 0.0
+    for value in values:
+        total = _SMOOTHING * total + value
+        weight = _SMOOTHING * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _length_text(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def _seconds_tick(value: float) -> str:
+    return f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms"

@@ -1,0 +1,151 @@
+"""One update, and the measurement on held-out text: what the device runs."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax  # type: ignore[import-untyped]
+from flax import nnx
+
+from models import TransformerConfig, TransformerLM
+from training.config import OptimizerConfig, TrainConfig
+from training.data import Batch
+
+BITS_PER_NAT = 1 / math.log(2)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "optimizer"],
+    meta_fields=["graph"],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step. The order of the data follows from the step."""
+
+    step: jax.Array  # int32, updates done
+    params: nnx.State[Any, Any]
+    optimizer: optax.OptState
+    graph: nnx.GraphDef[TransformerLM]
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class StepScalars:
+    """What one update reports, float32."""
+
+    loss: jax.Array  # nats per byte
+    gradient_norm: jax.Array  # before clipping
+    learning_rate: jax.Array
+
+
+def initial_state(config: TrainConfig) -> TrainState:
+    """The state before the first step, a function of the seed."""
+    state: TrainState = _initial_state(config.model, config.optimizer)
+    return state
+
+
+def abstract_state(config: TrainConfig) -> TrainState:
+    """Shapes and dtypes of the state, to restore a checkpoint into."""
+    state = jax.eval_shape(functools.partial(_initial_state, config.model, config.optimizer))
+    assert isinstance(state, TrainState)
+    return state
+
+
+def check_model_runs(config: TrainConfig) -> None:
+    """Traces one update without running it.
+
+    Raises:
+        jattn.UnsupportedAttentionError: the named implementation cannot do this size here.
+    """
+    tokens = np.zeros((config.data.batch_size, config.data.sequence_length), np.uint8)
+    ids = tokens.astype(np.int32) if config.data.pack_documents else None
+    step = functools.partial(train_step, config=config.optimizer)
+    jax.eval_shape(step, abstract_state(config), tokens, tokens, ids)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def train_step(
+    state: TrainState,
+    inputs: jax.Array,
+    targets: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    config: OptimizerConfig,
+) -> tuple[TrainState, StepScalars]:
+    """Forward, backward, clip, AdamW."""
+    loss, gradients = jax.value_and_grad(_mean_loss)(
+        state.params, state.graph, inputs, targets, segment_ids
+    )
+    updates, optimizer = _optimizer(config).update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    scalars = StepScalars(
+        loss, optax.tree.norm(gradients), jnp.asarray(_schedule(config)(state.step), jnp.float32)
+    )
+    return TrainState(state.step + 1, params, optimizer, state.graph), scalars
+
+
+def held_out_bits_per_byte(state: TrainState, batches: Iterable[Batch]) -> float:
+    """Mean over all bytes of all batches, which are of one size."""
+    losses = [
+        _held_out_loss(state.params, state.graph, batch.inputs, batch.targets, batch.segment_ids)
+        for batch in batches
+    ]
+    return float(jnp.stack(losses).mean()) * BITS_PER_NAT
+
+
+def parameter_count(state: TrainState) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_state(model: TransformerConfig, config: OptimizerConfig) -> TrainState:
+    graph, params = nnx.split(TransformerLM(model, rngs=nnx.Rngs(config.seed)))
+    optimizer = _optimizer(config).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, graph)
+
+
+def _mean_loss(
+    params: nnx.State[Any, Any],
+    graph: nnx.GraphDef[TransformerLM],
+    inputs: jax.Array,
+    targets: jax.Array,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    logits = nnx.merge(graph, params)(inputs, segment_ids)
+    losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
+        logits, targets.astype(jnp.int32)
+    )
+    return losses.mean()
+
+
+_held_out_loss = jax.jit(_mean_loss, static_argnames="graph")
+
+
+def _schedule(config: OptimizerConfig) -> optax.Schedule:
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.steps,
+        end_value=config.learning_rate * config.final_learning_rate_ratio,
+    )
+    return lambda done: schedule(done + 1)  # the first step, after 0 done, already learns
+
+
+def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            _schedule(config),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )

@@ -1,0 +1,97 @@
+"""How fast it goes: bytes per second, and the share of the device's peak arithmetic (MFU).
+
+Arithmetic is counted as in PaLM (Chowdhery et al. 2022, appendix B): 6 per weight and token for the
+matrices, 12 per visible (query, key) pair, head and head dim for attention. Recomputation is not
+counted.
+"""
+
+import jax
+import numpy as np
+
+from models import TransformerConfig
+from models.transformer import VOCABULARY
+from training.data import Batch
+
+# Dense bfloat16 tensor-core peak in FLOP/s, from NVIDIA's data sheets; of several that a device
+# kind begins with, the first counts.
+_BF16_PEAK = {
+    "NVIDIA GB200": 2.5e15,
+    "NVIDIA B200": 2.25e15,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA RTX A6000": 155e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+class Pace:
+    """Rates of single steps and of the steps since the last call of `take`."""
+
+    def __init__(self, config: TransformerConfig, *, peak: float | None) -> None:
+        self._config = config
+        self._peak = peak
+        self._compiled = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seconds = self._flops = 0.0
+        self._tokens = 0
+
+    def add(self, batch: Batch, seconds: float) -> dict[str, float]:
+        """Rates of one step; none for the first, whose time is mostly compilation."""
+        if not self._compiled:
+            self._compiled = True
+            return {}
+        flops = step_flops(self._config, batch)
+        self._seconds += seconds
+        self._tokens += batch.inputs.size
+        self._flops += flops
+        return self._rates(batch.inputs.size, flops, seconds)
+
+    def take(self) -> dict[str, float]:
+        """Rates of the steps since the last call, without what came between them."""
+        rates = self._rates(self._tokens, self._flops, self._seconds) if self._tokens else {}
+        self._clear()
+        return rates
+
+    def _rates(self, tokens: int, flops: float, seconds: float) -> dict[str, float]:
+        rates = {"tokens_per_second": tokens / seconds}
+        if self._peak is not None:
+            rates["mfu"] = flops / seconds / self._peak
+        return rates
+
+
+def peak_flops(config: TransformerConfig, device: jax.Device) -> float | None:
+    """Peak FLOP/s of the device in the model's dtype; None where the table has none."""
+    if config.dtype == "float32":
+        return None
+    matches = (peak for kind, peak in _BF16_PEAK.items() if device.device_kind.startswith(kind))
+    return next(matches, None)
+
+
+def step_flops(config: TransformerConfig, batch: Batch) -> float:
+    """FLOPs of one update's forward and backward pass."""
+    heads = config.num_heads * config.head_dim
+    key_value_heads = config.num_key_value_heads * config.head_dim
+    attention = config.hidden_size * (2 * heads + 2 * key_value_heads)
+    mlp = 3 * config.hidden_size * config.mlp_size
+    weights = config.num_layers * (attention + mlp) + VOCABULARY * config.hidden_size
+    pairs = _visible_pairs(batch)
+    return 6.0 * weights * batch.inputs.size + 12.0 * config.num_layers * heads * pairs
+
+
+def _visible_pairs(batch: Batch) -> int:
+    if batch.segment_ids is None:
+        rows, length = batch.inputs.shape
+        return int(rows * length * (length + 1) // 2)
+    documents = [np.unique(row, return_counts=True)[1] for row in batch.segment_ids]
+    lengths = [int(length) for row in documents for length in row]
+    return sum(length * (length + 1) // 2 for length in lengths)
