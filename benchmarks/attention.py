@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", default=[], help="run only these, in every cell")
     parser.add_argument("--repeats", type=int, help="timed calls (GPU: 15, CPU: 7)")
     parser.add_argument("--workers", type=int, help="processes that compile (GPU: 4, CPU: 1)")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds one step may take")
+    parser.add_argument("--timeout", type=float, default=90, help="seconds one step may take")
     parser.add_argument("--time-limit", type=float, help="seconds after which no cell begins")
     parser.add_argument("--out", type=Path, help="result file, or folder to name it in")
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")

@@ -114,10 +114,12 @@ PEERS: dict[str, Callable[[Cell], Attend]] = {
 
 def refusal(peer: str, cell: Cell) -> str | None:
     """Why this peer cannot do the cell, as far as is known before it is tried."""
+    if peer.startswith("jattn/"):
+        return _jattn_refusal(peer.removeprefix("jattn/"), cell)
     on_gpu = jax.default_backend() == "gpu"
     if peer in ("jax.nn/cudnn", "tokamax/mosaic", "tokamax/triton") and not on_gpu:
         return f"needs an NVIDIA GPU, this is {jax.devices()[0].device_kind}"
-    if cell.dropout and not peer.startswith("jattn/"):
+    if cell.dropout:
         return f"no dropout (rate {cell.dropout})"
     if peer == "jax.nn/cudnn" and np.dtype(jnp.dtype(cell.dtype)).itemsize != 2:
         return f"dtype {cell.dtype} is not bfloat16 or float16"
@@ -127,6 +129,13 @@ def refusal(peer: str, cell: Cell) -> str | None:
         except Exception as error:  # a broken installation can raise anything
             return f"tokamax cannot be imported: {error!r}"
     return None
+
+
+def _jattn_refusal(backend: str, cell: Cell) -> str | None:
+    shapes = jax.eval_shape(lambda: arrays_of(cell))
+    report = jattn.explain(**shapes, **_options(cell), dropout_rate=cell.dropout)
+    (found,) = [each for each in report.reports if each.name == backend]
+    return "; ".join(found.refusals) or None
 
 
 def attend_with(peer: str, cell: Cell) -> tuple[Attend, Arrays]:
