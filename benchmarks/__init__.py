@@ -1,0 +1,1 @@
+"""Attention timed beside its peers on one machine; results are kept as files."""

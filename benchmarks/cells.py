@@ -1,0 +1,148 @@
+"""One benchmark cell: the shape, mask and options of an attention call, and the work in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Cell", "Mask", "Pass"]
+
+type Kind = Literal["full", "causal", "window", "packed"]
+# gradient: one call that computes the output and every gradient. backward: gradient - forward.
+type Pass = Literal["forward", "gradient", "backward"]
+
+_KINDS: tuple[str, ...] = get_args(Kind.__value__)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees; all kinds but `full` are causal.
+
+    Written "full", "causal", "window:1023" (query i sees keys i - 1023 to i) or "packed:8" (eight
+    documents of equal length in one sequence).
+    """
+
+    kind: Kind
+    size: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The mask written so; ValueError if none is."""
+        kind, _, size = text.partition(":")
+        sized = kind in ("window", "packed")
+        if kind not in _KINDS or sized != size.isdigit() or (kind == "packed" and int(size) < 1):
+            allowed = "full, causal, window:LEFT or packed:DOCUMENTS"
+            raise ValueError(f"mask must be {allowed}, got {text!r}")
+        return cls(kind, int(size) if sized else 0)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.size}" if self.kind in ("window", "packed") else self.kind
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One call, in the letters of `jax.nn`: queries T, keys S, heads N, kv_heads K."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: Mask
+    dtype: str = "bfloat16"
+    bias: bool = False  # (1, N, T, S), with a gradient
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim)
+        if min(sizes) < 1:
+            raise ValueError(f"every size of a cell must be at least 1, got {self}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+            )
+        square = self.queries == self.keys
+        if self.mask.kind == "packed" and (self.queries % self.mask.size or not square):
+            raise ValueError(
+                f"{self.mask} needs a multiple of {self.mask.size} queries and as many keys,"
+                f" got {self.queries} and {self.keys}"
+            )
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The cell that `to_json` wrote."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        found = {name: value for name, value in fields.items() if name in known}
+        return cls(**{**found, "mask": Mask.parse(found["mask"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the mask as text."""
+        return {**dataclasses.asdict(self), "mask": str(self.mask)}
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line and in results; differs where cells differ."""
+        group = f"k{self.kv_heads}" if self.kv_heads != self.heads else ""
+        keys = f"-s{self.keys}" if self.keys != self.queries else ""
+        name = f"h{self.head_dim}-n{self.heads}{group}-{self.mask}"
+        name += f"-b{self.batch}-t{self.queries}{keys}"
+        name += "-bias" if self.bias else ""
+        name += f"-dropout{self.dropout}" if self.dropout else ""
+        return name if self.dtype == "bfloat16" else f"{name}-{self.dtype}"
+
+    @property
+    def elements(self) -> int:
+        """B * T * N * H, the size of the query and of the output."""
+        return self.batch * self.queries * self.heads * self.head_dim
+
+    def visible(self, query: int) -> range:
+        """The keys that this query sees."""
+        if self.mask.kind == "full":
+            return range(self.keys)
+        stop = min(query + 1, self.keys)
+        if self.mask.kind == "window":
+            return range(min(max(0, query - self.mask.size), stop), stop)
+        return range(query // self._document_length * self._document_length, stop)
+
+    @property
+    def _document_length(self) -> int:
+        return self.queries // self.mask.size if self.mask.kind == "packed" else self.queries
+
+    def documents(self) -> NDArray[np.int32]:
+        """(T,) the document of each position."""
+        return (np.arange(self.queries) // self._document_length).astype(np.int32)
+
+    def document_starts(self) -> NDArray[np.int32]:
+        """(T,) the first position of each position's document."""
+        return self.documents() * np.int32(self._document_length)
+
+    def dense_mask(self) -> NDArray[np.bool_]:
+        """(T, S), True where a query sees a key."""
+        spans = [self.visible(query) for query in range(self.queries)]
+        start = np.array([span.start for span in spans])[:, None]
+        stop = np.array([span.stop for span in spans])[:, None]
+        keys = np.arange(self.keys)
+        return (keys >= start) & (keys < stop)
+
+    def visible_pairs(self) -> float:
+        """(query, key) pairs that count as work in one head of one batch row.
+
+        Causal attention over T positions counts as T² / 2, as papers count it; a window counts its
+        pairs exactly.
+        """
+        if self.mask.kind == "full":
+            return self.queries * self.keys
+        if self.mask.kind == "packed" or (self.mask.kind == "causal" and self.queries == self.keys):
+            lengths = np.bincount(self.documents()).astype(np.float64)
+            return float((lengths**2).sum() / 2)
+        return sum(len(self.visible(query)) for query in range(self.queries))
+
+    def flops(self, which: Pass) -> float:
+        """Floating-point operations: two matmuls forward, five backward."""
+        forward = 4 * self.batch * self.heads * self.head_dim * self.visible_pairs()
+        return forward * {"forward": 1.0, "backward": 2.5, "gradient": 3.5}[which]

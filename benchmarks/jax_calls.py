@@ -1,0 +1,136 @@
+"""A JAX peer in a cell, compiled and ready to be timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from benchmarks.cells import Cell, Pass
+from benchmarks.jax_peers import DIFFERENTIABLE, Arrays, Attend, attend_with, refusal
+from benchmarks.row_check import row_error, rows_to_check
+
+__all__ = ["Ready", "facts", "prepare", "refusal"]
+
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "tokamax", "numpy")
+
+
+class Ready:
+    """One pass of one peer, compiled; calling it runs it to its end."""
+
+    def __init__(self, peer: str, cell: Cell, which: Pass) -> None:
+        attend, arrays = attend_with(peer, cell)
+        self._cell, self._arrays, self._which = cell, arrays, which
+        wanted = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
+        rest = {name: x for name, x in arrays.items() if name not in wanted}
+        self._operands: tuple[Any, ...] = (arrays,)
+        function: Callable[..., Any] = attend
+        if which == "gradient" and jax.default_backend() == "gpu":
+            cotangent = jax.random.normal(jax.random.key(2), arrays["query"].shape, cell.dtype)
+            function, self._operands = (_with_cotangent(attend), (wanted, rest, cotangent))
+        elif which == "gradient":
+            function, self._operands = _of_the_sum(attend), (wanted, rest)
+        start = time.perf_counter()
+        self._compiled = jax.jit(function).lower(*self._operands).compile()
+        self.compile_s = time.perf_counter() - start
+        memory = self._compiled.memory_analysis()
+        self.temp_bytes: int | None = getattr(memory, "temp_size_in_bytes", None)
+
+    def __call__(self) -> Any:
+        return jax.block_until_ready(self._compiled(*self._operands))
+
+    def too_large(self) -> str | None:
+        """Why the device cannot hold the call, as far as it tells."""
+        stats = jax.devices()[0].memory_stats() or {}
+        limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use", 0)
+        if limit is None or self.temp_bytes is None or self.temp_bytes < 0.9 * (limit - used):
+            return None
+        free = (limit - used) / 2**30
+        return f"needs {self.temp_bytes / 2**30:.1f} GiB, {free:.1f} GiB are free"
+
+    def error(self, result: Any) -> float | None:
+        """The largest relative error of some rows of the output; None if it cannot be known."""
+        if self._which != "forward" or self._cell.dropout:
+            return None
+        rows = rows_to_check(self._cell)
+        b, t, n = np.array(rows).T
+        k = n // (self._cell.heads // self._cell.kv_heads)
+        kept = {
+            "query": self._arrays["query"][b, t, n],
+            "key": self._arrays["key"][b, :, k],
+            "value": self._arrays["value"][b, :, k],
+        }
+        if self._cell.bias:
+            kept["bias"] = self._arrays["bias"][0, n, t]
+        host = {name: np.asarray(x) for name, x in kept.items()}
+        out = np.asarray(result[b, t, n])
+        return max(
+            row_error(self._cell, row, {name: x[i] for name, x in host.items()}, out[i])
+            for i, row in enumerate(rows)
+        )
+
+    def device_times(self, repeats: int) -> tuple[list[float], str]:
+        """Milliseconds of all kernels of each call, by CUPTI; by the host's clock if that fails."""
+        from jax.experimental.mosaic.gpu import profiler
+
+        try:
+            _, found = profiler.measure(self._compiled, iterations=repeats)(*self._operands)
+        except Exception as error:  # CUPTI has one user at a time, and may be absent
+            return host_times(self, repeats), f"host clock (CUPTI: {error})"
+        if found is None:
+            return host_times(self, repeats), "host clock (CUPTI saw no kernel)"
+        return [float(ms) for ms in np.atleast_1d(found)], "CUPTI, sum of kernels"
+
+
+def host_times(call: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each call by the host's clock."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _with_cotangent(attend: Attend) -> Callable[..., tuple[Array, Arrays]]:
+    """Output and gradients for a random gradient of the output."""
+
+    def both(wanted: Arrays, rest: Arrays, cotangent: Array) -> tuple[Array, Arrays]:
+        out, vjp = jax.vjp(lambda wanted: attend({**wanted, **rest}), wanted)
+        return out, vjp(cotangent)[0]
+
+    return both
+
+
+def _of_the_sum(attend: Attend) -> Callable[..., tuple[Array, Arrays]]:
+    """The sum of the output, and its gradients."""
+
+    def total(wanted: Arrays, rest: Arrays) -> Array:
+        return attend({**wanted, **rest}).astype(jnp.float32).sum()
+
+    return jax.value_and_grad(total)
+
+
+def prepare(peer: str, cell: Cell, which: Pass) -> Ready:
+    """Compiles; what a peer raises is the caller's to report."""
+    return Ready(peer, cell, which)
+
+
+def facts() -> Mapping[str, Any]:
+    """The device, and the versions of what runs on it."""
+    device = jax.devices()[0]
+    found = {"platform": device.platform, "chip": device.device_kind, "versions": {}}
+    for package in _PACKAGES:
+        try:
+            found["versions"][package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if device.platform == "gpu":
+        found["versions"]["cuda"] = " ".join(device.client.platform_version.split())
+    return found

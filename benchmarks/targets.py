@@ -1,0 +1,97 @@
+"""What a preset promises: speed next to a peer, memory under a bound; and whether a run kept it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.cells import Pass
+from benchmarks.results import Run, Verdict
+
+__all__ = ["Growth", "Memory", "Speed", "Target", "verdicts"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`peer` is at least this many times as fast as the best of `against`.
+
+    The best is sought in the same cell, or in `against_cell` where that is another.
+    """
+
+    cell: str
+    which: Pass
+    peer: str
+    at_least: float
+    against: tuple[str, ...]
+    against_cell: str | None = None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.cell, self.against_cell or self.cell)
+
+    def verdict(self, run: Run) -> Verdict:
+        own = run.get(self.cell, self.peer, self.which)
+        other = run.best(self.against_cell or self.cell, self.against, self.which)
+        ratio = None
+        if own is not None and own.ms and other is not None and other.ms is not None:
+            ratio = other.ms / own.ms
+        where = f" in {self.against_cell}" if self.against_cell else ""
+        others = " or ".join(self.against)
+        text = f"{self.cell} {self.which}: speed of {self.peer} over {others}{where}"
+        return Verdict(text, self.at_least, ratio, ratio is not None and ratio >= self.at_least)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The compiled pass of `peer` takes at most so much temporary memory."""
+
+    cell: str
+    which: Pass
+    peer: str
+    at_most_mib: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.cell,)
+
+    def verdict(self, run: Run) -> Verdict:
+        taken = _temp_bytes(run, self.cell, self.peer, self.which)
+        mib = None if taken is None else taken / 2**20
+        text = f"{self.cell} {self.which}: temporary MiB of {self.peer}, at most"
+        return Verdict(text, self.at_most_mib, mib, mib is not None and mib <= self.at_most_mib)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Temporary memory grows at most so many times from `smaller` to `cell`."""
+
+    cell: str
+    smaller: str
+    which: Pass
+    peer: str
+    at_most: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.cell, self.smaller)
+
+    def verdict(self, run: Run) -> Verdict:
+        large = _temp_bytes(run, self.cell, self.peer, self.which)
+        small = _temp_bytes(run, self.smaller, self.peer, self.which)
+        growth = large / small if large is not None and small else None
+        text = f"{self.cell} {self.which}: memory of {self.peer} over {self.smaller}'s, at most"
+        return Verdict(text, self.at_most, growth, growth is not None and growth <= self.at_most)
+
+
+type Target = Speed | Memory | Growth
+
+
+def verdicts(targets: Iterable[Target], run: Run, cells: Iterable[str]) -> list[Verdict]:
+    """The verdicts on those targets whose cells the run was asked for."""
+    asked = set(cells)
+    return [target.verdict(run) for target in targets if asked.issuperset(target.cells)]
+
+
+def _temp_bytes(run: Run, cell: str, peer: str, which: Pass) -> int | None:
+    measurement = run.get(cell, peer, which)
+    return None if measurement is None else measurement.temp_bytes
