@@ -82,10 +82,12 @@ def _bias(spec: AttentionSpec) -> dict[str, bool]:
 
 def _band(spec: AttentionSpec) -> dict[str, bool]:
     band = spec.band
-    left = 0 if band.lower is None else band.lower
+    lower = band.lower
     return {
         f"{band.describe()} is neither causal nor causal with a left window": (
-            band != Band() and (band.upper != 0 or left > 0)
+            band != Band() and (band.upper != 0 or (lower is not None and lower > 0))
         ),
-        f"{band.describe()} leaves queries without a key": spec.queries - 1 + left >= spec.keys,
+        f"{band.describe()} leaves queries without a key": (
+            lower is not None and spec.queries - 1 + lower >= spec.keys
+        ),
     }
