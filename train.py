@@ -23,7 +23,7 @@ from training.data import Corpus, load_corpus
 from training.errors import TrainingError, one_line
 from training.interrupt import StopRequest, stop_on_signals
 from training.loop import Outputs, train
-from training.progress import TrainingProgress, say
+from training.progress import TrainingProgress, make_console, say
 from training.run_folder import MetricsLog, RunFolder, read_metrics
 from training.step import TrainState, check_model_runs, initial_state, parameter_count
 
@@ -31,7 +31,7 @@ from training.step import TrainState, check_model_runs, initial_state, parameter
 def main(argv: Sequence[str] | None = None) -> int:
     """Does what the arguments ask; returns 0, 2 for an error, or 128 + n after signal n."""
     try:
-        return run(cli.parse(argv), Console())
+        return run(cli.parse(argv), make_console())
     except KeyboardInterrupt:  # before or after the part that saves
         return 130
     except (TrainingError, UnsupportedAttentionError, OSError) as error:

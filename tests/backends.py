@@ -66,8 +66,7 @@ def call(backend: Backend, drawn: Operands, arrays: Results, **more: Any) -> Any
     return result if case.batched else jax.tree.map(lambda x: x[None], result)
 
 
-@cache
-def results(backend: Backend, case: Case, seed: int) -> Results:
+def compute(backend: Backend, case: Case, seed: int) -> Results:
     """Output, log-sum-exp and the gradients of both, compiled as one function."""
     drawn = operands(case, seed)
 
@@ -79,6 +78,9 @@ def results(backend: Backend, case: Case, seed: int) -> Results:
         return {"out": out, "lse": lse, **vjp(cotangents)[0]}
 
     return everything(drawn.differentiable, (drawn["dout"], drawn["dlse"]))
+
+
+results = cache(compute)
 
 
 @cache
@@ -95,14 +97,14 @@ def keep_mask(
     q = jnp.zeros((batch, queries, heads, 1))
     k = jnp.zeros((batch, keys, 1, 1))
     v = jnp.broadcast_to(jnp.eye(keys)[None, :, None, :], (batch, keys, 1, keys))
-    out = jattn.eager_attention(
-        q,
-        k,
-        v,
-        dropout_rate=rate,
-        dropout_rng=jax.random.key(seed),
-        broadcast_dropout=shared,
-    )
+
+    @quick_jit
+    def run(rng: jax.Array) -> jax.Array:
+        return jattn.eager_attention(
+            q, k, v, dropout_rate=rate, dropout_rng=rng, broadcast_dropout=shared
+        )
+
+    out = run(jax.random.key(seed))
     return np.asarray(out).transpose(0, 2, 1, 3) > 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import jattn
-from tests.backends import BACKENDS, DEFAULT, Backend, keep_mask
+from tests.backends import BACKENDS, DEFAULT, Backend, keep_mask, quick_jit
 from tests.reference import Bools
 
 SHAPE = dict(batch=2, heads=3, queries=64, keys=96)
@@ -21,7 +22,7 @@ def mask_of(function: Any, rng: Any, *, rate: float = 0.5, groups: int = 1) -> B
     """The mask (B, N, T, S) = (2, 4, 12, 20) that a call uses, recovered from its output."""
     q, k = jnp.zeros((2, 12, 4, 1)), jnp.zeros((2, 20, 4 // groups, 1))
     v = jnp.broadcast_to(jnp.eye(20)[None, :, None, :], (2, 20, 4 // groups, 20))
-    out = function(q, k, v, dropout_rate=rate, dropout_rng=rng)
+    out = quick_jit(partial(function, q, k, v, dropout_rate=rate))(dropout_rng=rng)
     return np.asarray(out).transpose(0, 2, 1, 3) > 0
 
 
@@ -49,7 +50,7 @@ def test_masks_and_lengths_do_not_move_the_mask() -> None:
     q, k, v = (jnp.asarray(rng.standard_normal((1, 24, 1, 24)), jnp.float32) for _ in range(3))
     v = jnp.eye(24)[None, :, None, :]
     options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(7), "is_causal": True}
-    out = np.asarray(jattn.eager_attention(q, k, v, **options))[0, :, 0]
+    out = np.asarray(quick_jit(partial(jattn.eager_attention, **options))(q, k, v))[0, :, 0]
     expected = keep_mask(0.5, 1, 1, 24, 24)[0, 0] & np.tri(24, dtype=bool)
     np.testing.assert_array_equal(out > 0, expected)
 

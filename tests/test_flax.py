@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -38,6 +39,17 @@ def close(found: Any, expected: Any, unit: float = 2e-5) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=unit * (1 + np.abs(b).max()))
 
 
+def with_gradients(function: Callable, *arguments: Any) -> Any:
+    """The output, and the gradients of a fixed combination of its elements."""
+
+    @quick_jit
+    def run(*arguments: Any) -> Any:
+        out, vjp = jax.vjp(function, *arguments)
+        return out, vjp(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
+
+    return run(*arguments)
+
+
 def run_nnx(
     function: Callable | None,
     x: jax.Array,
@@ -60,13 +72,11 @@ def run_nnx(
     )
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
 
-    @quick_jit
     def forward(parameters: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         rngs = {} if dropout_seed is None else {"rngs": nnx.Rngs(dropout_seed)}
         return nnx.merge(graph, parameters, rest)(x, y, **call, **rngs)
 
-    out, vjp = jax.vjp(forward, parameters, x, y)
-    return out, vjp(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
+    return with_gradients(forward, parameters, x, y)
 
 
 def run_linen(
@@ -84,12 +94,10 @@ def run_linen(
     plain = linen.MultiHeadDotProductAttention(num_heads=HEADS)
     parameters = plain.init(jax.random.key(0), x, y)
 
-    @quick_jit
     def forward(parameters: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return model.apply(parameters, x, y, rngs=rngs, **call)
 
-    out, vjp = jax.vjp(forward, parameters, x, y)
-    return out, vjp(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
+    return with_gradients(forward, parameters, x, y)
 
 
 RUN = {"nnx": run_nnx, "linen": run_linen}
@@ -206,8 +214,7 @@ def test_bias_has_the_batch_axes_of_the_call(batch: tuple[int, ...], shared: boo
     bias = normal("bias", *((1,) * len(batch) if shared else batch), HEADS, T, S)
 
     def run(function: Callable) -> Any:
-        out, vjp = jax.vjp(lambda q, k, bias: function(q, k, k, bias=bias), q, k, bias)
-        return out, vjp(jnp.cos(jnp.arange(out.size)).reshape(out.shape))
+        return with_gradients(lambda q, k, bias: function(q, k, k, bias=bias), q, k, bias)
 
     close(run(attention_fn()), run(linen.dot_product_attention))
 
@@ -217,7 +224,11 @@ def test_masks_may_share_some_batch_axes() -> None:
     rng = np.random.default_rng(0)
     for shape in [(2, 1, 1, T, S), (1, 3, HEADS, 1, S), (3, 1, T, S), (T, S), (S,)]:
         mask = jnp.asarray(rng.random(shape) < 0.8).at[..., 0].set(True).astype(jnp.float32)
-        close(attention_fn()(q, k, k, mask=mask), linen.dot_product_attention(q, k, k, mask=mask))
+        ours, theirs = (
+            quick_jit(partial(f, mask=mask))(q, k, k)
+            for f in (attention_fn(), linen.dot_product_attention)
+        )
+        close(ours, theirs)
 
 
 @both

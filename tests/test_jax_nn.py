@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import jax
@@ -132,38 +133,40 @@ def exact_error(found: Any, operands: tuple[Any, ...], options: dict[str, Any]) 
     return tolerance.error(np.reshape(found, exact.out.shape), exact.out)
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+def with_gradients(function: Any, implementation: str, arrays: Any, rest: dict[str, Any]) -> Any:
+    def call(*arrays: Any) -> Any:
+        return function(*arrays, **rest, implementation=implementation)
+
+    @quick_jit
+    def run(*arrays: Any) -> Any:
+        out, vjp = jax.vjp(call, *arrays)
+        return out, vjp(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
+
+    return run(*arrays)
+
+
 @pytest.mark.parametrize(("operands", "options"), CALLS)
 def test_output_and_gradients_are_those_of_jax_nn(
-    operands: tuple[Any, ...], options: dict[str, Any], implementation: str
+    operands: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     arrays, rest = differentiable(operands, options)
-
-    def run(function: Any, implementation: str) -> Any:
-        def f(*arrays: Any) -> Any:
-            return function(*arrays, **rest, implementation=implementation)
-
-        @quick_jit
-        def both(*arrays: Any) -> Any:
-            out, vjp = jax.vjp(f, *arrays)
-            return out, vjp(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
-
-        return both(*arrays)
-
-    theirs, their_gradients = run(jax.nn.dot_product_attention, "xla")
-    ours, our_gradients = run(jattn.dot_product_attention, implementation)
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype
-    unit = tolerance.epsilon(ours.dtype)
+    theirs, their_gradients = with_gradients(jax.nn.dot_product_attention, "xla", arrays, rest)
+    unit = tolerance.epsilon(theirs.dtype)
     allowed = 3 * exact_error(theirs, operands, options) + 2 * unit * np.abs(theirs).max()
-    np.testing.assert_allclose(np.float64(ours), np.float64(theirs), rtol=0, atol=float(allowed))
-    for mine, other in zip(our_gradients, their_gradients, strict=True):
-        assert mine.dtype == other.dtype
-        assert mine.shape == other.shape
-        largest = float(np.abs(np.float64(other)).max())
-        np.testing.assert_allclose(
-            np.float64(mine), np.float64(other), rtol=0, atol=16 * unit * (1 + largest)
+    for implementation in BACKENDS:
+        ours, our_gradients = with_gradients(
+            jattn.dot_product_attention, implementation, arrays, rest
         )
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_allclose(
+            np.float64(ours), np.float64(theirs), rtol=0, atol=float(allowed)
+        )
+        for mine, other in zip(our_gradients, their_gradients, strict=True):
+            assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+            largest = float(np.abs(np.float64(other)).max())
+            np.testing.assert_allclose(
+                np.float64(mine), np.float64(other), rtol=0, atol=16 * unit * (1 + largest)
+            )
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -173,8 +176,9 @@ def test_residual_is_that_of_jax_nn(batched: bool, implementation: str) -> None:
     if not batched:
         q, k = q[0], k[0]
     options: Any = {"is_causal": True, "return_residual": True}
-    out, lse = jattn.dot_product_attention(q, k, k, implementation=implementation, **options)
-    their_out, their_lse = jax.nn.dot_product_attention(q, k, k, **options)
+    ours = partial(jattn.dot_product_attention, implementation=implementation, **options)
+    out, lse = quick_jit(ours)(q, k, k)
+    their_out, their_lse = quick_jit(partial(jax.nn.dot_product_attention, **options))(q, k, k)
     assert lse.shape == their_lse.shape
     np.testing.assert_allclose(out, their_out, rtol=0, atol=2e-6)
     np.testing.assert_allclose(lse, their_lse, rtol=0, atol=2e-6)
@@ -188,8 +192,10 @@ def test_query_lengths_are_those_of_jax_nn(implementation: str) -> None:
         "key_value_seq_lengths": LENGTHS,
         "is_causal": True,
     }
-    ours = jattn.dot_product_attention(q, k, k, implementation=implementation, **options)
-    theirs = jax.nn.dot_product_attention(q, k, k, **options)
+    ours = quick_jit(
+        partial(jattn.dot_product_attention, implementation=implementation, **options)
+    )(q, k, k)
+    theirs = quick_jit(partial(jax.nn.dot_product_attention, **options))(q, k, k)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
 
 

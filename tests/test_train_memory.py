@@ -72,11 +72,12 @@ def test_table_has_a_row_per_length_with_bytes_and_growth(cells: list[Cell]) -> 
 
 
 def test_cells_that_fit_are_timed() -> None:
-    for cell in _measure(SHORT):
+    cells = _measure(SHORT)
+    for cell in cells:
         assert cell.status == "ok"
         assert cell.seconds is not None
         assert 0 < cell.seconds < 10
-    assert memory_scaling.notes(_measure(SHORT)) == []
+    assert memory_scaling.notes(cells) == []
 
 
 def test_a_cell_larger_than_free_memory_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

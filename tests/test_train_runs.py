@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 import train
 import training.loop
 from tests.tiny_training import LENGTH, OPTIONS, STEPS, results, rows, write_corpus
-from training import cli
+from training import cli, memory_scaling
 from training.checkpoints import Checkpoints
 from training.data import load_corpus
 
@@ -107,7 +108,7 @@ def test_metrics_have_each_step_once_and_held_out_text_gets_easier(whole: Path) 
     assert held_out[0] == pytest.approx(8, abs=1e-3)
     assert held_out[STEPS] < 5
     assert found[1]["loss"] == pytest.approx(np.log(256), abs=1e-3)
-    assert found[10]["learning_rate"] == pytest.approx(0.01)
+    assert found[12]["learning_rate"] == pytest.approx(0.01)
     assert found[STEPS]["learning_rate"] == pytest.approx(0.0005)
     assert all(row["tokens_per_second"] > 0 for row in found[2:])
 
@@ -152,6 +153,27 @@ def test_a_signal_saves_and_the_run_resumes_bit_for_bit(
     assert results(run) == results(whole)
     for resumed, uninterrupted in zip(_state(run), _state(whole), strict=True):
         np.testing.assert_array_equal(resumed, uninterrupted)
+
+
+def test_a_signal_during_the_memory_report_saves_the_start(
+    whole: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = memory_scaling.measure
+
+    def measure_and_signal(*arguments: Any, **named: Any) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from measure(*arguments, **named)
+
+    run = tmp_path / "stopped"
+    options = [*_options(corpus, tmp_path), "--name", run.name, "--memory-report"]
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_scaling, "measure", measure_and_signal)
+        assert train.main(options) == 130
+    assert rows(run) == []
+    assert not (run / "memory_scaling.json").exists()
+    assert train.main(["--resume", str(run), "--memory-lengths", "32"]) == 0
+    assert results(run) == results(whole)
+    assert (run / "memory_scaling.json").exists()
 
 
 def test_rows_after_the_checkpoint_are_not_repeated(whole: Path, copy: Path) -> None:
@@ -220,7 +242,7 @@ def _refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--num-heads", "3", "--num-key-value-heads", "2"], "num_heads (3) must be a multiple"),
         (["--head-dim", "7"], "head_dim must be even for rotary positions, got 7"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
-        (["--warmup-steps", "600"], "warmup_steps (600) must be less than steps (600)"),
+        (["--warmup-fraction", "1"], "warmup_fraction must be at least 0 and below 1, got 1.0"),
         (["--learning-rate", "nan"], "learning_rate must be at least 0, got nan"),
         (["--steps", "many"], "invalid literal for int() with base 10: 'many'"),
         (["--attn-implementation", "fast"], "invalid choice 'fast'"),

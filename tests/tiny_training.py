@@ -12,7 +12,7 @@ LENGTH = 64
 
 OPTIONS = [
     *("--preset", "cpu", "--no-memory-report"),
-    *("--steps", str(STEPS), "--warmup-steps", "10", "--learning-rate", "0.01"),
+    *("--steps", str(STEPS), "--warmup-fraction", "0.02", "--learning-rate", "0.01"),
     *("--sequence-length", str(LENGTH), "--batch-size", "2"),
     *("--hidden-size", "16", "--mlp-size", "24", "--num-layers", "1"),
     *("--num-heads", "2", "--num-key-value-heads", "1", "--head-dim", "8"),

@@ -41,7 +41,7 @@ class DataConfig:
     sequence_length: int = 1024
     """Bytes in one training sequence, T."""
 
-    batch_size: int = 4
+    batch_size: int = 1
     """Sequences in one step."""
 
     pack_documents: bool = False
@@ -59,14 +59,14 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW, linear warm-up, then a cosine."""
 
-    steps: int = 240
+    steps: int = 800
     """Number of updates."""
 
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     """Highest learning rate, reached at the end of the warm-up."""
 
-    warmup_steps: int = 20
-    """Steps over which the learning rate rises from zero."""
+    warmup_fraction: float = 0.06
+    """Share of the steps over which the learning rate rises from zero."""
 
     final_learning_rate_ratio: float = 0.05
     """Learning rate at the last step, as a share of the highest."""
@@ -77,7 +77,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     """AdamW's memory of the gradient."""
 
-    beta2: float = 0.98
+    beta2: float = 0.99
     """AdamW's memory of the squared gradient."""
 
     clip_norm: float = 1.0
@@ -88,16 +88,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "steps")
-        _require_at_least(0, self, "warmup_steps", "learning_rate", "weight_decay", "seed")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})"
-            )
-        for name in ("beta1", "beta2", "final_learning_rate_ratio"):
+        _require_at_least(0, self, "learning_rate", "weight_decay", "seed")
+        for name in ("beta1", "beta2", "warmup_fraction", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
                 )
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
 
@@ -106,16 +104,16 @@ class OptimizerConfig:
 class RecordConfig:
     """What is measured and kept while training."""
 
-    log_every: int = 10
+    log_every: int = 50
     """Steps between two printed lines; metrics.jsonl has every step."""
 
-    evaluate_every: int = 40
+    evaluate_every: int = 100
     """Steps between two measurements on held-out text."""
 
     evaluation_windows: int = 32
     """Held-out sequences measured, spread evenly over the text, in whole batches."""
 
-    checkpoint_every: int = 80
+    checkpoint_every: int = 200
     """Steps between two checkpoints; one is always written at the end and on Ctrl-C."""
 
     keep_checkpoints: int = 2
@@ -136,7 +134,7 @@ class MemoryConfig:
     """Sequence lengths of the report."""
 
     memory_implementations: tuple[AttnImplementation, ...] = ("eager", "memory_efficient")
-    """Attention implementations of the report, by the names --attn-implementation takes."""
+    """Attention implementations of the report, by the names that the model takes."""
 
     memory_seconds: float = 30.0
     """Time budget of the report; what does not fit is measured in bytes but not timed."""
@@ -178,11 +176,9 @@ PRESETS: dict[PresetName, TrainConfig] = {
     "gpu": TrainConfig(
         model=TransformerConfig.gpu(),
         data=DataConfig(sequence_length=32_768, batch_size=1, pack_documents=True),
-        optimizer=OptimizerConfig(
-            steps=1000, learning_rate=1e-3, warmup_steps=100, beta2=0.95, clip_norm=1.0
-        ),
+        optimizer=OptimizerConfig(steps=1000, learning_rate=1e-3, warmup_fraction=0.1, beta2=0.95),
         record=RecordConfig(
-            evaluate_every=100, evaluation_windows=16, checkpoint_every=250, keep_checkpoints=2
+            log_every=10, evaluate_every=100, evaluation_windows=16, checkpoint_every=250
         ),
         memory=MemoryConfig(
             memory_lengths=(1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from statistics import fmean
 
 import jax
 
@@ -49,9 +50,12 @@ def train(
         return held_out_bits_per_byte(state, windows)
 
     first = int(state.step) + 1
+    progress.line("bits per byte; training is the mean since the line before")
     if log.last_step < 0 and not stop:
-        log.write({"step": 0, "held_out_bits_per_byte": (untrained := held_out())})
-        progress.line(f"step {0:{len(str(total))}}/{total}{'':27}held-out {untrained:.3f}")
+        row = {"step": 0, "held_out_bits_per_byte": held_out()}
+        log.write(row)
+        progress.line(_line(row, total, [], {}))
+    since_line: list[float] = []
     batch = batch_of(first)
     for step in range(first, total + 1):
         if stop:
@@ -66,9 +70,10 @@ def train(
         if not math.isfinite(scalars.loss):
             raise TrainingError(
                 f"the loss at step {step} is {scalars.loss}; start again with a lower"
-                f" --learning-rate than {config.optimizer.learning_rate} or a longer --warmup-steps"
+                f" --learning-rate (it was {config.optimizer.learning_rate}) or a larger"
+                " --warmup-fraction"
             )
-        row: dict[str, float | int] = {
+        row = {
             "step": step,
             "loss": float(scalars.loss),
             "bits_per_byte": float(scalars.loss) * BITS_PER_NAT,
@@ -82,8 +87,10 @@ def train(
             row["held_out_bits_per_byte"] = held_out()
         log.write(row)
         progress.advance(step, row["bits_per_byte"])
+        since_line.append(row["bits_per_byte"])
         if measured or step == first or step % record.log_every == 0:
-            progress.line(_line(row, total, pace.take()))
+            progress.line(_line(row, total, since_line, pace.take()))
+            since_line.clear()
         if step % record.checkpoint_every == 0:
             checkpoints.save(state)
         batch = next_batch
@@ -91,18 +98,17 @@ def train(
     return state
 
 
-def _line(row: dict[str, float | int], total: int, rates: dict[str, float]) -> str:
-    parts = [
-        f"step {row['step']:{len(str(total))}}/{total}",
-        f"{row['bits_per_byte']:.3f} bits/byte",
-        f"held-out {row['held_out_bits_per_byte']:.3f}"
-        if "held_out_bits_per_byte" in row
-        else f"{'':14}",
-        f"lr {row['learning_rate']:.1e}",
-        f"{rates['tokens_per_second']:,.0f} tokens/s"
-        if rates
-        else f"{row['seconds']:.1f} s with compilation",
-    ]
+def _line(row: dict[str, float], total: int, training: list[float], rates: dict[str, float]) -> str:
+    parts = [f"step {row['step']:{len(str(total))}}/{total}"]
+    parts.append(f"training {fmean(training):.3f}" if training else f"{'':14}")
+    held_out = row.get("held_out_bits_per_byte")
+    parts.append(f"{'':14}" if held_out is None else f"held-out {held_out:.3f}")
+    if "learning_rate" in row:
+        parts.append(f"lr {row['learning_rate']:.1e}")
+    if rates:
+        parts.append(f"{rates['tokens_per_second']:,.0f} tokens/s")
+    elif "seconds" in row:
+        parts.append(f"{row['seconds']:.1f} s with compilation")
     if "mfu" in rates:
         parts.append(f"MFU {rates['mfu']:.1%}")
-    return "   ".join(parts)
+    return "   ".join(parts).rstrip()

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich import box
 from rich.table import Table
 
 from jattn import UnsupportedAttentionError
@@ -26,6 +27,8 @@ from training.free_memory import free_bytes
 Status = Literal["ok", "not timed", "too large", "out of memory", "unsupported"]
 
 _REPEATS = 3
+_LONG = 0.5  # seconds after which one run is measure enough
+_MARGIN = 2  # on expected times: first touching memory costs as much again
 _USABLE = 0.9  # of the free memory; the rest is for what runs beside it
 
 
@@ -39,7 +42,7 @@ class Cell:
     note: str = ""
     temp_bytes: int | None = None
     total_bytes: int | None = None  # with arguments and results
-    seconds: float | None = None  # best of up to three runs
+    seconds: float | None = None  # best of three runs, one if that is long
 
 
 def what_is_measured(model: TransformerConfig) -> str:
@@ -91,7 +94,7 @@ def _measure(
     if free is not None and total > _USABLE * free:
         note = f"needs {bytes_text(total)}, {bytes_text(free)} are free"
         return dataclasses.replace(cell, status="too large", note=note)
-    if time.perf_counter() + expected > deadline:
+    if time.perf_counter() + _MARGIN * expected > deadline:
         note = f"about {expected:.0f} s, more than the time budget has left"
         return dataclasses.replace(cell, status="not timed", note=note)
     try:
@@ -130,7 +133,7 @@ def _best_time(compiled: Any, arguments: Any, deadline: float) -> float:
         started = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
         best = min(best, time.perf_counter() - started)
-        if time.perf_counter() + best > deadline:
+        if best > _LONG or time.perf_counter() + best > deadline:
             break
     return best
 
@@ -150,9 +153,9 @@ def _out_of_memory(cell: Cell, error: jax.errors.JaxRuntimeError) -> Cell:
 
 def as_table(cells: Sequence[Cell]) -> Table:
     """Lengths down, memory and time of each implementation across."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD)
     names = list(dict.fromkeys(cell.implementation for cell in cells))
-    table.add_column("T", justify="right")
+    table.add_column("\nT", justify="right")
     for name in names:
         table.add_column(f"{name}\nmemory", justify="right")
         table.add_column("\ntime", justify="right")
@@ -177,11 +180,15 @@ def _entries(cell: Cell, before: int | None) -> list[str]:
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:
-    """Why a cell has no time, one line each."""
+    """Why cells lack a number: a line for each implementation and status, the first cell's why."""
+    alike: dict[tuple[str, Status], list[Cell]] = {}
+    for cell in cells:
+        if cell.note:
+            alike.setdefault((cell.implementation, cell.status), []).append(cell)
     return [
-        f"{cell.implementation}, T = {cell.sequence_length:,}: {cell.status}: {cell.note}"
-        for cell in cells
-        if cell.note
+        f"{name}, T = {' '.join(f'{cell.sequence_length:,}' for cell in found)}:"
+        f" {status}: {found[0].note}"
+        for (name, status), found in alike.items()
     ]
 
 

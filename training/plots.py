@@ -8,7 +8,6 @@ from typing import Any
 from training.memory_scaling import Cell, bytes_text
 
 _COLORS = ("#d1495b", "#00798c", "#edae49", "#66518f", "#2e933c")
-_SMOOTHING = 0.9  # share that the average keeps of the step before
 
 
 def plot_loss(
@@ -143,12 +142,13 @@ def _growth_lines(axes: Any, *, powers: Sequence[int]) -> None:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over the values so far, its weights summing to one at each."""
+    """Moving average over the last fiftieth of a run or so, weights falling exponentially."""
+    keep = 1 - 1 / max(10, len(values) / 50)
     smoothed: list[float] = []
     total = weight = 0.0
     for value in values:
-        total = _SMOOTHING * total + value
-        weight = _SMOOTHING * weight + 1
+        total = keep * total + value
+        weight = keep * weight + 1
         smoothed.append(total / weight)
     return smoothed
 

@@ -13,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+_PIPE_WIDTH = 120  # columns
+
 
 class TrainingProgress:
     """Steps done out of `total`, with lines above the bar."""
@@ -50,6 +52,14 @@ class TrainingProgress:
 
     def line(self, text: str) -> None:
         say(self._console, text)
+
+
+def make_console() -> Console:
+    """Standard output; where it is no terminal, wide enough for any table of the trainer."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
 
 
 def say(console: Console, text: str) -> None:

@@ -109,7 +109,7 @@ class MetricsLog:
         """Step of the newest row, -1 without one."""
         return self._last
 
-    def write(self, row: dict[str, float | int]) -> None:
+    def write(self, row: dict[str, float]) -> None:
         self._last = int(row["step"])
         self._file.write(f"{json.dumps(row)}\n")
         self._file.flush()

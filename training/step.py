@@ -131,7 +131,7 @@ def _schedule(config: OptimizerConfig) -> optax.Schedule:
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=int(config.warmup_fraction * config.steps),
         decay_steps=config.steps,
         end_value=config.learning_rate * config.final_learning_rate_ratio,
     )
