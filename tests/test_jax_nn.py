@@ -277,9 +277,9 @@ class TestDifferences:
         q, k, v = (jnp.asarray(x, jnp.float16) for x in (self.q, self.k, self.v))
         if jax.default_backend() == "cpu":
             with pytest.raises(ValueError, match="F16_F16_F32"):
-                jax.nn.dot_product_attention(q, k, v)
+                jax.jit(jax.nn.dot_product_attention)(q, k, v)
         whole = jattn.dot_product_attention(self.q, self.k, self.v)
-        ours = jattn.dot_product_attention(q, k, v)
+        ours = jax.jit(jattn.dot_product_attention)(q, k, v)
         np.testing.assert_allclose(np.float32(ours), whole, atol=4e-3)
 
     def test_xla_is_not_a_name_and_the_error_says_which_are(self) -> None:

@@ -59,7 +59,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW, linear warm-up, then a cosine."""
 
-    steps: int = 800
+    steps: int = 1000
     """Number of updates."""
 
     learning_rate: float = 3e-3
@@ -113,7 +113,7 @@ class RecordConfig:
     evaluation_windows: int = 32
     """Held-out sequences measured, spread evenly over the text, in whole batches."""
 
-    checkpoint_every: int = 200
+    checkpoint_every: int = 250
     """Steps between two checkpoints; one is always written at the end and on Ctrl-C."""
 
     keep_checkpoints: int = 2
