@@ -11,6 +11,7 @@ from benchmarks.targets import Growth, Memory, Speed, Target
 
 __all__ = ["PRESETS", "Plan", "Preset", "custom"]
 
+FAST_CPU_PEERS = ("jattn/memory_efficient", "jax.nn/xla")
 CPU_PEERS = ("jattn/memory_efficient", "jattn/eager", "jax.nn/xla")
 FAST_PEERS = ("jattn/flash", "jax.nn/cudnn", "tokamax/mosaic", "torch/flash", "torch/cudnn")
 # Far behind on a GPU: they run in few cells unless they are asked for by name.
@@ -66,18 +67,17 @@ def cpu(
         def cell(mask: str, t: int = t, h: int = h, dtype: str = "float32") -> Cell:
             return Cell(1, t, t, heads, heads, h, Mask.parse(mask), dtype)
 
+        both: tuple[Pass, ...] = ("forward", "gradient")
         for mask, bounds in sped.items():
-            plans.append(Plan(cell(mask), ("forward", "gradient"), CPU_PEERS))
+            plans.append(Plan(cell(mask), both, FAST_CPU_PEERS))
             for which, bound in bounds.items():
                 targets.append(Speed(cell(mask).name, which, ours, bound, theirs))
-        # For information: no target.
-        bf16 = cell("causal", dtype="bfloat16")
-        plans.append(Plan(bf16, ("forward", "gradient"), CPU_PEERS, repeats=3))
+        # For information, no target: bfloat16, and every backend where the formula takes less long.
+        plans.append(Plan(cell("causal", dtype="bfloat16"), both, FAST_CPU_PEERS, repeats=3))
+        for size in (t // 8, t // 4, t // 2):
+            plans.append(Plan(cell("causal", t=max(size, 1)), both, CPU_PEERS))
+        plans.append(Plan(cell("causal", t=2 * t), ("gradient",), CPU_PEERS, timed=False))
         memory = [cell("causal", t=size) for size in (t // 2, t, 2 * t)]
-        planned = {plan.cell for plan in plans}
-        plans += [
-            Plan(c, ("gradient",), CPU_PEERS, timed=False) for c in memory if c not in planned
-        ]
         # 160 MiB at 4096 x 8 x 64, and in proportion.
         targets.append(Memory(memory[1].name, "gradient", ours, 160 * memory[1].elements / 2**21))
         for small, large in pairwise(memory):

@@ -94,10 +94,10 @@ def test_the_forward_preset_is_the_bar_table() -> None:
     ]
 
 
-def test_the_cpu_preset_measures_memory_at_three_doubled_lengths() -> None:
+def test_the_cpu_preset_doubles_lengths_and_compiles_the_longest_alone() -> None:
     plans = [p for p in presets.cpu().plans if p.cell.dtype == "float32"]
     lengths = {p.cell.queries: p.timed for p in plans if p.cell.mask.kind == "causal"}
-    assert lengths == {4096: True, 2048: False, 8192: False}
+    assert lengths == {512: True, 1024: True, 2048: True, 4096: True, 8192: False}
 
 
 def run_with(*measurements: tuple[Cell, Measurement]) -> Run:
