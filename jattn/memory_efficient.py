@@ -6,13 +6,14 @@ Saves q, k, v, the output and the log-sum-exp, never the T x S weights (Rabe and
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
 from jax import Array
 
 from jattn import query_chunks, sharding
-from jattn.reverse_only import first_order_only, reverse_only
+from jattn.reverse_only import first_order_only, naming_eager, reverse_only
 from jattn.spec import AttentionSpec, Operands
 from jattn.target import Target
 from jattn.tiles import Chunks
@@ -34,7 +35,8 @@ def attend_in_chunks(
     spec: AttentionSpec, operands: Operands, chunks: Chunks
 ) -> tuple[Array, Array]:
     """The same with chunk sizes given."""
-    return _attend(spec, chunks, reverse_only(sharding.varying_alike(operands)))
+    with naming_eager():
+        return _attend(spec, chunks, reverse_only(sharding.varying_alike(operands)))
 
 
 def choose_chunks(
@@ -46,7 +48,7 @@ def choose_chunks(
     platform = "cpu" if target.platform == "cpu" else "gpu"
     budget, (most_queries, most_keys) = _STEP_LOGITS[platform], _MOST[platform]
     if spec.band.width is not None:  # blocks wider than the band would be mostly hidden
-        most_keys = min(most_keys, max(128, 2 ** (spec.band.width - 1).bit_length()))
+        most_keys = min(most_keys, max(128, 2 ** round(math.log2(max(spec.band.width, 1)))))
     while spec.heads * most_queries * most_keys > budget and most_keys > 64:
         most_queries, most_keys = sorted((most_queries, most_keys // 2))
     queries = min(most_queries if queries is None else queries, spec.queries)

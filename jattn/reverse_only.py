@@ -7,7 +7,8 @@ is all that reverse mode needs, but neither evaluated nor lowered, which forward
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any, NoReturn
 
 import jax
@@ -18,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jattn.errors import UnsupportedAttentionError
 
-__all__ = ["first_order_only", "reverse_only"]
+__all__ = ["first_order_only", "naming_eager", "reverse_only"]
 
 _ADVICE = "use implementation='eager' (or jattn.eager_attention), which has derivatives of any kind"
 FORWARD_MODE = f"this attention backend has no forward-mode derivative (jvp): {_ADVICE}"
@@ -58,9 +59,24 @@ def first_order_only[**P, R](backward: Callable[P, R]) -> Callable[P, R]:
     guarded.defvjp(lambda *args: (guarded(*args), None), no_second)
 
     def refusing(*args: P.args, **kwargs: P.kwargs) -> R:
-        return guarded(*reverse_only(args), **kwargs)
+        with naming_eager():
+            return guarded(*reverse_only(args), **kwargs)
 
     return refusing
+
+
+@contextlib.contextmanager
+def naming_eager() -> Generator[None]:
+    """Rewords jax's own refusal of a forward-mode derivative.
+
+    It comes before the primitive's where a vmap stands outside the jvp, as in a jitted `jacfwd`.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise UnsupportedAttentionError(FORWARD_MODE) from error
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
