@@ -28,6 +28,9 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
         f"a mask {spec.mask_shape} that hides a whole row would give the mean of the values": (
             spec.mask_shape is not None
         ),
+        f"an odd length (T {spec.queries}, S {spec.keys}) has no gradient": (
+            spec.queries % 2 != 0 or spec.keys % 2 != 0
+        ),
         "segment ids would need a dense mask": spec.has_segments,
         "sequence lengths: rows and keys past them are not promised to be left out": (
             spec.has_query_lengths or spec.has_key_lengths
@@ -73,9 +76,6 @@ def _bias(spec: AttentionSpec) -> dict[str, bool]:
     return {
         f"bias {shape} is not (1, N, T, S) = {full}, for which alone it has a gradient": (
             shape is not None and shape != full
-        ),
-        f"bias with an odd length (T {spec.queries}, S {spec.keys}) has no gradient": (
-            shape == full and (spec.queries % 2 != 0 or spec.keys % 2 != 0)
         ),
     }
 

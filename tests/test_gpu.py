@@ -30,9 +30,9 @@ SIZES = Case("sizes", queries=192, keys=192, head_dim=64, dtype="bfloat16")
 CUDNN_CASES = [
     replace(SIZES, name="full"),
     replace(SIZES, name="float16", dtype="float16"),
-    replace(SIZES, name="odd", queries=151, keys=77),
+    replace(SIZES, name="ragged", queries=150, keys=78),
     replace(SIZES, name="causal", causal=True),
-    replace(SIZES, name="causal_odd_more_queries", causal=True, queries=201, keys=99),
+    replace(SIZES, name="causal_more_queries", causal=True, queries=202, keys=98),
     replace(SIZES, name="window", causal=True, window=(17, 0)),
     replace(SIZES, name="window_of_itself", window=(0, 0)),
     replace(SIZES, name="bias", bias="1NTS"),
