@@ -118,8 +118,9 @@ def choose(spec: AttentionSpec, target: Target, implementation: Implementation |
 
 
 def _names(implementation: Implementation) -> tuple[str, ...]:
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    unknown = [name for name in names if name not in BACKENDS]
+    named = [implementation] if isinstance(implementation, str) else implementation
+    names = tuple(named) if isinstance(named, list | tuple) else ()
+    unknown = [name for name in names if not isinstance(name, str) or name not in BACKENDS]
     if unknown or not names:
         allowed = ", ".join(map(repr, BACKENDS))
         raise ValueError(

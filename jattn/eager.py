@@ -30,20 +30,24 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     logits = logits * spec.scale
     if operands.bias is not None:
         logits = logits + spec.grouped(operands.bias.astype(logits.dtype))
-    logits = spec.soft_cap(logits)
     if masking.hides_some(spec):
         seen = spec.grouped(masking.visible(spec, operands))
+        # Hidden twice: the cap's slope at a NaN, times a gradient of 0, would be NaN.
+        logits = spec.soft_cap(jnp.where(seen, logits, 0))
         logits = jnp.where(seen, logits, -jnp.inf)
+    else:
+        logits = spec.soft_cap(logits)
 
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    sees_none = top == -jnp.inf
+    no_maximum = top == -jnp.inf
     sinks = None
     if operands.sinks is not None:
-        sinks = operands.sinks.astype(logits.dtype).reshape(spec.kv_heads, spec.group, 1, 1)
+        sinks = operands.sinks.astype(logits.dtype).reshape(1, spec.kv_heads, spec.group, 1, 1)
         top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
-    top = jnp.where(sees_none, 0, top)
+    top = jnp.where(no_maximum, 0, top)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
+    sees_none = no_maximum & (total == 0)  # a maximum may pass over NaN, a sum does not
     if sinks is not None:
         total = total + jnp.exp(sinks - top)
     total = jnp.where(sees_none, 1, total)
@@ -73,7 +77,7 @@ def _without_padding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Ar
     def cut(x: Array, lengths: Array | None) -> Array:
         if lengths is None:
             return x
-        within = jnp.arange(x.shape[1]) < lengths[:, None]
+        within = jnp.arange(x.shape[1])[None] < lengths[:, None]
         return jnp.where(within[:, :, None, None], x, 0)
 
     return (
@@ -85,12 +89,13 @@ def _without_padding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Ar
 
 def _kept(spec: AttentionSpec, seeds: Array) -> Array:
     """The dropout mask of the whole call, (B, K, G, T, S)."""
-    queries = jnp.arange(spec.queries)[:, None]
+    queries = jnp.arange(spec.queries)[None, None, None, :, None]
+    keys = jnp.arange(spec.keys)[None, None, None, None, :]
     row = seeds[:, :, None, None, None, None]
     return dropout.keep(
         (row[:, 0], row[:, 1]),
         spec.dropout_heads(),
         queries,
-        jnp.arange(spec.keys),
+        keys,
         spec.dropout_rate,
     )

@@ -124,10 +124,9 @@ def visible(spec: AttentionSpec, operands: Operands) -> Array:
         return None if lengths is None else lengths[:, None, None, None]
 
     intervals = KeyIntervals.of(spec, column(operands.query_lengths), column(operands.key_lengths))
-    query = jnp.arange(spec.queries)[:, None]
-    key = jnp.arange(spec.keys)[None, :]
+    query = jnp.arange(spec.queries)[None, None, :, None]
+    key = jnp.arange(spec.keys)[None, None, None, :]
     mask = intervals.visible(query, key)
-    mask = mask[(None,) * (4 - mask.ndim)]
     if operands.query_segments is not None and operands.key_segments is not None:
         same = operands.query_segments[:, :, None] == operands.key_segments[:, None, :]
         mask = mask & same[:, None]

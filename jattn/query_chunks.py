@@ -191,6 +191,7 @@ def _logits(
 ) -> tuple[Array, Array | float]:
     """The tile's logits against key block j, -inf where hidden, and the soft cap's slope there."""
     spec, bias = tile.spec, tile.arrays.operands.bias
+    seen = None if clear else tile.visible(j)
     logits = _against_keys(spec, query, key) * spec.scale
     if bias is not None:
         logits = logits + tile.block(bias, j).astype(logits.dtype)
@@ -198,14 +199,15 @@ def _logits(
     if spec.logits_soft_cap is not None:
         logits = spec.soft_cap(logits)
         slope = 1 - (logits / spec.logits_soft_cap) ** 2
-    return (logits if clear else jnp.where(tile.visible(j), logits, -jnp.inf)), slope
+        slope = slope if seen is None else jnp.where(seen, slope, 0)
+    return (logits if seen is None else jnp.where(seen, logits, -jnp.inf)), slope
 
 
 def _finish(spec: AttentionSpec, state: _Softmax, sinks: Array | None) -> tuple[Array, Array]:
     """The tile's output and log-sum-exp; the sink joins the sum as a key without a value."""
     top, total = state.top, state.total
-    sees_none = top == -jnp.inf
-    top = jnp.where(sees_none, 0, top)
+    sees_none = (top == -jnp.inf) & (total == 0)  # a maximum may pass over NaN, a sum does not
+    top = jnp.where(top == -jnp.inf, 0, top)
     out = state.out
     if sinks is not None:
         sink = sinks.astype(top.dtype).reshape(1, spec.kv_heads, spec.group, 1)

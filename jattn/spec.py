@@ -94,8 +94,8 @@ class AttentionSpec:
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def dropout_heads(self) -> Array:
-        """The head index that each head's dropout mask is drawn for, (K, G, 1, 1)."""
-        heads = jnp.arange(self.heads).reshape(self.kv_heads, self.group, 1, 1)
+        """The head index that each head's dropout mask is drawn for, (1, K, G, 1, 1)."""
+        heads = jnp.arange(self.heads).reshape(1, self.kv_heads, self.group, 1, 1)
         return jnp.zeros_like(heads) if self.broadcast_dropout else heads
 
     def describe(self) -> str:

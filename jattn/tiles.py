@@ -117,7 +117,7 @@ class Tile:
         lengths = self.arrays.operands.query_lengths
         if lengths is None:
             return part
-        within = self.query_positions < self._of_rows(lengths)[:, None]
+        within = self.query_positions[None] < self._of_rows(lengths)[:, None]
         return jnp.where(_row_column(within, part.ndim), part, 0)
 
     def fresh_rows(self, part: Array) -> Array:
@@ -135,7 +135,7 @@ class Tile:
         lengths = self.arrays.operands.key_lengths
         if clear or lengths is None:
             return x
-        within = self.key_positions(j) < self._of_rows(lengths)[:, None]
+        within = self.key_positions(j)[None] < self._of_rows(lengths)[:, None]
         return jnp.where(within[:, None, :, None], x, 0)
 
     def add_keys(self, x: Array, part: Array, j: Array) -> Array:
@@ -182,7 +182,7 @@ class Tile:
     def visible(self, j: Array) -> Array:
         """Which logits of block j count: (rows, K|1, G|1, queries, keys) or broadcastable to it."""
         operands = self.arrays.operands
-        query, key = self.query_positions[:, None], self.key_positions(j)
+        query, key = self._positions(j)
         seen = self._intervals((-1, 1, 1, 1, 1)).visible(query, key) & (key >= j * self.chunks.keys)
         if operands.query_segments is not None and operands.key_segments is not None:
             own = self._of_rows(operands.query_segments, self.query, self.chunks.queries)
@@ -198,13 +198,19 @@ class Tile:
         if seeds is None:
             return None
         row = self._of_rows(seeds).reshape(-1, 2, 1, 1, 1, 1)
+        query, key = self._positions(j)
         return dropout.keep(
             (row[:, 0], row[:, 1]),
             self.spec.dropout_heads(),
-            self.query_positions[:, None],
-            self.key_positions(j),
+            query,
+            key,
             self.spec.dropout_rate,
         )
+
+    def _positions(self, j: Array) -> tuple[Array, Array]:
+        """Of the tile's queries and of block j's keys, shaped to broadcast to its logits."""
+        queries, keys = self.query_positions, self.key_positions(j)
+        return queries[None, None, None, :, None], keys[None, None, None, None, :]
 
     def _key_start(self, j: Array) -> Array:
         return jnp.minimum(j * self.chunks.keys, self.spec.keys - self.chunks.keys)
