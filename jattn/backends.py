@@ -31,25 +31,26 @@ class Backend:
     automatic: bool = True
 
 
-# In the order in which an unnamed choice tries them. The reason for each place is a measurement:
-# memory_efficient is ahead of eager's formula on a CPU at every length from 512 on
-# (benchmarks/results); on a GPU, flash kernels and cuDNN are several times faster than any XLA form
-# (on an H200, bf16, head dim 128, T = 4096 forward: cuDNN 582 TFLOP/s, XLA's formula 47).
+# In the order in which an unnamed choice tries them. The reason for each place is a measurement in
+# benchmarks/results. On an H200 flash's forward is ahead of cuDNN's in most cells, but its backward
+# still runs in XLA, far behind, and a choice cannot see whether a gradient will follow: so cuDNN
+# goes first until flash has a backward kernel. On a CPU memory_efficient is ahead of the formula at
+# every length from 512 on.
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(
-            name="flash",
-            attend=flash_attention.attend,
-            refusals=flash_attention.refusals,
-            kernel=lambda spec, target: "Pallas flash attention",
-            gradient_bytes=flash_attention.gradient_bytes,
-        ),
         Backend(
             name="cudnn",
             attend=lambda spec, operands, target: cudnn.attend(spec, operands),
             refusals=cudnn.refusals,
             kernel=lambda spec, target: "cuDNN fused attention",
+            gradient_bytes=flash_attention.gradient_bytes,
+        ),
+        Backend(
+            name="flash",
+            attend=flash_attention.attend,
+            refusals=flash_attention.refusals,
+            kernel=flash_attention.kernel,
             gradient_bytes=flash_attention.gradient_bytes,
         ),
         Backend(

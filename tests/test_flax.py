@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from typing import Any
 
 import jax
@@ -109,9 +108,14 @@ both = pytest.mark.parametrize("flavour", RUN)
 @pytest.mark.parametrize(
     ("batch", "mask"),
     [
-        *product([(), (2, 3)], ["none", "causal", "keys", "heads"]),
+        ((), "none"),
+        ((), "causal"),
+        ((), "keys"),
         ((2,), "causal"),
         ((2,), "keys_bool"),
+        ((2, 3), "none"),
+        ((2, 3), "keys"),
+        ((2, 3), "heads"),
         ((1, 2, 2), "keys"),
     ],
     ids=str,
@@ -136,7 +140,7 @@ def test_it_equals_flax(flavour: str, batch: tuple[int, ...], mask: str) -> None
 
 
 @both
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 def test_causal_set_on_the_adapter_wins(flavour: str, batch: tuple[int, ...]) -> None:
     run, helpers = RUN[flavour], HELPERS[flavour]
     x = normal("x", *batch, T, FEATURES)
@@ -152,7 +156,7 @@ def test_causal_set_on_the_adapter_wins(flavour: str, batch: tuple[int, ...]) ->
         close(run(attention_fn(), x, x), expected)
 
 
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 def test_causal_in_the_call_works_too(batch: tuple[int, ...]) -> None:
     x = normal("x", *batch, T, FEATURES)
     expected = run_nnx(None, x, x, is_causal=True)

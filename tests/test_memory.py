@@ -42,7 +42,6 @@ CALLS: dict[str, Any] = {
     "window": ({}, {"is_causal": True, "local_window_size": (256, 0)}),
     "bias_keys": ({"bias": "1N1S"}, {"is_causal": True}),
     "bias_heads": ({"bias": "1N11"}, {"logits_soft_cap": 5.0}),
-    "bias_queries": ({"bias": "11T1"}, {}),
     "lengths": ({"query_seq_lengths": "B", "key_value_seq_lengths": "B"}, {}),
     "segments": ({"query_segment_ids": "BT", "key_value_segment_ids": "BS"}, {"is_causal": True}),
     "mask_keys_sinks_dropout": (

@@ -1,0 +1,1 @@
+"""Mosaic GPU kernels for Hopper, compute capability 9.0."""

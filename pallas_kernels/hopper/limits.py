@@ -1,0 +1,32 @@
+"""What the Hopper kernels cannot do. Importing this imports no kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = ["refusals"]
+
+MOST_HEAD_DIM = 256  # wgmma's largest N, and all the registers a warpgroup has for the output
+
+
+def refusals(spec: AttentionSpec) -> list[str]:
+    """Why the kernels cannot do the call, with the values; empty if they can."""
+    reasons = []
+    if spec.dtype.name not in ("bfloat16", "float16"):
+        reasons.append(f"its Hopper kernel takes bfloat16 and float16, not {spec.dtype.name}")
+    for name, size in {"head dim": spec.head_dim, "value head dim": spec.value_dim}.items():
+        if size > MOST_HEAD_DIM or size % 8:
+            reasons.append(
+                f"its Hopper kernel takes a {name} up to {MOST_HEAD_DIM} and a multiple of 8, "
+                f"not {size}"
+            )
+    if spec.mask_shape is not None:
+        reasons.append(f"its Hopper kernel takes no dense mask, given {spec.mask_shape}")
+    if spec.bias_shape is not None:
+        reasons.append(f"its Hopper kernel takes no bias, given {spec.bias_shape}")
+    if spec.dropout_rate > 0:
+        reasons.append(f"its Hopper kernel takes no dropout, given rate {spec.dropout_rate}")
+    return reasons

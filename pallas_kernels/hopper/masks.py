@@ -1,0 +1,133 @@
+"""Which keys a query tile visits, and the element mask of one block of them.
+
+Blocks are visited from the right: step i visits block `stop - 1 - i`. Those at either end may need
+an element mask; those between do not, and their loop has none.
+
+    step        0      1      2      3      4
+    block     stop-1                      first
+              mask   mask |  clear  clear | mask
+                          clear_from      clear_to
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jattn.masking import KeyIntervals
+from pallas_kernels import blocks
+from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.tiles import ROWS
+
+if TYPE_CHECKING:
+    from pallas_kernels.hopper.plan import Plan, Work
+
+__all__ = ["Steps", "Warpgroup", "hide", "steps_of"]
+
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)  # one value a row
+COLUMN = WGMMA.reduce(0)  # one value a column
+
+
+class Warpgroup(NamedTuple):
+    """A compute warpgroup: its number, and which rows of the tile it holds, (64,)."""
+
+    number: Array
+    rows: Array
+
+    @staticmethod
+    def of(seam: Seam, index: Array) -> Warpgroup:
+        """Made once: the compiler searches for each iota's layout, and of a vector's for long."""
+        rows = plgpu.broadcasted_iota(jnp.int32, (ROWS, 8), 0, layout=WGMMA).max(axis=1)
+        return Warpgroup(index, seam.layout(rows, ROW) + index * ROWS)
+
+
+class Steps(NamedTuple):
+    """The visits of one tile; `empty` if it sees no key, and `visits` is then 1 all the same."""
+
+    stop: Array | int
+    visits: Array | int
+    clear_from: Array | int
+    clear_to: Array | int
+    empty: Array | bool
+
+
+def intervals_of(plan: Plan, refs: Ref, batch: Array) -> KeyIntervals:
+    """The key intervals of one batch row."""
+    spec = plan.spec
+    return KeyIntervals.of(
+        spec,
+        refs.query_lengths[batch] if spec.has_query_lengths else None,
+        refs.key_lengths[batch] if spec.has_key_lengths else None,
+    )
+
+
+def steps_of(plan: Plan, refs: Ref, work: Work) -> Steps:
+    """The blocks of keys that a tile visits."""
+    spec, size = plan.spec, plan.tiles.keys
+    if spec.has_segments:
+        ranges = refs.ranges
+        first, stop, clear_first, clear_stop = (ranges[work.batch, work.tile, i] for i in range(4))
+    else:
+        intervals = intervals_of(plan, refs, work.batch)
+        last = work.query + plan.queries
+        stop_query = last if spec.queries % plan.queries == 0 else jnp.minimum(last, spec.queries)
+        first, stop = blocks.key_blocks(intervals, work.query, stop_query, size)
+        clear_first, clear_stop = blocks.unmasked_key_blocks(
+            intervals, work.query, stop_query, size
+        )
+    if plan.splits > 1:
+        count = jnp.maximum(stop - first, 0)
+        first, stop = (first + lax.div(count * (work.split + k), plan.splits) for k in range(2))
+    if not plan.masked:
+        return Steps(stop, stop - first, 1, stop - first, False)
+    count = jnp.maximum(stop - first, 1)
+    some = clear_first < clear_stop
+    clear_from = jnp.where(some, jnp.clip(stop - clear_stop, 1, count), count)
+    clear_to = jnp.where(some, jnp.clip(stop - clear_first, clear_from, count), count)
+    # A tile that sees no key visits one block all the same, of which every element is hidden.
+    return Steps(jnp.maximum(stop, 1), count, clear_from, clear_to, stop <= first)
+
+
+def hide(
+    plan: Plan,
+    seam: Seam,
+    refs: Ref,
+    work: Work,
+    steps: Steps,
+    warpgroup: Warpgroup,
+    s: Array,
+    i: Array,
+    slot: Array,
+) -> Array:
+    """s (64, keys) of the i-th block visited, with -inf where a row does not see a key."""
+    spec, shape = plan.spec, s.shape
+    query = work.query + warpgroup.rows
+    if plan.pack > 1:
+        query = work.query + (warpgroup.rows & (plan.queries - 1))
+    intervals = intervals_of(plan, refs, work.batch)
+
+    def of_rows(x: Array | int) -> Array:
+        """One value a row, from one a row or one for all."""
+        x = jnp.asarray(x, jnp.int32)
+        return seam.layout(jnp.full((ROWS,), x), ROW) if x.ndim == 0 else x
+
+    start = (steps.stop - 1 - i) * plan.tiles.keys
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+    high = of_rows(intervals.end(query))
+    if spec.has_query_lengths:
+        high = jnp.where(query < of_rows(intervals.query_length), high, of_rows(0))
+    if plan.splits > 1 or spec.has_segments or spec.has_query_lengths or spec.has_key_lengths:
+        high = jnp.minimum(high, of_rows(jnp.where(steps.empty, 0, spec.keys)))
+    seen = key < lax.broadcast_in_dim(high - start, shape, [0])
+    if spec.band.lower is not None:
+        low = of_rows(intervals.start(query)) - start
+        seen &= key >= lax.broadcast_in_dim(low, shape, [0])
+    if spec.has_segments:
+        mine = seam.layout(refs.q_segments[warpgroup.number], ROW)
+        its = seam.layout(refs.k_segments[slot], COLUMN)
+        seen &= lax.broadcast_in_dim(mine, shape, [0]) == lax.broadcast_in_dim(its, shape, [1])
+    return jnp.where(seen, s, -jnp.inf)

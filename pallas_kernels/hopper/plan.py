@@ -1,0 +1,181 @@
+"""Which thread block computes which tile, when: packing of heads, splits of keys, order of work.
+
+A tile is `rows` query rows of one batch row: `pack` heads of one group (usually one), each with
+`queries` queries, against one contiguous share of their visible keys (usually all of it).
+
+    rows of a tile, pack 2:    head 0: t0, t0+1, ...    head 1: t0, t0+1, ...
+
+The list of tiles goes through groups of heads whose keys and values fit in L2 together; in a group,
+longest tiles first. Either each tile is a thread block of its own, or the blocks are as many as the
+multiprocessors and each has its share of the list, made when the call is traced.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jax import Array, lax
+
+from jattn.masking import KeyIntervals
+from pallas_kernels.blocks import key_blocks
+from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = ["Plan", "Work", "make_plan"]
+
+MULTIPROCESSORS = 132
+TILE_COST = 0.7  # of a tile's start and end, in visits to a block of keys
+MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
+L2_BYTES = 32 << 20  # of 60 MB: the rest is for queries, output and what is yet to be evicted
+
+
+class Work(NamedTuple):
+    """One tile: batch row, first head, key head, first query, share of the keys, query tile."""
+
+    batch: Array
+    head: Array
+    kv_head: Array
+    query: Array
+    split: Array
+    tile: Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launch of one call."""
+
+    spec: AttentionSpec
+    tiles: Tiles
+    pack: int
+    splits: int
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a tile."""
+        return self.tiles.warpgroups * ROWS
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile; a power of two if heads are packed."""
+        return self.rows // self.pack
+
+    @property
+    def query_tiles(self) -> int:
+        """Tiles along T."""
+        return -(-self.spec.queries // self.queries)
+
+    @property
+    def head_packs(self) -> int:
+        """Packs of heads."""
+        return self.spec.heads // self.pack
+
+    @property
+    def works(self) -> int:
+        """Tiles in all."""
+        return self.spec.batch * self.head_packs * self.query_tiles * self.splits
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the kernel's float32 outputs are joined afterwards, with each other or a sink."""
+        return self.splits > 1 or (self.spec.has_sinks and self.pack > 1)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some block of keys needs an element mask."""
+        from jattn.masking import hides_some
+
+        return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
+
+    @property
+    def masked_left(self) -> bool:
+        """Whether blocks at the left end may need one, after those that do not."""
+        spec = self.spec
+        return spec.band.lower is not None or spec.has_segments or (self.splits > 1 and self.masked)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether thread blocks compute several tiles each, by a list."""
+        return self.works > self.blocks
+
+    def schedule(self) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+        """(blocks, 1 + most): how many tiles each block computes, and which.
+
+        Each tile in the order of the list goes to the block that is free first, by a count of the
+        key blocks it visits where that is known.
+        """
+        spec, size = self.spec, self.tiles.keys
+        intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
+        visits = []
+        for tile in range(self.query_tiles):
+            stop = min((tile + 1) * self.queries, spec.queries)
+            first, last = key_blocks(intervals, tile * self.queries, stop, size)
+            visits.append(max(int(last) - int(first), 1) + TILE_COST)
+        together = self.heads_together
+        free = [(0.0, block) for block in range(self.blocks)]
+        mine: list[list[int]] = [[] for _ in free]
+        for work in range(self.works):
+            now, block = heapq.heappop(free)
+            mine[block].append(work)
+            tile = work // self.splits % (self.query_tiles * together) // together
+            heapq.heappush(free, (now + visits[self.query_tiles - 1 - tile], block))
+        most = max(map(len, mine))
+        return np.array([[len(x), *x, *[0] * (most - len(x))] for x in mine], np.int32)
+
+    def work(self, index: Array) -> Work:
+        """The tile with this number in the list."""
+        index, split = _divide(index, self.splits)
+        together = self.heads_together
+        lots, tile = _divide(index, self.query_tiles * together)
+        tile, inner = _divide(tile, together)
+        batch, pack = _divide(lots * together + inner, self.head_packs)
+        tile = self.query_tiles - 1 - tile  # the longest of a causal call come first
+        head = pack * self.pack
+        kv_head = lax.div(head, self.spec.group)
+        return Work(batch, head, kv_head, tile * self.queries, split, tile)
+
+    @property
+    def heads_together(self) -> int:
+        """Packs of heads, a divisor of their number, whose keys and values share L2."""
+        spec = self.spec
+        own = spec.keys * (spec.head_dim + spec.value_dim) * spec.element_bytes
+        most = max(self.tiles.heads_together, L2_BYTES // own) * max(1, spec.group // self.pack)
+        count = spec.batch * self.head_packs
+        return max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+
+
+def make_plan(spec: AttentionSpec, tiles: Tiles | None = None) -> Plan:
+    """The plan of a call, with these tiles or the table's."""
+    packable = spec.group & -spec.group  # the largest power of two that divides it
+    pack = min(packable, ROWS // 8)
+    while pack > 1 and spec.queries * pack > 2 * ROWS:
+        pack //= 2
+    chosen = tiles or choose_tiles(spec, rows=spec.queries * pack, out_bytes=spec.element_bytes)
+    plan = _with_tiles(spec, chosen, pack)
+    if tiles is None and (2 * plan.works <= MULTIPROCESSORS or plan.in_parts):
+        # Too few tiles to fill the chip: the smallest, and the keys split among blocks.
+        plan = _with_tiles(spec, choose_tiles(spec, rows=1, out_bytes=4), pack)
+        most = -(-spec.keys // (2 * plan.tiles.keys))
+        plan = replace(plan, splits=max(1, min(MULTIPROCESSORS // plan.works, most)))
+    # A list made beforehand is fair only where the tiles' lengths are known beforehand.
+    known = not (spec.has_segments or spec.has_query_lengths or spec.has_key_lengths)
+    listed = plan.tiles.persistent and known and plan.works <= MOST_LISTED
+    return replace(plan, blocks=min(plan.works, MULTIPROCESSORS) if listed else plan.works)
+
+
+def _with_tiles(spec: AttentionSpec, tiles: Tiles, pack: int) -> Plan:
+    rows = tiles.warpgroups * ROWS
+    if tiles.warpgroups == 3:
+        pack = 1
+    while pack > 1 and rows // pack < min(spec.queries, rows):
+        pack //= 2
+    return Plan(spec, tiles, pack, splits=1, blocks=1)
+
+
+def _divide(a: Array, b: int) -> tuple[Array, Array]:
+    return (a, a * 0) if b == 1 else (lax.div(a, b), lax.rem(a, b))

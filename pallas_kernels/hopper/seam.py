@@ -1,0 +1,75 @@
+"""Where the kernel's text differs between a GPU and the interpreter on a CPU.
+
+The interpreter runs threads, barriers and copies, but has no wgmma with a register operand. That is
+met here; all else is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+__all__ = ["Ref", "Seam"]
+
+type Ref = Any
+
+
+@dataclass(frozen=True)
+class Seam:
+    """The instructions of a GPU, or what stands for them when interpreting."""
+
+    interpret: bool
+
+    def matmul_into(self, acc: Ref, a: Array | Ref, b: Ref) -> None:
+        """acc += a @ b, started; `a` is in registers or shared memory, `b` in shared memory."""
+        if not self.interpret:
+            plgpu.wgmma(acc, a, b)
+            return
+        acc[...] += jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+
+    def wait(self, acc: Ref, *, in_flight: int) -> Array:
+        """The accumulator's value once at most `in_flight` younger products are running."""
+        if self.interpret:
+            value: Array = acc[...]
+            return value
+        return plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)  # type: ignore[no-any-return]
+
+    def with_accumulator(
+        self, body: Callable[[Ref], Any], shape: tuple[int, int], stand_in: Ref
+    ) -> Any:
+        """body(accumulator), a float32 one that is zero at first.
+
+        `stand_in` is what is used when interpreting: shared memory of the warpgroup's own.
+        """
+        if self.interpret:
+            stand_in[...] = jnp.zeros(shape, jnp.float32)
+            return body(stand_in)
+        return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))  # type: ignore[attr-defined]
+
+    def layout(self, x: Array, layout: Any) -> Array:
+        """The array in this register layout."""
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+
+def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """Tiling and swizzle of a shared-memory matrix that holds this many columns of an array."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if columns * size % s == 0 or columns * size < s)
+    tiling = plgpu.TilingTransform((8, swizzle // size))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+
+
+def padded_width(columns: int) -> int:
+    """Columns that a 16-bit matrix takes in shared memory: whole rows of some swizzle."""
+    return -(-columns // 64) * 64 if columns < 64 else -(-columns // 16) * 16
+
+
+def copyable(size: int, tile: int) -> int:
+    """The size at least this that an array's axis must have to be copied in tiles."""
+    return size if size < tile else -(-size // tile) * tile

@@ -1,0 +1,86 @@
+"""Segment ids as the kernel wants them: by query tile, and the blocks of keys each tile visits.
+
+Ids are compared by range, block against block, which is exact for sorted ("packed") ids and safe
+for any others. All of it is O(T + S + tiles x blocks) integers, made by XLA before the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array
+
+from jattn.masking import KeyIntervals
+from pallas_kernels import blocks
+
+if TYPE_CHECKING:
+    from jattn.spec import Operands
+    from pallas_kernels.hopper.plan import Plan
+
+__all__ = ["segment_arrays"]
+
+
+def segment_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
+    """query_segments (B, tiles * rows), key_segments (B, blocks * keys) and ranges (B, tiles, 4).
+
+    A range holds the first and stop of the visited blocks of keys, and of those of them that need
+    no element mask.
+    """
+    spec = plan.spec
+    query_ids, key_ids = operands.query_segments, operands.key_segments
+    assert query_ids is not None
+    assert key_ids is not None
+    own = _edge(query_ids, plan.queries * plan.query_tiles)
+    own = own.reshape(spec.batch, plan.query_tiles, plan.queries)
+    rows = jnp.tile(own, (1, 1, plan.pack)).reshape(spec.batch, -1)
+    return {
+        "query_segments": rows,
+        "key_segments": _edge(key_ids, -(-spec.keys // plan.tiles.keys) * plan.tiles.keys),
+        "ranges": _ranges(plan, operands, own),
+    }
+
+
+def _ranges(plan: Plan, operands: Operands, own: Array) -> Array:
+    spec, size = plan.spec, plan.tiles.keys
+
+    def column(lengths: Array | None) -> Array | None:
+        return None if lengths is None else lengths[:, None]
+
+    intervals = KeyIntervals.of(spec, column(operands.query_lengths), column(operands.key_lengths))
+    start = jnp.arange(plan.query_tiles) * plan.queries
+    stop = jnp.minimum(start + plan.queries, spec.queries)
+    shape = (spec.batch, plan.query_tiles)
+    first, stop_block = _pair(blocks.key_blocks(intervals, start, stop, size), shape)
+    clear_first, clear_stop = _pair(blocks.unmasked_key_blocks(intervals, start, stop, size), shape)
+
+    count = -(-spec.keys // size)
+    its = _edge(operands.key_segments, count * size).reshape(spec.batch, 1, count, size)
+    its_least, its_most = its.min(axis=3), its.max(axis=3)
+    least, most = own.min(axis=2, keepdims=True), own.max(axis=2, keepdims=True)
+    meets = (its_most >= least) & (its_least <= most)
+    one = (its_least == least) & (its_most == least) & (most == least)
+    first = jnp.maximum(first, _first(meets))
+    stop_block = jnp.minimum(stop_block, count - _first(meets[..., ::-1]))
+    stop_block = jnp.where(meets.any(axis=2), stop_block, first)
+    # One run of clear blocks: from the first one to the first that is not.
+    block = jnp.arange(count)
+    inside = one & (block >= clear_first[..., None]) & (block < clear_stop[..., None])
+    run = _first(inside)
+    after = jnp.where(~inside & (block > run[..., None]), block, count).min(axis=2)
+    after = jnp.where(inside.any(axis=2), after, run)
+    return jnp.stack([first, stop_block, run, after], axis=2).astype(jnp.int32)
+
+
+def _first(flags: Array) -> Array:
+    return jnp.argmax(flags, axis=2)
+
+
+def _pair(values: tuple[Array | int, Array | int], shape: tuple[int, int]) -> tuple[Array, Array]:
+    first, stop = (jnp.broadcast_to(jnp.asarray(x), shape) for x in values)
+    return first, stop
+
+
+def _edge(ids: Array | None, size: int) -> Array:
+    assert ids is not None
+    return jnp.pad(ids, ((0, 0), (0, size - ids.shape[1])), mode="edge")

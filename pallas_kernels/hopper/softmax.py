@@ -1,0 +1,84 @@
+"""The running softmax of 64 rows, in base 2.
+
+    m' = max(m, c rowmax S)    P = 2^(c S - m')    l' = l 2^(m - m') + rowsum P    c = scale log2 e
+
+(Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1.) A row that has seen no key has
+m = -inf and l = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.hopper.seam import Seam
+from pallas_kernels.hopper.tiles import ROWS
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = ["LOG2E", "Softmax", "across", "logits"]
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+def across(x: Array, columns: int) -> Array:
+    """One value a row, as a matrix."""
+    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
+
+
+def logits(spec: AttentionSpec, s: Array) -> tuple[Array, float]:
+    """Q Kᵀ as (x, c) such that x c are the logits in base 2; c is positive."""
+    cap = spec.logits_soft_cap
+    if cap is not None:
+        # tanh(y) = 1 - 2 / (e^2y + 1): the instruction tanh.approx is off by up to 2^-11, which a
+        # cap of 50 makes 0.02 in the logit.
+        e = jnp.exp2(s * (2 * LOG2E * spec.scale / cap))
+        return 1 - 2 / (e + 1), cap * LOG2E
+    if spec.scale > 0:
+        return s, spec.scale * LOG2E
+    return s * spec.scale, LOG2E
+
+
+class Softmax(NamedTuple):
+    """The rows' maximum and sum so far, each (64,)."""
+
+    m: Array
+    l: Array
+
+    @staticmethod
+    def start(seam: Seam) -> Softmax:
+        """Of rows that have seen nothing."""
+        return Softmax(
+            seam.layout(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW),
+            seam.layout(jnp.zeros((ROWS,), jnp.float32), ROW),
+        )
+
+    def update(self, s: Array, c: float, *, masked: bool) -> tuple[Array, Softmax, Array]:
+        """P of a block, the softmax that includes it, and the correction of what came before."""
+        m = jnp.maximum(self.m, s.max(axis=1) * c)
+        shift = jnp.where(m == -jnp.inf, 0.0, m) if masked else m
+        correction = jnp.exp2(self.m - shift)
+        p = jnp.exp2(s * c - across(shift, s.shape[1]))
+        return p, Softmax(m, self.l * correction + p.sum(axis=1)), correction
+
+    def join(self, sink: Array) -> tuple[Softmax, Array]:
+        """The softmax with one more logit, which has no value; and the correction of the output."""
+        sink = sink * LOG2E
+        m = jnp.maximum(self.m, sink)
+        correction = jnp.exp2(self.m - m)
+        l = self.l * correction + jnp.exp2(sink - m)
+        none = self.l == 0.0
+        return Softmax(jnp.where(none, -jnp.inf, m), jnp.where(none, 0.0, l)), correction
+
+    def finish(self) -> tuple[Array, Array]:
+        """What the output is multiplied by, and the natural log-sum-exp; 0 and -inf of no key."""
+        none = self.l == 0.0
+        factor = jnp.where(none, 0.0, 1.0 / jnp.where(none, 1.0, self.l))
+        return factor, (self.m + jnp.log(jnp.where(none, 1.0, self.l)) * LOG2E) * LN2

@@ -1,0 +1,137 @@
+"""`jattn.flash_attention` on the Hopper kernel, interpreted: gradients, vmap, refusals, shards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn.flash_attention import interpreted
+
+
+@pytest.fixture
+def on_a_cpu() -> Iterator[None]:
+    with interpreted():
+        yield
+
+
+def operands(*lead: int) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    arrays = [jax.random.normal(key, (*lead, 1, 70, 2, 64), jnp.bfloat16) for key in keys[:3]]
+    return [*arrays, jax.random.normal(keys[3], (*lead, 2))]
+
+
+def loss(attend: Any) -> Any:
+    def of(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        out, lse = attend(q, k, v, is_causal=True, sinks=sinks, return_residual=True)
+        return (out.astype(jnp.float32) ** 2).sum() + lse.sum()
+
+    return of
+
+
+def same(found: Any, expected: Any, tolerance: float) -> None:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_gradient_is_that_of_the_formula() -> None:
+    arrays = operands()
+    found = jax.grad(loss(jattn.flash_attention), (0, 1, 2, 3))(*arrays)
+    same(found, jax.grad(loss(jattn.eager_attention), (0, 1, 2, 3))(*arrays), 0.03)
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_vmap_folds_into_the_batch() -> None:
+    q, k, v, sinks = operands(2)
+    axes = (0, None, 0, 0)
+
+    def attend(function: Any) -> Any:
+        return jax.vmap(lambda q, k, v, s: function(q, k, v, is_causal=True, sinks=s), axes)
+
+    flash = attend(jattn.flash_attention)
+    same(flash(q, k[0], v, sinks), attend(jattn.eager_attention)(q, k[0], v, sinks), 0.02)
+    traced = str(jax.make_jaxpr(flash)(q, k[0], v, sinks))
+    assert "bf16[2,70,2,64]" in traced
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_a_call_of_several_tiles_a_block_can_be_traced_and_partitioned() -> None:
+    x = jax.ShapeDtypeStruct((4, 1024, 8, 128), jnp.bfloat16)
+    traced = jax.make_jaxpr(lambda q: jattn.flash_attention(q, q, q, is_causal=True))(x)
+    assert "custom_partitioning" in str(traced)
+
+
+def test_what_the_kernel_cannot_do_is_refused_with_the_value() -> None:
+    x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with interpreted():
+        for arguments, reason in (
+            ({"bias": jnp.zeros((1, 2, 8, 8))}, r"takes no bias, given \(1, 2, 8, 8\)"),
+            ({"mask": jnp.ones((1, 1, 8, 8), bool)}, "takes no dense mask"),
+            ({"dropout_rate": 0.25, "dropout_rng": jax.random.key(0)}, "rate 0.25"),
+        ):
+            with pytest.raises(jattn.UnsupportedAttentionError, match=reason):
+                jattn.flash_attention(x, x, x, **arguments)
+        with pytest.raises(jattn.UnsupportedAttentionError, match="not float32"):
+            jattn.flash_attention(*(x.astype(jnp.float32),) * 3)
+        wide = jnp.zeros((1, 8, 2, 264), jnp.bfloat16)
+        with pytest.raises(jattn.UnsupportedAttentionError, match="not 264"):
+            jattn.flash_attention(wide, wide, wide)
+
+
+SHARDED = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jattn import eager
+from jattn.arguments import attention_call
+from jattn.per_shard import per_shard
+
+mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+seen = []
+
+def run(function):
+    def call(q, k, s):
+        made = attention_call(q, k, k, is_causal=True, sinks=s)
+        return function(made.spec, made.operands)
+    return call
+
+def stand_in(spec, operands):
+    seen.append((spec.batch, spec.heads, spec.kv_heads))
+    return eager.attend(spec, operands)
+
+for kv_heads, keys, held in (
+    (4, P("x", None, "y"), (2, 2, 2)), (2, P("x", None, "y"), (2, 2, 1)), (1, P("x"), (2, 2, 1)),
+):
+    q = jax.random.normal(jax.random.key(0), (4, 24, 4, 8))
+    k = jax.random.normal(jax.random.key(1), (4, 24, kv_heads, 8))
+    places = [NamedSharding(mesh, p) for p in (P("x", None, "y"), keys, P("y"))]
+    arrays = q, k, jnp.arange(4.0)
+    call = jax.jit(run(per_shard(stand_in)), in_shardings=tuple(places))
+    compiled = call.lower(*arrays).compile()
+    found = compiled(*map(jax.device_put, arrays, places))
+    for a, b in zip(found, run(eager.attend)(*arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert seen[-1] == held, (seen, held)
+    assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
+"""
+
+
+def test_each_device_runs_its_own_rows_and_heads() -> None:
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
