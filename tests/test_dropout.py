@@ -15,7 +15,7 @@ import jattn
 from tests.backends import BACKENDS, DEFAULT, Backend, keep_mask, quick_jit
 from tests.reference import Bools
 
-SHAPE = dict(batch=2, heads=3, queries=64, keys=96)
+SHAPE = dict(batch=3, heads=3, queries=64, keys=96)
 
 
 def mask_of(function: Any, rng: Any, *, rate: float = 0.5, groups: int = 1) -> Bools:
@@ -70,8 +70,6 @@ def test_the_kept_fraction_is_as_asked(rate: float) -> None:
 @pytest.mark.parametrize("step", [1, 2])
 def test_neighbours_are_independent(axis: int, step: int) -> None:
     mask = keep_mask(0.5, **SHAPE).astype(np.float64) - 0.5
-    if mask.shape[axis] <= step:
-        pytest.skip("no such neighbour")
     left = np.take(mask, np.arange(mask.shape[axis] - step), axis)
     right = np.take(mask, np.arange(step, mask.shape[axis]), axis)
     correlation = 4 * (left * right).mean()
