@@ -18,7 +18,10 @@ train: environment ## train on real text; on a CPU also report how memory grows 
 
 # The workers share one GPU where there is one: none may take its memory in advance.
 test: export XLA_PYTHON_CLIENT_PREALLOCATE := false
+# Without the compilers only the tests that need them fail, and say so.
+test: export JATTN_COMPILERS := required
 test: environment ## run the tests (those that need a GPU skip themselves without one)
+	-@sh scripts/compilers.sh
 	$(PYTHON) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: environment ## check style, format and types
@@ -32,6 +35,6 @@ bench: environment ## time attention on this machine next to its peers
 environment: ## make or update .venv and nothing else
 	@sh scripts/environment.sh
 
-clean: ## remove .venv and every cache (runs/ stays)
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .compilers and every cache (runs/ stays)
+	rm -rf .venv .compilers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

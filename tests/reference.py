@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,23 +21,11 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
+_einsum = partial(np.einsum, optimize=True)  # calls BLAS
+
+
 def float64(array: Any) -> Floats:
     return np.asarray(array).astype(np.float64)
-
-
-def sees(
-    query: int,
-    key: int,
-    *,
-    shift: int,
-    causal: bool,
-    window: tuple[int, int] | None,
-) -> bool:
-    """Whether a query may see a key by position alone; `shift` moves the diagonal right."""
-    diagonal = query + shift
-    if causal and key > diagonal:
-        return False
-    return window is None or diagonal - window[0] <= key <= diagonal + window[1]
 
 
 def visible(
@@ -55,18 +44,21 @@ def visible(
 ) -> Bools:
     """The boolean mask (B, 1 or N, T, S) that all the arguments stand for."""
     shift = keys - queries if alignment == "bottom_right" else 0
-    both = (window, window) if isinstance(window, int) else window
-    seen = np.zeros((batch, 1, queries, keys), bool)
-    for t in range(queries):
-        for s in range(keys):
-            if not sees(t, s, shift=shift, causal=causal, window=both):
-                continue
-            for b in range(batch):
-                seen[b, 0, t, s] = (
-                    (query_lengths is None or t < query_lengths[b])
-                    and (key_lengths is None or s < key_lengths[b])
-                    and (query_segments is None or query_segments[b][t] == key_segments[b][s])
-                )
+    t, s = np.arange(queries)[:, None], np.arange(keys)
+    diagonal = t + shift
+    seen = np.ones((batch, 1, queries, keys), bool)
+    if causal:
+        seen &= s <= diagonal
+    if window is not None:
+        left, right = (window, window) if isinstance(window, int) else window
+        seen &= (diagonal - left <= s) & (s <= diagonal + right)
+    for b in range(batch):
+        if query_lengths is not None:
+            seen[b] &= t < query_lengths[b]
+        if key_lengths is not None:
+            seen[b] &= s < key_lengths[b]
+        if query_segments is not None:
+            seen[b] &= np.equal.outer(query_segments[b], key_segments[b])
     return seen if mask is None else seen & np.asarray(mask)
 
 
@@ -107,7 +99,7 @@ class Attention:
         v = np.repeat(np.abs(self.v), self._groups, axis=2)
         logits = np.abs(np.where(self.seen, self.z, 0.0)).max(axis=-1, initial=0.0)
         sizes = {
-            "out": np.einsum("bnts,bsnd->btnd", self.kept * self.p, v),
+            "out": _einsum("bnts,bsnd->btnd", self.kept * self.p, v),
             "lse": 1.0 + logits.transpose(0, 2, 1),
         }
         if dout is not None:
@@ -124,7 +116,7 @@ class Attention:
         )
         sign = 1.0 if absolute else -1.0
         k, v = np.repeat(k, self._groups, axis=2), np.repeat(v, self._groups, axis=2)
-        dp = self.kept * np.einsum("btnd,bsnd->bnts", dout, v)
+        dp = self.kept * _einsum("btnd,bsnd->bnts", dout, v)
         row = (dp * self.p).sum(axis=-1, keepdims=True)
         dlse = dlse.transpose(0, 2, 1)[..., None]
         ds = self.p * (dp + sign * row + dlse)
@@ -134,9 +126,9 @@ class Attention:
                 slope = 1.0 - np.tanh(self.z / self.soft_cap) ** 2
             dz = np.where(self.seen, ds * slope, 0.0)
         grads = {
-            "q": scale * np.einsum("bnts,bsnh->btnh", dz, k),
-            "k": self._sum_groups(scale * np.einsum("bnts,btnh->bsnh", dz, q)),
-            "v": self._sum_groups(np.einsum("bnts,btnd->bsnd", self.kept * self.p, dout)),
+            "q": scale * _einsum("bnts,bsnh->btnh", dz, k),
+            "k": self._sum_groups(scale * _einsum("bnts,btnh->bsnh", dz, q)),
+            "v": self._sum_groups(_einsum("bnts,btnd->bsnd", self.kept * self.p, dout)),
         }
         if self.bias_shape is not None:
             grads["bias"] = sum_to(dz, self.bias_shape)
@@ -178,7 +170,7 @@ def attention(
     k, v = np.where(heads[..., None], k, 0.0), np.where(heads[..., None], v, 0.0)
     scale = h**-0.5 if scale is None else scale
     groups = n // k.shape[2]
-    z = scale * np.einsum("btnh,bsnh->bnts", q, np.repeat(k, groups, axis=2))
+    z = scale * _einsum("btnh,bsnh->bnts", q, np.repeat(k, groups, axis=2))
     if bias is not None:
         z = z + float64(bias)
     logits = z if soft_cap is None else soft_cap * np.tanh(z / soft_cap)
@@ -209,6 +201,6 @@ def attention(
         z=z,
         p=p,
         kept=kept,
-        out=np.einsum("bnts,bsnd->btnd", kept * p, np.repeat(v, groups, axis=2)),
+        out=_einsum("bnts,bsnd->btnd", kept * p, np.repeat(v, groups, axis=2)),
         lse=lse[..., 0].transpose(0, 2, 1),
     )

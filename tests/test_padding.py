@@ -56,7 +56,7 @@ def planted(case: Case, seed: int, poison: float) -> Results:
     lengths = {"q": case.query_lengths, "k": case.key_lengths, "v": case.key_lengths}
     for name, each in lengths.items():
         for b, length in enumerate(each or ()):
-            arrays[name][b, length:] = poison
+            arrays[name][b, max(length, 0) :] = poison
     if case.bias == "BNTS":
         for b, length in enumerate(case.key_lengths or ()):
             arrays["bias"][b, :, :, length:] = poison

@@ -1,160 +1,113 @@
-"""The calls that the Hopper forward kernel is tried on, and how far from the formula it may be."""
+"""The calls that the Hopper kernels are tried on, beside the table of all backends' cases."""
 
 from __future__ import annotations
 
-import zlib
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jattn import eager
-from jattn.arguments import AttentionCall, attention_call
+from jattn.arguments import attention_call
+from jattn.spec import AttentionSpec
+from tests.cases import FLOAT32, Case
 
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
-@dataclass(frozen=True)
-class Call:
-    """Shapes and options of a `jattn.dot_product_attention`; what is padding holds NaN."""
+HEAD_DIMS = (8, 40, 64, 72, 80, 96, 128, 192, 256)
 
-    name: str
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int | None = None
-    dtype: str = "bfloat16"
-    options: dict[str, Any] = field(default_factory=dict)
-    segments: int = 0  # packed documents a row, ends at random
-    mixed_segments: int = 0  # ids in any order
-    sinks: bool = False
-
-    def __str__(self) -> str:
-        return self.name
-
-    def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Operands in float32 that the call's dtype can hold, and the other arguments."""
-        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
-        b, t, s = self.batch, self.queries, self.keys
-        shapes = {
-            "query": (b, t, self.heads, self.head_dim),
-            "key": (b, s, self.kv_heads, self.head_dim),
-            "value": (b, s, self.kv_heads, self.value_dim or self.head_dim),
-        }
-        arrays = {
-            name: np.array(jnp.asarray(rng.standard_normal(shape), self.dtype), np.float32)
-            for name, shape in shapes.items()
-        }
-        options = dict(self.options)
-        for side, names in (("query", ["query"]), ("key_value", ["key", "value"])):
-            lengths = options.get(f"{side}_seq_lengths")
-            for name in names if lengths is not None else ():
-                past = np.arange(arrays[name].shape[1]) >= np.asarray(lengths)[:, None]
-                arrays[name][past] = np.nan
-            if lengths is not None:
-                options[f"{side}_seq_lengths"] = jnp.asarray(lengths, jnp.int32)
-        for side, size in (("query", t), ("key_value", s)):
-            if self.segments:
-                ids = np.sort(rng.integers(0, self.segments, (b, size)), axis=1)
-                options[f"{side}_segment_ids"] = jnp.asarray(ids, jnp.int32)
-            if self.mixed_segments:
-                ids = rng.integers(0, self.mixed_segments, (b, size))
-                options[f"{side}_segment_ids"] = jnp.asarray(ids, jnp.int32)
-        if self.sinks:
-            options["sinks"] = jnp.asarray(rng.standard_normal(self.heads), jnp.float32)
-        return arrays, options
-
-    def call(self, dtype: str | None = None) -> AttentionCall:
-        """The call, in its own dtype or another."""
-        arrays, options = self.arrays()
-        q, k, v = (jnp.asarray(x, dtype or self.dtype) for x in arrays.values())
-        return attention_call(q, k, v, return_residual=True, **options)
-
-
-def check(call: Call, out: Any, lse: Any) -> None:
-    """At most twice as far from the float32 formula as `eager` in the call's own dtype is.
-
-    The formula runs on a CPU, where float32 products are not rounded; its own error is 2^-16 of
-    what a bfloat16 result is rounded by.
-    """
-    with jax.default_device(jax.devices("cpu")[0]):
-        exact, peer = (call.call(dtype) for dtype in ("float32", None))
-        exact_out, exact_lse = _floats(eager.attend(exact.spec, exact.operands))
-        peer_out, _ = _floats(eager.attend(peer.spec, peer.operands))
-    out, lse = _floats((out, lse))
-    rounding = float(jnp.finfo(call.dtype).eps) * np.abs(exact_out).max()
-    allowed = 2 * np.abs(peer_out - exact_out).max() + rounding
-    found = np.abs(out - exact_out).max()
-    assert found <= allowed, f"output: error {found:.3g}, allowed {allowed:.3g}"
-    sees = np.isfinite(exact_lse)
-    np.testing.assert_array_equal(lse[~sees], exact_lse[~sees])
-    np.testing.assert_array_equal(out[~sees], 0)
-    np.testing.assert_allclose(lse[sees], exact_lse[sees], rtol=2e-5, atol=2e-5)
-
-
-def _floats(arrays: Any) -> list[Any]:
-    return [np.asarray(x, np.float64) for x in arrays]
-
-
-_CAUSAL = {"is_causal": True}
-_BOTTOM = {"is_causal": True, "causal_alignment": "bottom_right"}
+Half = partial(Case, dtype="bfloat16")
+Bottom = partial(Half, causal=True, alignment="bottom_right")
 
 # Small enough for the interpreter: every feature, sizes that fit no tile.
 SMALL = [
-    Call("causal", 1, 200, 200, 2, 1, 64, options=_CAUSAL),
-    Call("bottom_right_wider_values", 1, 70, 333, 1, 1, 64, 96, options=_BOTTOM),
-    Call(
-        "lengths", 2, 150, 300, 1, 1, 64,
-        options={"query_seq_lengths": (150, 70), "key_value_seq_lengths": (0, 290)},
-    ),
-    Call("window", 1, 300, 300, 1, 1, 40, options={"local_window_size": (70, 20)}),
-    Call("packed", 1, 300, 300, 1, 1, 64, segments=3, options=_CAUSAL),
-    Call("sinks_soft_cap", 1, 130, 130, 2, 2, 64, sinks=True, options={"logits_soft_cap": 5.0}),
-    Call(
-        "one_query_split_keys", 2, 1, 700, 8, 2, 64, sinks=True,
-        options={"key_value_seq_lengths": (3, 650)},
-    ),
-    Call("negative_scale_float16", 1, 40, 100, 4, 2, 72, dtype="float16", options={"scale": -0.2}),
-    Call("one", 1, 1, 1, 1, 1, 8),
+    Half("causal", 1, 200, 200, 2, 1, 64, causal=True),
+    Bottom("bottom_right_wider_values", 1, 70, 333, 1, 1, 64, 96),
+    Half("lengths", 2, 150, 300, 1, 1, 64, query_lengths=(150, 70), key_lengths=(0, 290)),
+    Half("window", 1, 300, 300, 1, 1, 40, window=(70, 20)),
+    Half("packed", 1, 300, 300, 1, 1, 64, segments="sorted", causal=True),
+    Half("sinks_soft_cap", 1, 130, 130, 2, 2, 64, sinks=True, soft_cap=5.0),
+    Half("one_query_split_keys", 2, 1, 700, 8, 2, 64, sinks=True, key_lengths=(3, 650)),
+    Case("negative_scale_float16", 1, 40, 100, 4, 2, 72, dtype="float16", scale=-0.2),
+    Half("one", 1, 1, 1, 1, 1, 8),
 ]  # fmt: skip
 
+_LENGTHS = {"query_lengths": (700, 100, 0), "key_lengths": (899, 17, 333)}
+
 LARGE = [
-    *(Call(f"causal_{h}", 2, 520, 520, 4, 2, h, options=_CAUSAL)
-      for h in (8, 40, 64, 72, 80, 96, 128, 192, 256)),
-    *(Call(f"odd_{h}", 1, 1000, 1001, 2, 2, h) for h in (8, 40, 64, 72, 80, 96, 128, 192, 256)),
-    *(Call(f"many_tiles_{h}", 4, 1030, 1030, 8, 8, h, options=_CAUSAL) for h in (64, 128, 256)),
-    *(Call(f"many_full_tiles_{h}", 4, 1024, 1024, 8, 8, h) for h in (64, 128, 256)),
-    Call("float16", 1, 1024, 2048, 4, 4, 128, dtype="float16", options=_BOTTOM),
-    Call("latent", 1, 333, 777, 4, 4, 192, 128, options=_BOTTOM),
-    *(
-        Call(
-            f"lengths_{h}", 3, 700, 900, 4, 2, h,
-            options={
-                "query_seq_lengths": (700, 100, 0), "key_value_seq_lengths": (899, 17, 333),
-            } | options,
-        )
-        for h, options in ((64, {}), (128, _CAUSAL), (256, {}))
-    ),
-    Call("left_window", 1, 2000, 2000, 2, 2, 128, options={"local_window_size": (200, 0)}),
-    Call("window_both_sides", 1, 2000, 2000, 2, 2, 64, options={"local_window_size": (200, 70)}),
-    Call(
-        "right_window", 1, 500, 2000, 2, 2, 256,
-        options={"local_window_size": (0, 300), "causal_alignment": "bottom_right"},
-    ),
-    Call("packed_documents", 2, 1500, 1500, 2, 2, 128, segments=5),
-    Call("packed_causal", 2, 1500, 1500, 2, 2, 64, segments=5, options=_CAUSAL),
-    Call("mixed_segments", 2, 600, 600, 2, 2, 128, mixed_segments=3),
-    Call(
-        "gemma", 2, 600, 600, 8, 2, 128, sinks=True,
-        options={"logits_soft_cap": 5.0, "is_causal": True},
-    ),
-    Call("few_queries", 2, 5, 3000, 8, 2, 128, sinks=True),
-    Call("one_query", 4, 1, 2048, 32, 8, 128),
-    Call("one_query_long", 1, 1, 8192, 32, 8, 128, options={"key_value_seq_lengths": (7001,)}),
-    Call("three_heads_a_group", 2, 3, 5000, 12, 4, 64),
-    Call("one_key_head_256", 2, 20, 500, 16, 1, 256, options=_BOTTOM),
-    Call("packed_heads", 1, 60, 700, 8, 2, 128, options=_BOTTOM),
+    *(Half(f"causal_{h}", 2, 520, 520, 4, 2, h, causal=True) for h in HEAD_DIMS),
+    *(Half(f"odd_{h}", 1, 1000, 1001, 2, 2, h) for h in HEAD_DIMS),
+    *(Half(f"many_tiles_{h}", 4, 1030, 1030, 8, 8, h, causal=True) for h in (64, 128, 256)),
+    *(Half(f"many_full_tiles_{h}", 4, 1024, 1024, 8, 8, h) for h in (64, 128, 256)),
+    replace(Bottom("", 1, 1024, 2048, 4, 4, 128), name="float16", dtype="float16"),
+    Bottom("latent", 1, 333, 777, 4, 4, 192, 128),
+    Half("lengths_64", 3, 700, 900, 4, 2, 64, **_LENGTHS),
+    Half("lengths_128", 3, 700, 900, 4, 2, 128, causal=True, **_LENGTHS),
+    Half("lengths_256", 3, 700, 900, 4, 2, 256, **_LENGTHS),
+    Half("left_window", 1, 2000, 2000, 2, 2, 128, window=(200, 0)),
+    Half("window_both_sides", 1, 2000, 2000, 2, 2, 64, window=(200, 70)),
+    Half("right_window", 1, 500, 2000, 2, 2, 256, window=(0, 300), alignment="bottom_right"),
+    Half("packed_documents", 2, 1500, 1500, 2, 2, 128, segments="sorted"),
+    Half("packed_causal", 2, 1500, 1500, 2, 2, 64, segments="sorted", causal=True),
+    Half("mixed_segments", 2, 600, 600, 2, 2, 128, segments="unsorted"),
+    Half("gemma", 2, 600, 600, 8, 2, 128, sinks=True, soft_cap=5.0, causal=True),
+    Half("few_queries", 2, 5, 3000, 8, 2, 128, sinks=True),
+    Half("one_query", 4, 1, 2048, 32, 8, 128),
+    Half("one_query_long", 1, 1, 8192, 32, 8, 128, key_lengths=(7001,)),
+    Half("three_heads_a_group", 2, 3, 5000, 12, 4, 64),
+    Bottom("one_key_head_256", 2, 20, 500, 16, 1, 256),
+    Bottom("packed_heads", 1, 60, 700, 8, 2, 128),
 ]  # fmt: skip
+
+
+def has_kernel(case: Case) -> bool:
+    """Whether the kernels do the call, in a dtype of 16 bits."""
+    dims = case.head_dim, case.value_dim or case.head_dim
+    fits = all(dim % 8 == 0 and dim <= 256 for dim in dims)
+    return fits and not (case.mask or case.bias or case.dropout)
+
+
+# The cases of all backends, one in bfloat16, the next in float16.
+SHARED = [
+    replace(case, name=f"{case.name}-{dtype}", dtype=dtype)
+    for i, case in enumerate(filter(has_kernel, FLOAT32))
+    for dtype in [("bfloat16", "float16")[i % 2]]
+]
+
+
+def arguments(case: Case) -> tuple[Shapes, Shapes, dict[str, Any]]:
+    """Those of `jattn.flash_attention`: floating arrays, other arrays, and what is static."""
+    b, t, s, dtype = case.batch, case.queries, case.keys, jnp.dtype(case.dtype)
+    value_dim = case.value_dim or case.head_dim
+    floats = {
+        "query": jax.ShapeDtypeStruct((b, t, case.heads, case.head_dim), dtype),
+        "key": jax.ShapeDtypeStruct((b, s, case.kv_heads, case.head_dim), dtype),
+        "value": jax.ShapeDtypeStruct((b, s, case.kv_heads, value_dim), dtype),
+    }
+    if case.sinks:
+        floats["sinks"] = jax.ShapeDtypeStruct((case.heads,), dtype)
+    rest = {}
+    if case.query_lengths:
+        rest["query_seq_lengths"] = jax.ShapeDtypeStruct((b,), jnp.int32)
+    if case.key_lengths:
+        rest["key_value_seq_lengths"] = jax.ShapeDtypeStruct((b,), jnp.int32)
+    if case.segments:
+        rest["query_segment_ids"] = jax.ShapeDtypeStruct((b, t), jnp.int32)
+        rest["key_value_segment_ids"] = jax.ShapeDtypeStruct((b, s), jnp.int32)
+    static = {
+        "scale": case.scale,
+        "is_causal": case.causal,
+        "causal_alignment": case.alignment,
+        "local_window_size": case.window,
+        "logits_soft_cap": case.soft_cap,
+    }
+    return floats, rest, static
+
+
+def spec_of(case: Case) -> AttentionSpec:
+    """The static facts of the call."""
+    floats, rest, static = arguments(case)
+    found = []
+    jax.eval_shape(lambda x: found.append(attention_call(**x, **static).spec), floats | rest)
+    return found[0]

@@ -1,6 +1,8 @@
-"""Compiles the Hopper kernel for an absent H200 and prints what the assembler says, as JSON lines.
+"""Compiles the Hopper kernels for an absent H200 and prints what the assembler says, as JSON lines.
 
-Run as a program in an environment with jax's CUDA plugin wheels (and no CUDA libraries) and ptxas.
+    compile_tiles.py PART PARTS
+
+A program of its own, as it runs with jax's CUDA plugin and ptxas but none of CUDA's libraries.
 """
 
 from __future__ import annotations
@@ -11,53 +13,160 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import prod
+from typing import Any
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-DUMP = pathlib.Path(tempfile.mkdtemp(prefix="mosaic-dump-"))
-os.environ.update(MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1")
+os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
-import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from pallas_kernels.hopper.forward import forward  # noqa: E402
-from tests.hopper.calls import Call  # noqa: E402
+import jattn
+from tests.cases import Case
+from tests.hopper.calls import arguments
 
-CAUSAL = {"is_causal": True}
-CALLS = [
-    *(Call(f"full_{h}", 1, 2048, 2048, 16, 16, h) for h in (64, 128, 256)),
-    *(Call(f"causal_{h}", 1, 2048, 2048, 16, 16, h, options=CAUSAL) for h in (64, 128, 256)),
-    Call("causal_64_short", 16, 1024, 1024, 16, 16, 64, options=CAUSAL),
-    Call("window_128", 1, 4096, 4096, 16, 16, 128, options={"local_window_size": (1023, 0)}),
-    Call("one_query", 1, 1, 4096, 32, 8, 128),
+Long = partial(
+    Case, batch=1, queries=2048, keys=2048, heads=16, kv_heads=16, head_dim=128, dtype="bfloat16"
+)
+HEAD_DIMS = (64, 96, 128, 192, 256)
+WIDTHS = (64, 128, 256)  # one for each row of the table of tiles
+
+CASES = [
+    *(Long(f"full_{h}", head_dim=h) for h in HEAD_DIMS),
+    *(Long(f"causal_{h}", head_dim=h, causal=True) for h in HEAD_DIMS),
+    Long("latent", head_dim=192, value_dim=128),
+    Long("latent_causal", head_dim=192, value_dim=128, causal=True),
+    Long("short_causal_64", batch=8, queries=1024, keys=1024, head_dim=64, causal=True),
+    Long("bottom_right", keys=4096, causal=True, alignment="bottom_right"),
+    *(Long(f"window_{h}", head_dim=h, window=(1023, 0)) for h in WIDTHS),
+    *(
+        Long(f"lengths_{h}", head_dim=h, causal=True, query_lengths=(9,), key_lengths=(9,))
+        for h in WIDTHS
+    ),
+    *(Long(f"segments_{h}", head_dim=h, causal=True, segments="sorted") for h in WIDTHS),
+    *(
+        Long(f"soft_cap_sinks_{h}", head_dim=h, kv_heads=4, causal=True, soft_cap=50.0, sinks=True)
+        for h in WIDTHS
+    ),
+    Long("ragged", queries=1001, keys=2043),
+    Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
+    *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
+    Long("packed_heads", queries=60, keys=4096, kv_heads=4, causal=True, alignment="bottom_right"),
 ]
+# What is compiled of each case. "backward" is the gradient without the forward it starts from.
+CALLS = [(case, "forward") for case in CASES]
+
+# ptxas: "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to
+# ... in function 'x'", "(C7513) ... in the function 'x'" and more of that kind.
+NOTE = re.compile(r"\(C7\d+\)[^\n]*?(?= in (?:the )?function|\n|$)")
+MOVES = re.compile(r"= (\w+)\[([\d,]*)\]\S* (pad|copy|transpose|concatenate)\(")
 
 
-def main() -> None:
-    """One line for each call: its registers, spilled bytes and the assembler's notes."""
+def main(part: int, parts: int) -> None:
+    """One line for each call: its kernels' registers, spilled bytes, notes, and arrays moved."""
     config = (pathlib.Path(__file__).parent / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda")
     place = NamedSharding(mesh, PartitionSpec())
-    for call in CALLS:
-        for old in DUMP.iterdir():
-            old.unlink()
-        made = call.call()
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), made.operands
-        )
-        jax.jit(lambda x, spec=made.spec: forward(spec, x)).lower(shapes).compile()
-        text = "".join(path.read_text() for path in DUMP.glob("*.ptxas"))
-        found = {
-            "call": call.name,
-            "registers": max(map(int, re.findall(r"Used (\d+) registers", text)), default=0),
-            "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", text))),
-            "notes": sorted(set(re.findall(r"\(C7\d+\)[^\n]*", text))),
-        }
-        print(json.dumps(found), flush=True)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(abstract_device=h200)):
+        for case, direction in CALLS[part::parts]:
+            function, shapes = of_direction(direction, *call(case))
+            placed = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+            )
+            with standard_output() as said:
+                compiled = jax.jit(function).lower(*placed).compile()
+            found = {"jax": jax.__version__, "call": case.name, "direction": direction}
+            found |= read(said()) | {"moves": moves(case, compiled, shapes), **memory(compiled)}
+            print(json.dumps(found), flush=True)
+
+
+def call(case: Case) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+    """A function of the floating operands and the rest, and the shapes of these."""
+    floats, rest, options = arguments(case)
+
+    def attend(floats: Any, rest: Any) -> Any:
+        return jattn.flash_attention(**floats, **rest, **options, return_residual=True)
+
+    return attend, (floats, rest)
+
+
+def of_direction(
+    direction: str, function: Callable[..., Any], shapes: tuple[Any, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if direction == "forward":
+        return function, shapes
+
+    def saved(floats: Any, rest: Any) -> Any:
+        return jax.vjp(lambda floats: function(floats, rest), floats)[1]
+
+    residuals, cotangents = jax.eval_shape(saved, *shapes), jax.eval_shape(function, *shapes)
+    return lambda vjp, cotangents: vjp(cotangents), (residuals, cotangents)
+
+
+@contextmanager
+def standard_output() -> Iterator[Callable[[], str]]:
+    """What is written to it meanwhile, by the plugin's C++ too, held back from this program's."""
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        own = os.dup(1)
+        os.dup2(file.fileno(), 1)
+
+        def said() -> str:
+            file.seek(0)
+            return file.read().decode()
+
+        text: list[str] = []
+        try:
+            yield lambda: text[0]
+        finally:
+            os.dup2(own, 1)
+            os.close(own)
+            text.append(said())
+
+
+def read(said: str) -> dict[str, Any]:
+    """The assembler's words on all kernels of a call."""
+    return {
+        "kernels": said.count("Compiling entry function"),
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", said)), default=0),
+        "spilled": sum(map(int, re.findall(r"frame, (\d+) bytes spill stores", said))),
+        "notes": sorted(set(NOTE.findall(said))),
+    }
+
+
+def moves(case: Case, compiled: Any, shapes: Any) -> list[str]:
+    """Arrays of an operand's size that XLA pads, copies or transposes around the kernels.
+
+    Only where it need not: sequences that are no multiple of 8 are padded for the TMA unit.
+    """
+    if case.queries % 8 or case.keys % 8:
+        return []
+    least = min(x.size for x in jax.tree.leaves(shapes) if x.ndim == 4)
+    found = MOVES.findall(compiled.as_text())
+    return [
+        f"{operation} {dtype}[{dims}]"
+        for dtype, dims, operation in found
+        if prod(map(int, filter(None, dims.split(",")))) >= least
+    ]
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Bytes of the call's arguments and results, and of what it holds beside them."""
+    sizes = compiled.memory_analysis()
+    return {
+        "operands": sizes.argument_size_in_bytes + sizes.output_size_in_bytes,
+        "temporary": sizes.temp_size_in_bytes,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

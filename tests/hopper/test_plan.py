@@ -6,21 +6,20 @@ import numpy as np
 import pytest
 
 from pallas_kernels.hopper.plan import make_plan
-from tests.hopper.calls import Call
+from tests.hopper.calls import Half, spec_of
 
 
 @pytest.mark.parametrize("length", [1024, 1030, 4096])
 def test_each_tile_is_in_one_list(length: int) -> None:
-    call = Call("", 16384 // length, length, length, 16, 16, 128, options={"is_causal": True})
-    plan = make_plan(call.call().spec)
+    case = Half("", 16384 // length, length, length, 16, 16, 128, causal=True)
+    plan = make_plan(spec_of(case))
     lists = plan.schedule()
     found = np.concatenate([row[1 : 1 + row[0]] for row in lists])
     np.testing.assert_array_equal(np.sort(found), np.arange(plan.works))
 
 
 def test_causal_lists_are_within_three_per_cent_of_even() -> None:
-    call = Call("", 4, 4096, 4096, 16, 16, 128, options={"is_causal": True})
-    plan = make_plan(call.call().spec)
+    plan = make_plan(spec_of(Half("", 4, 4096, 4096, 16, 16, 128, causal=True)))
     together = plan.heads_together
     loads = [
         sum(
@@ -33,7 +32,7 @@ def test_causal_lists_are_within_three_per_cent_of_even() -> None:
 
 
 def test_few_queries_split_the_keys_and_share_a_tile() -> None:
-    plan = make_plan(Call("", 1, 1, 8192, 32, 8, 128).call().spec)
+    plan = make_plan(spec_of(Half("", 1, 1, 8192, 32, 8, 128)))
     assert plan.pack == 4
     assert plan.works == 8 * plan.splits
     assert 100 <= plan.works <= 132

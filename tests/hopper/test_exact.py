@@ -1,0 +1,56 @@
+"""The Hopper kernels, interpreted on a CPU, and on a Hopper GPU where there is one: exactness."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.hopper import limits
+from tests.backends import call as attend
+from tests.cases import FLOAT32, Case, operands
+from tests.hopper.calls import LARGE, SHARED, SMALL, has_kernel, spec_of
+from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+
+__all__ = ["hopper"]
+
+ON_A_GPU = SMALL + LARGE + SHARED
+# Forward is quick to interpret. Gradients are not, and a few calls have every feature.
+DIRECTIONS = [(case, False) for case in SMALL]
+
+
+def test_every_shared_case_without_a_mask_bias_or_dropout_is_tried() -> None:
+    refused = [case for case in FLOAT32 if not has_kernel(case)]
+    assert len(SHARED) + len(refused) == len(FLOAT32)
+    assert len(SHARED) >= 50
+    for case in ON_A_GPU:
+        assert limits.refusals(spec_of(case)) == [], case
+    for case in refused:
+        dims = case.head_dim, case.value_dim or case.head_dim
+        assert case.mask or case.bias or case.dropout or any(dim % 8 for dim in dims), case
+
+
+@pytest.mark.parametrize(("case", "gradients"), DIRECTIONS, ids=str)
+def test_interpreted_as_exact_as_the_formula(case: Case, gradients: bool, seed: int) -> None:
+    check(INTERPRETED, case, seed, gradients=gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", ON_A_GPU, ids=str)
+def test_as_exact_as_the_formula(case: Case, seed: int) -> None:
+    check(FLASH, case, seed, gradients=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", LARGE[::4], ids=str)
+def test_two_hundred_runs_are_bitwise_equal(case: Case, seed: int) -> None:
+    drawn = operands(case, seed)
+    function = jax.jit(lambda arrays: attend(FLASH, drawn, arrays, return_residual=True))
+    arrays = jax.device_put(drawn.differentiable)
+    first = jax.tree.map(np.asarray, function(arrays))
+    for _ in range(199):
+        again = jax.tree.map(np.asarray, function(arrays))
+        for a, b in zip(first, again, strict=True):
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
