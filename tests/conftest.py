@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# The workers are as many as the cores; to be read, this comes before NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -21,6 +24,9 @@ settings.register_profile("explore", **COMMON)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seed", type=int, default=0, help="seed of the random operands of the case table"
+    )
+    parser.addoption(
+        "--fuzz", type=int, default=40, help="random calls of the GPU kernels, on a GPU"
     )
 
 
