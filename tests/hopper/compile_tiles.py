@@ -19,14 +19,12 @@ from functools import partial
 from math import prod
 from typing import Any
 
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from tests.hopper.absent import h200s  # isort: skip
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, NamedSharding, PartitionSpec
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jattn
 from tests.cases import Case
@@ -71,12 +69,8 @@ MOVES = re.compile(r"= (\w+)\[([\d,]*)\]\S* (pad|copy|transpose|concatenate)\(")
 
 def main(part: int, parts: int) -> None:
     """One line for each call: its kernels' registers, spilled bytes, notes, and arrays moved."""
-    config = (pathlib.Path(__file__).parent / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
-    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
-    h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda")
-    place = NamedSharding(mesh, PartitionSpec())
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(abstract_device=h200)):
+    with h200s(1) as mesh:
+        place = NamedSharding(mesh, PartitionSpec())
         for case, direction in CALLS[part::parts]:
             function, shapes = of_direction(direction, *call(case))
             placed = jax.tree.map(

@@ -84,7 +84,7 @@ def test_the_kernels_do_every_random_call_and_every_feature_is_drawn() -> None:
 def test_interpreted_random_calls_are_as_exact(fixed: int, seed: int) -> None:
     case = random_case(seed, fixed, most=150)
     print(case)
-    check(INTERPRETED, case, seed, gradients=False)
+    check(INTERPRETED, case, seed)
 
 
 @pytest.mark.gpu
@@ -92,4 +92,4 @@ def test_interpreted_random_calls_are_as_exact(fixed: int, seed: int) -> None:
 def test_random_calls_are_as_exact(number: int, seed: int) -> None:
     case = random_case(seed, number)
     print(case)
-    check(FLASH, case, seed, gradients=True)
+    check(FLASH, case, seed)
