@@ -39,10 +39,10 @@ def calls() -> None:
 
 
 def overrun() -> None:
-    """Writes 4 MiB past the end of an array of 512 bytes."""
+    """Writes 256 MiB past the end of an array of 512 bytes."""
 
     def kernel(out: Any) -> None:
-        start = lax.axis_index("block") << 20
+        start = lax.axis_index("block") << 26
         out[pl.ds(start, 128)] = jnp.full((128,), 1.0, jnp.float32)
 
     write = plgpu.kernel(

@@ -108,8 +108,8 @@ def test_on_several_gpus_it_is_the_same_and_nothing_is_gathered(
         "results": results,
         "gradients": jax.grad(lambda *arrays: squares(results(*arrays)), (0, 1, 2, 3)),
     }[part]
-    arrays = [*normal((4, 520, 8, 128), (4, 520, 4, 128), (4, 520, 4, 128), (8,))]
-    arrays.append(np.array([520, 300, 17, 1], np.int32))
+    arrays = normal((4, 520, 8, 128), (4, 520, 4, 128), (4, 520, 4, 128))
+    arrays += [np.linspace(-1, 1, 8, dtype=np.float32), np.array([520, 300, 17, 1], np.int32)]
     alone = jax.jit(function)(*arrays)
     places = [NamedSharding(mesh, p) for p in (*[P("x", None, "y")] * 3, P("y"), P("x"))]
     held = [jax.device_put(x, place) for x, place in zip(arrays, places, strict=True)]
