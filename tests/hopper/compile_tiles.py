@@ -53,6 +53,7 @@ CASES = [
         Long(f"soft_cap_sinks_{h}", head_dim=h, kv_heads=4, causal=True, soft_cap=50.0, sinks=True)
         for h in WIDTHS
     ),
+    Long("narrow", head_dim=40, causal=True),
     Long("ragged", queries=1001, keys=2043),
     Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
@@ -72,15 +73,21 @@ def main(part: int, parts: int) -> None:
     with h200s(1) as mesh:
         place = NamedSharding(mesh, PartitionSpec())
         for case, direction in CALLS[part::parts]:
-            function, shapes = of_direction(direction, *call(case))
-            placed = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
-            )
-            with standard_output() as said:
-                compiled = jax.jit(function).lower(*placed).compile()
             found = {"jax": jax.__version__, "call": case.name, "direction": direction}
-            found |= read(said()) | {"moves": moves(case, compiled, shapes), **memory(compiled)}
+            try:
+                found |= compiled(case, direction, place)
+            except Exception as error:  # the others are still to be seen
+                found["error"] = f"{type(error).__name__}: {error}"
             print(json.dumps(found), flush=True)
+
+
+def compiled(case: Case, direction: str, place: NamedSharding) -> dict[str, Any]:
+    """What there is to say of a call."""
+    function, shapes = of_direction(direction, *call(case))
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    with standard_output() as said:
+        made = jax.jit(function).lower(*placed).compile()
+    return read(said()) | {"moves": moves(case, made, shapes)} | memory(made)
 
 
 def call(case: Case) -> tuple[Callable[..., Any], tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Every tile shape compiles for an H200 with nothing spilled and no product serialised.
+"""For an absent H200: every tile shape compiles, spills nothing and lets no product wait.
 
 It runs with jax's CUDA plugin and ptxas, which `make test` puts in .compilers for each version of
 jax: they do not belong in an environment without CUDA's libraries.
@@ -54,11 +54,16 @@ def compiled(version: str, program: str, *arguments: object) -> list[dict[str, A
 def test_nothing_spills_or_waits_or_is_moved(version: str, part: int) -> None:
     found = compiled(version, "compile_tiles.py", part, PARTS)
     assert len(found) >= 15
-    assert all(call["kernels"] for call in found), found
-    bad = [call for call in found if call["spilled"] or call["notes"] or call["moves"]]
-    # The kernels' own arrays are a few times their operands; scores would be tens of times.
-    bad += [call for call in found if call["temporary"] > 4 * call["operands"]]
+    bad = [call for call in found if not is_good(call)]
     assert not bad, "\n".join(map(str, bad))
+
+
+def is_good(call: dict[str, Any]) -> bool:
+    if "error" in call or not call["kernels"]:
+        return False
+    # The kernels' own arrays are a few times their operands; scores would be tens of times.
+    is_linear = call["temporary"] <= 4 * call["operands"]
+    return is_linear and not (call["spilled"] or call["notes"] or call["moves"])
 
 
 @pytest.mark.slow
