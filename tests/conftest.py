@@ -10,6 +10,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+# Interpreted kernels wait for each other on XLA's threads, which are else as few as the cores.
+os.environ.setdefault("NPROC", "16")
+
 COMMON = {
     "deadline": None,
     "print_blob": True,

@@ -33,16 +33,18 @@ COLUMN = WGMMA.reduce(0)  # one value a column
 
 
 class Warpgroup(NamedTuple):
-    """A compute warpgroup: its number, and which rows of the tile it holds, (64,)."""
+    """A compute warpgroup, by its number."""
 
     number: Array
-    rows: Array
 
-    @staticmethod
-    def of(seam: Seam, index: Array) -> Warpgroup:
-        """Made once: the compiler searches for each iota's layout, and of a vector's for long."""
+    def rows(self, seam: Seam) -> Array:
+        """Which rows of the tile it holds, (64,).
+
+        Made where they are used, and from a matrix: kept, they take registers from the products; of
+        a vector's iota the compiler searches for the layout for long.
+        """
         rows = plgpu.broadcasted_iota(jnp.int32, (ROWS, 8), 0, layout=WGMMA).max(axis=1)
-        return Warpgroup(index, seam.layout(rows, ROW) + index * ROWS)
+        return seam.layout(rows, ROW) + self.number * ROWS
 
 
 class Steps(NamedTuple):
@@ -100,14 +102,13 @@ def hide(
     steps: Steps,
     warpgroup: Warpgroup,
     s: Array,
-    i: Array,
+    i: Array | int,
     slot: Array,
 ) -> Array:
     """s (64, keys) of the i-th block visited, with -inf where a row does not see a key."""
     spec, shape = plan.spec, s.shape
-    query = work.query + warpgroup.rows
-    if plan.pack > 1:
-        query = work.query + (warpgroup.rows & (plan.queries - 1))
+    row = warpgroup.rows(seam)
+    query = work.query + (row if plan.pack == 1 else row & (plan.queries - 1))
     intervals = intervals_of(plan, refs, work.batch)
 
     def of_rows(x: Array | int) -> Array:
@@ -122,10 +123,13 @@ def hide(
         high = jnp.where(query < of_rows(intervals.query_length), high, of_rows(0))
     if plan.splits > 1 or spec.has_segments or spec.has_query_lengths or spec.has_key_lengths:
         high = jnp.minimum(high, of_rows(jnp.where(steps.empty, 0, spec.keys)))
-    seen = key < lax.broadcast_in_dim(high - start, shape, [0])
+    # A thread's columns are 0, 1, 8, 9, 16, .. past an even one of 0 to 6: apart from that one they
+    # are immediate operands, together they would be kept in as many registers.
+    own, key = key & 6, key & ~6
+    seen = key < lax.broadcast_in_dim(high - start, shape, [0]) - own
     if spec.band.lower is not None:
         low = of_rows(intervals.start(query)) - start
-        seen &= key >= lax.broadcast_in_dim(low, shape, [0])
+        seen &= key >= lax.broadcast_in_dim(low, shape, [0]) - own
     if spec.has_segments:
         mine = seam.layout(refs.q_segments[warpgroup.number], ROW)
         its = seam.layout(refs.k_segments[slot], COLUMN)

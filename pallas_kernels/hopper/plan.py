@@ -20,11 +20,12 @@ import numpy as np
 from jax import Array, lax
 
 from jattn.masking import KeyIntervals
-from pallas_kernels.blocks import key_blocks
-from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles
+from pallas_kernels.blocks import key_blocks, unmasked_key_blocks
+from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles, fit
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec
+    from pallas_kernels.hopper.seam import Ref
 
 __all__ = ["Plan", "Work", "make_plan"]
 
@@ -99,23 +100,58 @@ class Plan:
         return spec.band.lower is not None or spec.has_segments or (self.splits > 1 and self.masked)
 
     @property
+    def lengths_known(self) -> bool:
+        """Whether every tile's blocks are known when the call is traced."""
+        spec = self.spec
+        return not (spec.has_segments or spec.has_query_lengths or spec.has_key_lengths)
+
+    @property
+    def masked_later(self) -> bool:
+        """Whether a tile may need an element mask after the first block it visits."""
+        if not self.masked:
+            return False
+        if not self.lengths_known or self.splits > 1:
+            return True
+        return any(
+            stop - first > 1 and (clear_stop < stop - 1 or clear_first > first)
+            for (first, stop), (clear_first, clear_stop) in self.ranges()
+        )
+
+    @property
+    def one_loop(self) -> bool:
+        """Whether a tile's steps are one loop, in which a mask, if there is one, is a branch.
+
+        Else masked and clear blocks have loops of their own, which is faster, but more than
+        ptxas has registers for where a tile follows a tile.
+        """
+        return self.is_scheduled or not self.masked_later
+
+    def ranges(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Each query tile's blocks of keys, and those of them that need no mask; see `blocks`."""
+        spec, size = self.spec, self.tiles.keys
+        intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
+        found = []
+        for start in range(0, spec.queries, self.queries):
+            stop = min(start + self.queries, spec.queries)
+            pair = key_blocks(intervals, start, stop, size)
+            clear = unmasked_key_blocks(intervals, start, stop, size)
+            found.append(((int(pair[0]), int(pair[1])), (int(clear[0]), int(clear[1]))))
+        return found
+
+    @property
     def is_scheduled(self) -> bool:
         """Whether thread blocks compute several tiles each, by a list."""
         return self.works > self.blocks
 
     def schedule(self) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-        """(blocks, 1 + most): how many tiles each block computes, and which.
+        """(blocks, 2 + most): how many tiles each block computes, and which; then some tile.
+
+        A block begins the tile after its last, for the sake of code without a branch.
 
         Each tile in the order of the list goes to the block that is free first, by a count of the
         key blocks it visits where that is known.
         """
-        spec, size = self.spec, self.tiles.keys
-        intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
-        visits = []
-        for tile in range(self.query_tiles):
-            stop = min((tile + 1) * self.queries, spec.queries)
-            first, last = key_blocks(intervals, tile * self.queries, stop, size)
-            visits.append(max(int(last) - int(first), 1) + TILE_COST)
+        visits = [max(stop - first, 1) + TILE_COST for (first, stop), _ in self.ranges()]
         together = self.heads_together
         free = [(0.0, block) for block in range(self.blocks)]
         mine: list[list[int]] = [[] for _ in free]
@@ -125,7 +161,12 @@ class Plan:
             tile = work // self.splits % (self.query_tiles * together) // together
             heapq.heappush(free, (now + visits[self.query_tiles - 1 - tile], block))
         most = max(map(len, mine))
-        return np.array([[len(x), *x, *[0] * (most - len(x))] for x in mine], np.int32)
+        return np.array([[len(x), *x, *[0] * (most + 1 - len(x))] for x in mine], np.int32)
+
+    def listed(self, refs: Ref, turn: Array | int) -> Array:
+        """The number of this thread block's turn-th tile."""
+        block = lax.axis_index("block")
+        return refs.schedule[block, turn + 1] if self.is_scheduled else block
 
     def work(self, index: Array) -> Work:
         """The tile with this number in the list."""
@@ -149,23 +190,26 @@ class Plan:
         return max(n for n in range(1, min(most, count) + 1) if count % n == 0)
 
 
-def make_plan(spec: AttentionSpec, tiles: Tiles | None = None) -> Plan:
+def make_plan(
+    spec: AttentionSpec, tiles: Tiles | None = None, *, multiprocessors: int = MULTIPROCESSORS
+) -> Plan:
     """The plan of a call, with these tiles or the table's."""
     packable = spec.group & -spec.group  # the largest power of two that divides it
     pack = min(packable, ROWS // 8)
     while pack > 1 and spec.queries * pack > 2 * ROWS:
         pack //= 2
-    chosen = tiles or choose_tiles(spec, rows=spec.queries * pack, out_bytes=spec.element_bytes)
+    chosen = tiles or choose_tiles(spec, rows=spec.queries * pack)
     plan = _with_tiles(spec, chosen, pack)
-    if tiles is None and (2 * plan.works <= MULTIPROCESSORS or plan.in_parts):
+    if tiles is None and (2 * plan.works <= multiprocessors or plan.in_parts):
         # Too few tiles to fill the chip: the smallest, and the keys split among blocks.
-        plan = _with_tiles(spec, choose_tiles(spec, rows=1, out_bytes=4), pack)
+        plan = _with_tiles(spec, choose_tiles(spec, rows=1), pack)
         most = -(-spec.keys // (2 * plan.tiles.keys))
-        plan = replace(plan, splits=max(1, min(MULTIPROCESSORS // plan.works, most)))
+        plan = replace(plan, splits=max(1, min(multiprocessors // plan.works, most)))
     # A list made beforehand is fair only where the tiles' lengths are known beforehand.
-    known = not (spec.has_segments or spec.has_query_lengths or spec.has_key_lengths)
-    listed = plan.tiles.persistent and known and plan.works <= MOST_LISTED
-    return replace(plan, blocks=min(plan.works, MULTIPROCESSORS) if listed else plan.works)
+    listed = plan.lengths_known and multiprocessors < plan.works <= MOST_LISTED
+    fitted = fit(spec, plan.tiles, listed=listed, out_bytes=4 if plan.in_parts else 2)
+    listed &= fitted.query_slots > fitted.warpgroups
+    return replace(plan, tiles=fitted, blocks=multiprocessors if listed else plan.works)
 
 
 def _with_tiles(spec: AttentionSpec, tiles: Tiles, pack: int) -> Plan:

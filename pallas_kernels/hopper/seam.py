@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-__all__ = ["Ref", "Seam"]
+__all__ = ["Ref", "Seam", "copyable", "padded_width", "swizzle_of", "transforms"]
 
 type Ref = Any
 
@@ -60,9 +60,14 @@ class Seam:
 def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
     """Tiling and swizzle of a shared-memory matrix that holds this many columns of an array."""
     size = jnp.dtype(dtype).itemsize
-    swizzle = next(s for s in (128, 64, 32) if columns * size % s == 0 or columns * size < s)
+    swizzle = swizzle_of(columns, size)
     tiling = plgpu.TilingTransform((8, swizzle // size))  # type: ignore[abstract]
     return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+
+
+def swizzle_of(columns: int, size: int) -> int:
+    """Bytes of the widest swizzle for rows of this many elements of `size` bytes."""
+    return next(s for s in (128, 64, 32) if columns * size % s == 0 or columns * size < s)
 
 
 def padded_width(columns: int) -> int:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.seam import padded_width
+from pallas_kernels.hopper.seam import padded_width, swizzle_of
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec
 
-__all__ = ["ROWS", "SHARED_MEMORY", "Tiles", "choose_tiles"]
+__all__ = ["ROWS", "SHARED_MEMORY", "Tiles", "choose_tiles", "fit"]
 
 ROWS = 64  # query rows of one compute warpgroup: wgmma's M
-SHARED_MEMORY = 232448 - 4096  # bytes a block may use on sm_90, less barriers and alignment
+SHARED_MEMORY = 232448 - 1024  # bytes a block may use on sm_90, less barriers and alignment
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,23 @@ class Tiles:
     warpgroups: compute warpgroups, each of 64 query rows; one more loads.
     keys: keys a step visits.
     stages: key and value blocks in flight.
-    overlap: the softmax of a block runs while the product before it does.
+    query_slots: warpgroups' queries in shared memory. More than there are warpgroups let a thread
+      block begin the next tile of a list before it has ended one.
+    overlap: the softmax of a block does not wait for the product before it.
     in_turn: warpgroups issue their products one after another.
-    own_staging: the output waits for its copy beside the queries, not in their place, so that the
-      next tile's queries can be on their way meanwhile.
+    own_staging: the output waits for its copy beside the queries, not in their place.
     heads_together: the fewest heads whose tiles are computed side by side; more where their keys
       and values fit in L2.
-    round_early: weights are rounded while the product before is in flight. With one loop of steps
-      this is faster; with several ptxas then waits for every single product (C7513).
     """
 
     warpgroups: int
     keys: int
     stages: int
+    query_slots: int
     overlap: bool = True
     in_turn: bool = False
-    persistent: bool = True
     own_staging: bool = True
     heads_together: int = 8
-    round_early: bool = False
 
     @property
     def registers(self) -> tuple[int, int] | None:
@@ -51,53 +50,51 @@ class Tiles:
 
     def shared_memory(self, spec: AttentionSpec, out_bytes: int) -> int:
         """Bytes of shared memory, with outputs of this many bytes an element."""
-        rows = self.warpgroups * ROWS
+        rows, slots = self.warpgroups * ROWS, self.query_slots * ROWS
         head, value = padded_width(spec.head_dim), padded_width(spec.value_dim)
-        rings = self.stages * self.keys * (head + value) * 2
-        small = rows * 4 + (rows + self.stages * self.keys) * 4 * spec.has_segments
-        staging = value * out_bytes if self.own_staging else 0
-        return rows * (head * 2 + staging) + rings + small
+        rings = self.stages * self.keys * (head + value) * 2 + slots * head * 2
+        small = 1024 * (1 + 3 * spec.has_segments)  # vectors, each in kilobytes of its own
+        return rings + rows * value * out_bytes * self.own_staging + small
 
 
-def choose_tiles(spec: AttentionSpec, rows: int, out_bytes: int) -> Tiles:
-    """The tiles for a call whose query tiles need hold no more than `rows` rows.
-
-    out_bytes: bytes of an element that the kernel writes, 4 if its outputs are still to be joined.
-    """
+def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
+    """The tiles for a call whose query tiles need hold no more than `rows` rows."""
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048; T = 16k, 4k, 1k.
     width = max(padded_width(spec.head_dim), padded_width(spec.value_dim))
     short = spec.band.upper is not None and spec.queries < 2048
     if rows <= ROWS:
         # Few queries are bound by memory: one warpgroup, and every byte of it for keys in flight.
-        tiles = Tiles(1, 128 if width <= 128 else 64, 4, persistent=False)
-    elif width <= 64 and short:
-        # A tile of 192 rows is mostly hidden or past the end: causal 302 at 1k, 262 with it.
-        tiles = Tiles(2, 128, 4)
-    elif width <= 64:
-        # Causal 525, 450, 262; full 568, 523, 422. Not in turn: 523, 427, 252; 570, 509, 391.
-        # Two warpgroups: causal 451, 412, 302; a list of tiles loses to none at 16k alone (530).
-        tiles = Tiles(3, 128, 3, in_turn=True)
-    elif width <= 128:
-        # Causal 706, 645, 462; full 714, 675, 570. No list: causal 707, 630, 407.
-        # In turn: causal 710, full 700 at 16k. Keys by 64: full 625 at 16k.
-        tiles = Tiles(2, 128, 2)
-    else:
-        # Causal 775, 705, 496; full 784, 747, 620. With a list: causal 750, 689, 488.
-        # There is no room for blocks of 128 keys, nor for an output beside the queries.
-        tiles = Tiles(2, 64, 2, persistent=False, round_early=not _masked(spec, 64))
-    return _fit(spec, tiles, out_bytes)
+        return Tiles(1, 128 if width <= 128 else 64, 4, query_slots=1)
+    if width <= 64 and short:
+        # A tile of 192 rows is mostly hidden or past the end: causal 335 at 1k, 291 with it.
+        # No list: 254.
+        return Tiles(2, 128, 4, query_slots=4)
+    if width <= 64:
+        # Causal 530, 461; full 561, 499, 447. No list: causal 531, 434; full 547, 487, 363.
+        # Not in turn: 522, 440; 540, 492, 425. Two warpgroups: full 428, 428, 417.
+        return Tiles(3, 128, 3, query_slots=6, in_turn=True)
+    if width <= 128:
+        # Causal 681, 648, 497; full 698, 673, 571. No list: 700, 621, 404; 699, 663, 548. In turn,
+        # and keys by 64 or 192: slower.
+        return Tiles(2, 128, 2, query_slots=4)
+    # Causal 768, 694, 491; full 772, 734, 616. There is no room for blocks of 128 keys, and in a
+    # list for three query slots only: causal 716, 654, 465; full 653, 713, 611.
+    return Tiles(2, 64, 2, query_slots=2)
 
 
-def _masked(spec: AttentionSpec, keys: int) -> bool:
-    from jattn.masking import hides_some
+def fit(spec: AttentionSpec, tiles: Tiles, *, listed: bool, out_bytes: int) -> Tiles:
+    """The tiles with as many stages, slots and stagings as shared memory has room for.
 
-    return hides_some(spec) or spec.keys % keys != 0
-
-
-def _fit(spec: AttentionSpec, tiles: Tiles, out_bytes: int) -> Tiles:
-    """The tiles with as many stages, and a staging of its own, as shared memory has room for."""
-    if tiles.shared_memory(spec, out_bytes) <= SHARED_MEMORY:
-        return tiles
-    if tiles.stages > 2:
-        return _fit(spec, replace(tiles, stages=tiles.stages - 1), out_bytes)
-    return replace(tiles, own_staging=False)
+    listed: thread blocks walk lists of tiles; without one they need a slot a warpgroup.
+    out_bytes: bytes of an element that the kernel writes, 4 if its outputs are still to be joined.
+    """
+    w, sizes = tiles.warpgroups, (padded_width(spec.head_dim), padded_width(spec.value_dim))
+    in_place = sizes[1] <= sizes[0] and out_bytes == 2
+    in_place &= swizzle_of(sizes[0], 2) == swizzle_of(sizes[1], 2)
+    stagings = [own for own in (True, False) if own or in_place]
+    most = max(tiles.query_slots, w) if listed else w
+    for stages, slots, own in product(range(tiles.stages, 0, -1), range(most, w - 1, -1), stagings):
+        fitted = replace(tiles, stages=stages, query_slots=slots, own_staging=own)
+        if fitted.shared_memory(spec, out_bytes) <= SHARED_MEMORY:
+            return fitted
+    raise ValueError(f"{tiles} need more than {SHARED_MEMORY} bytes for head dims {sizes}")

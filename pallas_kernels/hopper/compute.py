@@ -1,0 +1,300 @@
+"""The compute warpgroups of the forward kernel: 64 query rows of each tile.
+
+S_0 = Q K_0ᵀ     P_0 = softmax S_0
+S_i = Q K_iᵀ     O += P_{i-1} V_{i-1}     in flight together; P_i = softmax S_i
+S_0 = Q' K'_0ᵀ   O += P_n V_n             the same from a tile to the next of a list
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.hopper.load import query_slot
+from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
+from pallas_kernels.hopper.plan import MOST_LISTED
+from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.softmax import Softmax, across, logits
+from pallas_kernels.hopper.store import store
+from pallas_kernels.hopper.tiles import ROWS
+
+if TYPE_CHECKING:
+    from pallas_kernels.hopper.plan import Plan, Work
+
+__all__ = ["compute"]
+
+
+class Tile(NamedTuple):
+    """A tile of the list: its place in it, what it is, and the key blocks visited before it."""
+
+    turn: Array | int
+    work: Work
+    steps: Steps
+    visited: Array
+
+
+class Weights(NamedTuple):
+    """P of a tile's latest block of keys, and the softmax so far."""
+
+    p: Array
+    softmax: Softmax
+
+
+def compute(plan: Plan, seam: Seam, refs: Ref, warpgroup: Warpgroup) -> None:
+    """All tiles of this thread block, for one warpgroup."""
+    tiles = plan.tiles
+
+    @pl.when(warpgroup.number == 0)
+    def _() -> None:
+        for slot in range(tiles.query_slots):
+            plgpu.barrier_arrive(refs.q_free.at[slot])
+
+    for slot in range(tiles.stages):
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+    if tiles.in_turn:
+        pl.when(warpgroup.number == tiles.warpgroups - 1)(
+            lambda: plgpu.barrier_arrive(refs.turn.at[0])
+        )
+    seam.with_accumulator(
+        lambda o_acc: Rows(plan, seam, refs, warpgroup, o_acc).every_tile(),
+        (ROWS, refs.v_smem.shape[-1]),
+        refs.o_stand_in.at[warpgroup.number] if seam.interpret else None,
+    )
+    plgpu.wait_smem_to_gmem(0)
+    if tiles.in_turn:
+        pl.when(warpgroup.number == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """64 query rows of a tile; O is accumulated in `o_acc`, which is zero when a tile begins."""
+
+    plan: Plan
+    seam: Seam
+    refs: Ref
+    warpgroup: Warpgroup
+    o_acc: Ref
+
+    def every_tile(self) -> None:
+        """The tiles of this thread block's list, or its only one."""
+        plan, refs = self.plan, self.refs
+        index = plan.listed(refs, 0)
+        first = self.tile(0, index, jnp.int32(0))
+        weights = self.first_step(first)
+        if not plan.is_scheduled:
+            self.last_step(first, self.steps(first, weights))
+            return
+
+        def tile(turn: Array, carry: Any) -> Any:
+            weights, visited, index = carry
+            index_after = plan.listed(refs, turn + 1)  # long before it is used
+            now = self.tile(turn, index, visited)
+            weights = self.steps(now, weights)
+            after = self.tile(turn + 1, index_after, visited + now.steps.visits)
+            return self.last_and_first_step(now, after, weights), after.visited, index_after
+
+        tile_count = refs.schedule[lax.axis_index("block"), 0]
+        # Zero, but not to ptxas: it would keep the addresses of what a count of 0 leads to.
+        zero = lax.div(tile_count, MOST_LISTED + 1)
+        lax.fori_loop(0, tile_count, tile, (weights, zero, index))
+        plgpu.barrier_arrive(refs.q_free.at[query_slot(plan, tile_count, self.warpgroup.number)])
+
+    def tile(self, turn: Array | int, index: Array, visited: Array) -> Tile:
+        work = self.plan.work(index)
+        return Tile(turn, work, steps_of(self.plan, self.refs, work), visited)
+
+    def first_step(self, tile: Tile) -> Weights:
+        """S_0 and its softmax, with no product to run beside it."""
+        refs = self.refs
+        slot = self.slot(tile.visited)
+
+        def products(s_acc: Ref) -> Weights:
+            self.seam.matmul_into(s_acc, self.queries(tile), refs.k_smem.at[slot].T)
+            s = self.seam.wait(s_acc, in_flight=0)
+            p, softmax, _ = self.weigh(tile, s, 0, None, masked=self.plan.masked)
+            plgpu.barrier_arrive(refs.k_free.at[slot])
+            self.await_first_values(tile)
+            return Weights(p.astype(self.plan.spec.dtype), softmax)
+
+        self.await_queries(tile)
+        plgpu.barrier_wait(refs.k_full.at[slot])
+        return self.with_scores(products)
+
+    def steps(self, tile: Tile, weights: Weights) -> Weights:
+        """All blocks of keys but the first, and the values of all but the last."""
+        plan, steps = self.plan, tile.steps
+
+        def loop(start: Any, stop: Any, weights: Weights, masked: bool | None) -> Weights:
+            body = partial(self.step, tile, masked=masked)
+            return lax.fori_loop(start, stop, body, weights)  # type: ignore[no-any-return]
+
+        if plan.one_loop:
+            return loop(1, steps.visits, weights, None if plan.masked_later else False)
+        if plan.masked:
+            weights = loop(1, steps.clear_from, weights, True)
+        weights = loop(steps.clear_from, steps.clear_to, weights, False)
+        if plan.masked_left:
+            weights = loop(steps.clear_to, steps.visits, weights, True)
+        return weights
+
+    def step(self, tile: Tile, i: Array, weights: Weights, *, masked: bool | None) -> Weights:
+        """S_i = Q K_iᵀ with O += P_{i-1} V_{i-1}."""
+
+        def correct(o: Array, correction: Array) -> Array:
+            if self.plan.spec.has_key_lengths:
+                plgpu.barrier_wait(self.refs.v_full.at[self.slot(tile.visited + i)])
+            return o * across(correction, o.shape[1])
+
+        return self.two_products(tile, i, weights, weights.softmax, correct, masked=masked)
+
+    def last_and_first_step(self, tile: Tile, after: Tile, weights: Weights) -> Weights:
+        """S_0 of the tile after this with O += P_n V_n of this one, which is then done."""
+        own_staging = self.plan.tiles.own_staging
+        q_free = self.refs.q_free.at[self.query_slot(tile)]
+
+        def store(o: Array, _: Array | None) -> Array:
+            self.store(tile, o, weights.softmax)
+            if not own_staging:
+                plgpu.barrier_arrive(q_free)
+            return jnp.zeros_like(o)
+
+        self.await_queries(after)
+        if own_staging:
+            plgpu.barrier_arrive(q_free)
+        return self.two_products(after, 0, weights, None, store, masked=self.plan.masked)
+
+    def last_step(self, tile: Tile, weights: Weights) -> None:
+        """O += P_n V_n, with no product to run beside it."""
+        refs, slot = self.refs, self.slot(tile.visited + tile.steps.visits - 1)
+        if not self.plan.spec.has_key_lengths:
+            plgpu.barrier_wait(refs.v_full.at[slot])
+        self.seam.matmul_into(self.o_acc, weights.p, refs.v_smem.at[slot])
+        o = self.seam.wait(self.o_acc, in_flight=0)
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+        self.store(tile, o, weights.softmax)
+        plgpu.barrier_arrive(refs.q_free.at[self.query_slot(tile)])
+
+    def two_products(
+        self,
+        tile: Tile,
+        i: Array | int,
+        before: Weights,
+        softmax: Softmax | None,
+        next_o: Callable[[Array, Any], Array],
+        *,
+        masked: bool | None,
+    ) -> Weights:
+        """S = Q Kᵀ of a tile's i-th block with the O += P V of the block before, and S's softmax.
+
+        `next_o` is what becomes of O then, by the correction that the softmax asks for.
+        """
+        plan, seam, refs, spec = self.plan, self.seam, self.refs, self.plan.spec
+        tiles, block = plan.tiles, tile.visited + i
+        slot, slot_before = self.slot(block), self.slot(block - 1)
+
+        def products(s_acc: Ref) -> Weights:
+            seam.matmul_into(s_acc, self.queries(tile), refs.k_smem.at[slot].T)
+            seam.matmul_into(self.o_acc, before.p, refs.v_smem.at[slot_before])
+            if tiles.in_turn:
+                following = lax.rem(self.warpgroup.number + 1, tiles.warpgroups)
+                plgpu.barrier_arrive(refs.turn.at[following])
+            s = seam.wait(s_acc, in_flight=1 if tiles.overlap else 0)
+            if not spec.has_segments:
+                plgpu.barrier_arrive(refs.k_free.at[slot])
+            p, now, correction = self.weigh(tile, s, i, softmax, masked=masked)
+            if spec.has_segments:
+                plgpu.barrier_arrive(refs.k_free.at[slot])
+            o = seam.wait(self.o_acc, in_flight=0)
+            plgpu.barrier_arrive(refs.v_free.at[slot_before])
+            self.o_acc[...] = next_o(o, correction)
+            # With several loops only now: else ptxas sees an operand written while a product is in
+            # flight, and waits for every single one (C7513).
+            return Weights(p.astype(spec.dtype), now)
+
+        # Between an accumulator's birth and its product no branch may come: ptxas would add a wait.
+        plgpu.barrier_wait(refs.k_full.at[slot])
+        if not spec.has_key_lengths:
+            plgpu.barrier_wait(refs.v_full.at[slot_before])
+        if tiles.in_turn:
+            plgpu.barrier_wait(refs.turn.at[self.warpgroup.number])
+        return self.with_scores(products)
+
+    def weigh(
+        self, tile: Tile, s: Array, i: Array | int, softmax: Softmax | None, *, masked: bool | None
+    ) -> tuple[Array, Softmax, Array]:
+        """P of a tile's i-th block, the softmax that includes it, and the correction of O.
+
+        masked: whether the block needs an element mask; None if only i tells.
+        """
+        plan = self.plan
+        x, c = logits(plan.spec, self.seam.layout(s, plgpu.Layout.WGMMA))
+        slot = self.slot(tile.visited + i)
+
+        def hidden(x: Array) -> Array:
+            return hide(
+                plan, self.seam, self.refs, tile.work, tile.steps, self.warpgroup, x, i, slot
+            )
+
+        if masked:
+            x = hidden(x)
+        elif masked is None:
+            some = i < tile.steps.clear_from
+            if plan.masked_left:
+                some |= i >= tile.steps.clear_to
+            x = lax.cond(some, hidden, lambda x: x, x)
+        p, softmax, correction = (softmax or Softmax.start(self.seam)).update(
+            x, c, masked=masked is not False
+        )
+        return p.astype(plan.spec.dtype) if plan.one_loop else p, softmax, correction
+
+    def store(self, tile: Tile, o: Array, softmax: Softmax) -> None:
+        """O and the log-sum-exp on their way to their arrays."""
+        slot = self.query_slot(tile)
+        store(self.plan, self.seam, self.refs, self.warpgroup, tile.work, slot, o, softmax)
+
+    def await_first_values(self, tile: Tile) -> None:
+        """Where lengths are given: the values of the first block, zero past the length.
+
+        0 * NaN is not 0. Each warpgroup does this for itself, since all write the same.
+        """
+        plan, refs = self.plan, self.refs
+        if not plan.spec.has_key_lengths:
+            return
+        plgpu.barrier_wait(refs.v_full.at[self.slot(tile.visited)])
+        v = refs.v_smem.at[self.slot(tile.visited)]
+        length = jnp.minimum(refs.key_lengths[tile.work.batch], plan.spec.keys)
+        real = length - (tile.steps.stop - 1) * plan.tiles.keys
+
+        @pl.when(real < plan.tiles.keys)
+        def _() -> None:
+            key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
+            v[...] = jnp.where(key < real, v[...], jnp.zeros((), v.dtype))
+            plgpu.commit_smem()
+
+    def await_queries(self, tile: Tile) -> None:
+        number, turn = self.warpgroup.number, tile.turn
+        first = 0 if isinstance(turn, int) else lax.rem(turn, 2) * self.plan.tiles.warpgroups
+        plgpu.barrier_wait(self.refs.q_full.at[first + number])
+
+    def queries(self, tile: Tile) -> Ref:
+        return self.refs.q_smem.at[self.query_slot(tile)]
+
+    def query_slot(self, tile: Tile) -> Any:
+        return query_slot(self.plan, tile.turn, self.warpgroup.number)
+
+    def slot(self, block: Array | int) -> Array:
+        """Where a key or value block is, by the number of blocks visited before it."""
+        return lax.rem(block, self.plan.tiles.stages)
+
+    def with_scores(self, body: Callable[[Ref], Weights]) -> Weights:
+        stand_in = self.refs.s_stand_in.at[self.warpgroup.number] if self.seam.interpret else None
+        shape = (ROWS, self.plan.tiles.keys)
+        return self.seam.with_accumulator(body, shape, stand_in)  # type: ignore[no-any-return]

@@ -1,0 +1,139 @@
+"""The loading warpgroup of the forward kernel: queries, keys and values into their rings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.hopper.masks import steps_of
+from pallas_kernels.hopper.seam import Ref
+from pallas_kernels.hopper.tiles import ROWS
+
+if TYPE_CHECKING:
+    from pallas_kernels.hopper.plan import Plan, Work
+
+__all__ = ["copies", "load", "query_parts", "query_slot"]
+
+
+def load(plan: Plan, refs: Ref) -> None:
+    """Keys go one block ahead of values, also from a tile to the next of a list."""
+    tiles = plan.tiles
+    # With fewer slots than two tiles need, the rest wait for outputs that need what is loaded here.
+    early = min(tiles.warpgroups, tiles.query_slots - tiles.warpgroups)
+
+    def queries(work: Work, turn: Array | int, which: range) -> None:
+        for w in which:
+            _load_q(plan, refs, work, turn, w)
+
+    def rest_of(work: Work, count: Array, turn: Array | int, after: Work | None) -> Array:
+        steps = steps_of(plan, refs, work)
+
+        def step(i: Array, _: None) -> None:
+            _load_k(plan, refs, work, steps.stop - 1 - i, count + i)
+            _load_v(plan, refs, work, steps.stop - i, count + i - 1)
+
+        lax.fori_loop(1, steps.visits, step, None)
+        done = count + steps.visits
+        if after is not None:
+            queries(after, turn + 1, range(early))
+            _load_k(plan, refs, after, steps_of(plan, refs, after).stop - 1, done)
+        _load_v(plan, refs, work, steps.stop - steps.visits, done - 1)
+        if after is not None:
+            queries(after, turn + 1, range(early, tiles.warpgroups))
+        return done
+
+    def tile(turn: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        count, index = carry
+        index_after = plan.listed(refs, turn + 1)  # long before it is used
+        return rest_of(plan.work(index), count, turn, plan.work(index_after)), index_after
+
+    index = plan.listed(refs, 0)
+    first = plan.work(index)
+    queries(first, 0, range(tiles.warpgroups))
+    _load_k(plan, refs, first, steps_of(plan, refs, first).stop - 1, jnp.int32(0))
+    if plan.is_scheduled:
+        tile_count = refs.schedule[lax.axis_index("block"), 0]
+        lax.fori_loop(0, tile_count, tile, (jnp.int32(0), index))
+    else:
+        rest_of(first, jnp.int32(0), 0, None)
+    for slot in range(tiles.query_slots):
+        plgpu.barrier_wait(refs.q_free.at[slot])
+    for slot in range(tiles.stages):
+        plgpu.barrier_wait(refs.k_free.at[slot])
+        plgpu.barrier_wait(refs.v_free.at[slot])
+
+
+def query_slot(plan: Plan, turn: Array | int, w: Array | int) -> Any:
+    """Where a warpgroup's queries of its turn-th tile are."""
+    w_count, slots = plan.tiles.warpgroups, plan.tiles.query_slots
+    if isinstance(turn, int) and turn == 0:
+        return w
+    if slots == 2 * w_count:
+        return turn % 2 * w_count + w
+    return lax.rem(turn * w_count + w, slots)
+
+
+def copies(plan: Plan) -> int:
+    """Heads that one warpgroup's rows hold, each of which is a copy of its own."""
+    return max(1, plan.pack // plan.tiles.warpgroups)
+
+
+def query_parts(plan: Plan, work: Work, w: int | Array) -> list[tuple[Any, Any, Any]]:
+    """(rows of shared memory, queries, head) of each copy that fills or empties a warpgroup."""
+    rows = min(ROWS, plan.queries)
+    first = w * ROWS
+    if isinstance(w, int):
+        head, query = first // plan.queries, first % plan.queries
+    else:
+        head, query = lax.div(first, plan.queries), lax.rem(first, plan.queries)
+    return [
+        (pl.ds(c * rows, rows), pl.ds(work.query + query, rows), work.head + head + c)
+        for c in range(copies(plan))
+    ]
+
+
+def _load_q(plan: Plan, refs: Ref, work: Work, turn: Array | int, w: int) -> None:
+    slot = query_slot(plan, turn, w)
+    # Of a warpgroup's own: a thread must see every phase of a barrier that it waits for.
+    full = refs.q_full.at[(0 if isinstance(turn, int) else turn % 2 * plan.tiles.warpgroups) + w]
+    plgpu.barrier_wait(refs.q_free.at[slot])
+    columns = pl.ds(0, refs.q_smem.shape[-1])
+    for rows, queries, head in query_parts(plan, work, w):
+        plgpu.copy_gmem_to_smem(
+            refs.q.at[work.batch, queries, head, columns], refs.q_smem.at[slot, rows], full
+        )
+    if plan.spec.has_segments:
+        start = work.tile * plan.rows + w * ROWS
+        plgpu.copy_gmem_to_smem(
+            refs.query_segments.at[work.batch, pl.ds(start, ROWS)], refs.q_segments.at[w], full
+        )
+
+
+def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array) -> None:
+    slot = lax.rem(count, plan.tiles.stages)
+    rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
+    plgpu.barrier_wait(refs.k_free.at[slot])
+    plgpu.copy_gmem_to_smem(
+        refs.k.at[work.batch, rows, work.kv_head, pl.ds(0, refs.k_smem.shape[-1])],
+        refs.k_smem.at[slot],
+        refs.k_full.at[slot],
+    )
+    if plan.spec.has_segments:
+        plgpu.copy_gmem_to_smem(
+            refs.key_segments.at[work.batch, rows], refs.k_segments.at[slot], refs.k_full.at[slot]
+        )
+
+
+def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array) -> None:
+    slot = lax.rem(count, plan.tiles.stages)
+    rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
+    plgpu.barrier_wait(refs.v_free.at[slot])
+    plgpu.copy_gmem_to_smem(
+        refs.v.at[work.batch, rows, work.kv_head, pl.ds(0, refs.v_smem.shape[-1])],
+        refs.v_smem.at[slot],
+        refs.v_full.at[slot],
+    )

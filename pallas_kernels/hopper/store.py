@@ -1,0 +1,58 @@
+"""The end of a tile: O divided by the sum, and the log-sum-exp, on their way to their arrays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels.hopper.load import query_parts
+from pallas_kernels.hopper.masks import Warpgroup
+from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.softmax import Softmax, across
+from pallas_kernels.hopper.tiles import ROWS
+
+if TYPE_CHECKING:
+    from pallas_kernels.hopper.plan import Plan, Work
+
+__all__ = ["store"]
+
+
+def store(
+    plan: Plan,
+    seam: Seam,
+    refs: Ref,
+    warpgroup: Warpgroup,
+    work: Work,
+    slot: Any,
+    o: Array,
+    softmax: Softmax,
+) -> None:
+    """Through a staging of the own, or the slot of the queries, which may be filled afterwards."""
+    width, number = o.shape[1], warpgroup.number
+    if "sinks" in vars(refs):
+        sink = refs.sinks[work.batch if refs.sinks.shape[0] > 1 else 0, work.head]
+        sink = seam.layout(jnp.full((ROWS,), sink), plgpu.Layout.WGMMA.reduce(1))
+        softmax, correction = softmax.join(sink)
+        o = o * across(correction, width)
+    factor, lse = softmax.finish()
+    if plan.tiles.own_staging:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        o_smem = refs.o_smem.at[number]
+    else:
+        o_smem = refs.q_smem.at[slot, :, pl.ds(0, width)]
+    o_smem[...] = (o * across(factor, width)).astype(o_smem.dtype)
+    refs.lse_smem[number] = lse
+    plgpu.commit_smem()
+    batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
+    for rows, queries, head in query_parts(plan, work, number):
+        out = refs.out.at[(*batch, queries, head, pl.ds(0, width))]
+        plgpu.copy_smem_to_gmem(o_smem.at[rows], out)
+        plgpu.copy_smem_to_gmem(
+            refs.lse_smem.at[number, rows], refs.lse.at[(*batch, head, queries)]
+        )
+    if not plan.tiles.own_staging:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
