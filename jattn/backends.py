@@ -32,25 +32,23 @@ class Backend:
 
 
 # In the order in which an unnamed choice tries them. The reason for each place is a measurement in
-# benchmarks/results. On an H200 flash's forward is ahead of cuDNN's in most cells, but its backward
-# still runs in XLA, far behind, and a choice cannot see whether a gradient will follow: so cuDNN
-# goes first until flash has a backward kernel. On a CPU memory_efficient is ahead of the formula at
-# every length from 512 on.
+# benchmarks/results. On an H200 flash's Hopper kernels are ahead of cuDNN's in most cells, forward
+# and backward. On a CPU memory_efficient is ahead of the formula at every length from 512 on.
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(
-            name="cudnn",
-            attend=lambda spec, operands, target: cudnn.attend(spec, operands),
-            refusals=cudnn.refusals,
-            kernel=lambda spec, target: "cuDNN fused attention",
-            gradient_bytes=flash_attention.gradient_bytes,
-        ),
         Backend(
             name="flash",
             attend=flash_attention.attend,
             refusals=flash_attention.refusals,
             kernel=flash_attention.kernel,
+            gradient_bytes=flash_attention.gradient_bytes,
+        ),
+        Backend(
+            name="cudnn",
+            attend=lambda spec, operands, target: cudnn.attend(spec, operands),
+            refusals=cudnn.refusals,
+            kernel=lambda spec, target: "cuDNN fused attention",
             gradient_bytes=flash_attention.gradient_bytes,
         ),
         Backend(

@@ -10,41 +10,40 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jattn.spec import AttentionSpec, Operands
+from jattn.spec import AttentionSpec
 
-__all__ = ["Attention", "folds_into_batch"]
+__all__ = ["Arrays", "Kernel", "folds_into_batch"]
 
-type Attention = Callable[[AttentionSpec, Operands], tuple[Array, Array]]
+type Arrays = dict[str, Array]
+type Kernel = Callable[[AttentionSpec, Arrays], tuple[Array, ...]]
 
 
-def folds_into_batch(attention: Attention) -> Attention:
+def folds_into_batch(kernel: Kernel) -> Kernel:
     """The same function; under `jax.vmap` the mapped axis becomes part of the batch.
 
-    What is not mapped is repeated along it, sinks excepted: those may be (N,), for all rows of the
-    batch, and become (B, N) only where they are mapped.
+    The batch is the first axis of every array. What is not mapped is repeated along it, sinks
+    excepted: those may be (N,), for all rows of the batch, and become (B, N) only where they are
+    mapped.
     """
 
-    def folding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
+    def folding(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         @jax.custom_batching.custom_vmap
-        def call(operands: Operands) -> tuple[Array, Array]:
-            return attention(spec, operands)
+        def call(arrays: Arrays) -> tuple[Array, ...]:
+            return kernel(spec, arrays)
 
         @call.def_vmap
-        def _(size: int, batched: list[Operands], operands: Operands) -> tuple[Any, Any]:
+        def _(size: int, batched: list[dict[str, bool]], arrays: Arrays) -> tuple[Any, Any]:
             larger = replace(spec, batch=size * spec.batch)
-            folded: dict[str, Any] = {
-                name: None if x is None else _fold(name, spec.batch, size, bool(is_batched), x)
-                for name, x, is_batched in zip(Operands._fields, operands, batched[0], strict=True)
+            folded = {
+                name: _fold(name, spec.batch, size, batched[0][name], x)
+                for name, x in arrays.items()
             }
-            out, lse = folding(larger, Operands(**folded))
-            shape = (size, spec.batch)
-            return (
-                (out.reshape(*shape, *out.shape[1:]), lse.reshape(*shape, *lse.shape[1:])),
-                (True, True),
-            )
+            results = folding(larger, folded)
+            unfolded = tuple(x.reshape(size, spec.batch, *x.shape[1:]) for x in results)
+            return unfolded, (True,) * len(results)
 
-        out, lse = call(operands)
-        return out, lse
+        results: tuple[Array, ...] = call(arrays)
+        return results
 
     return folding
 

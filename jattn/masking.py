@@ -25,7 +25,7 @@ from jax import Array
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec, Operands
 
-__all__ = ["Band", "KeyIntervals", "hides_some", "visible"]
+__all__ = ["Band", "KeyIntervals", "hides_some", "past_zeroed", "visible"]
 
 type Index = int | Array
 
@@ -112,6 +112,12 @@ def hides_some(spec: AttentionSpec) -> bool:
         or spec.has_segments
         or spec.mask_shape is not None
     )
+
+
+def past_zeroed(x: Array, lengths: Array) -> Array:
+    """x (B, rows, ...) with zeros past each row's length, as 0 * NaN is not 0."""
+    inside = jnp.arange(x.shape[1]) < lengths[:, None]
+    return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
 def visible(spec: AttentionSpec, operands: Operands) -> Array:

@@ -11,16 +11,17 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jattn.folding import Attention
-from jattn.spec import AttentionSpec, Operands
+from jattn.folding import Arrays, Kernel
+from jattn.spec import AttentionSpec
 
-__all__ = ["per_shard"]
+__all__ = ["GRADIENTS", "RESULTS", "per_shard"]
 
-# The axes of each operand in the partitioner's notation, N being `_query_heads`.
+# The axes of each array in the partitioner's notation, N being `_query_heads`.
 _AXES = {
     "query": "b t N h",
     "key": "b s k h",
@@ -30,57 +31,70 @@ _AXES = {
     "query_segments": "b t",
     "key_segments": "b s",
     "sinks": "N",
+    "lse": "b t N",
+    "row_term": "b t N",
+    "d_out": "b t N d",
 }
 _ROW_SINKS = "b N"
-_RESULTS = "b t N d, b t N"
+RESULTS = "b t N d, b t N"  # output and log-sum-exp
+GRADIENTS = "b t N h, b s k h, b s k d"  # of query, key and value
 
 
-def per_shard(attention: Attention) -> Attention:
-    """The same function; on sharded arrays each device runs it on its own rows and heads."""
+def per_shard(kernel: Kernel, results: str) -> Kernel:
+    """The same function; on sharded arrays each device runs it on its own rows and heads.
 
-    def partitioned(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
-        names = [name for name, x in operands._asdict().items() if x is not None]
-        axes = {name: _AXES[name] for name in names}
-        if operands.sinks is not None and operands.sinks.ndim == 2:
+    results: the axes of each, `RESULTS` or `GRADIENTS`.
+    """
+
+    def partitioned(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
+        axes = {name: _AXES[name] for name in arrays}
+        if "sinks" in arrays and arrays["sinks"].ndim == 2:
             axes["sinks"] = _ROW_SINKS
 
         @custom_partitioning
-        def call(*arrays: Array) -> tuple[Array, Array]:
-            held = Operands(**dict(zip(names, arrays, strict=True)))
-            own = replace(
-                spec,
-                batch=held.query.shape[0],
-                heads=held.query.shape[2],
-                kv_heads=held.key.shape[2],
-            )
-            return attention(own, held)
+        def call(*held: Array) -> tuple[Array, ...]:
+            own = dict(zip(axes, held, strict=True))
+            batch, _, heads, _ = own["query"].shape
+            kv_heads = own["key"].shape[2]
+            return kernel(replace(spec, batch=batch, heads=heads, kv_heads=kv_heads), own)
 
-        def partition(mesh: Mesh, arguments: Any, results: Any) -> Any:
+        def partition(mesh: Mesh, arguments: Any, _: Any) -> Any:
             batch, heads, key_heads = _kept_axes(spec, arguments)
 
             def placed(axes: str) -> NamedSharding:
                 kept = {"b": batch, "k": key_heads, "N": heads}
                 return NamedSharding(mesh, PartitionSpec(*map(kept.get, axes.split())))
 
-            out = tuple(placed(axes) for axes in _RESULTS.split(", "))
-            return mesh, lambda *arrays: call.fun(*arrays), out, tuple(map(placed, axes.values()))
+            def on_each(*held: Array) -> tuple[Array, ...]:
+                found: tuple[Array, ...] = call.fun(*held)
+                if heads is None or key_heads is not None:
+                    return found
+                # One key head for the query heads of several devices: the results without query
+                # heads are sums over all of them.
+                return tuple(
+                    x if "N" in axes else lax.psum(x.astype(jnp.float32), heads).astype(x.dtype)
+                    for x, axes in zip(found, results.split(", "), strict=True)
+                )
 
-        rule, factors = _rule(spec, list(axes.values()))
+            out = tuple(placed(axes) for axes in results.split(", "))
+            return mesh, on_each, out, tuple(map(placed, axes.values()))
+
+        rule, factors = _rule(spec, list(axes.values()), results)
         call.def_partition(
             partition=partition,
             sharding_rule=rule,
             **factors,
             need_replication_factors=("t", "h", "s", "d"),  # in order of appearance
         )
-        out, lse = call(*(x for x in operands if x is not None))
-        return out, lse
+        found: tuple[Array, ...] = call(*arrays.values())
+        return found
 
     return partitioned
 
 
-def _rule(spec: AttentionSpec, axes: list[str]) -> tuple[str, dict[str, int]]:
+def _rule(spec: AttentionSpec, axes: list[str], results: str) -> tuple[str, dict[str, int]]:
     """The partitioner's rule, and the sizes it asks for: a query head is (key head, its group)."""
-    rule = f"{', '.join(axes)} -> {_RESULTS}"
+    rule = f"{', '.join(axes)} -> {results}"
     if spec.group == 1:
         return rule.replace("N", "k"), {}
     if spec.kv_heads == 1:

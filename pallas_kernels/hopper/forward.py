@@ -99,10 +99,11 @@ def forward(
 def _copyable(x: Array) -> Array:
     """x (B, rows, heads, columns), padded where the TMA unit's tiles need it: see `copyable`.
 
-    That is rows of no multiple of 8 and columns of no multiple of 16; all else is read in place.
+    That is rows of no multiple of 8 and columns of fewer than 64 or no multiple of 16; all else is
+    read in place.
     """
     rows, columns = x.shape[1], x.shape[3]
-    more = (copyable(rows, 8) - rows, copyable(columns, 16 if columns > 64 else 64) - columns)
+    more = (copyable(rows, 8) - rows, padded_width(columns) - columns)
     return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
 
 

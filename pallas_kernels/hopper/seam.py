@@ -40,6 +40,11 @@ class Seam:
             return value
         return plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)  # type: ignore[no-any-return]
 
+    def drain(self, in_flight: int) -> None:
+        """Waits until at most `in_flight` products are running."""
+        if not self.interpret:
+            plgpu.wgmma_wait(in_flight)
+
     def with_accumulator(
         self, body: Callable[[Ref], Any], shape: tuple[int, int], stand_in: Ref
     ) -> Any:
@@ -51,6 +56,17 @@ class Seam:
             stand_in[...] = jnp.zeros(shape, jnp.float32)
             return body(stand_in)
         return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))  # type: ignore[attr-defined]
+
+    def add(self, smem: Ref, gmem: Ref) -> None:
+        """gmem += smem, float32, started; rows past the array's end are left out."""
+        if not self.interpret:
+            plgpu.copy_smem_to_gmem(smem, gmem, reduction_op="add")
+            return
+        gmem[...] += smem[...]
+
+    def load(self, ref: Ref, layout: Any) -> Array:
+        """What shared memory holds, in this register layout."""
+        return ref[...] if self.interpret else plgpu.load(ref, layout=layout)
 
     def layout(self, x: Array, layout: Any) -> Array:
         """The array in this register layout."""

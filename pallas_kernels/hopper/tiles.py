@@ -76,7 +76,7 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     if width <= 128:
         # Causal 681, 648, 497; full 698, 673, 571. No list: 700, 621, 404; 699, 663, 548. In turn,
         # and keys by 64 or 192: slower.
-        return Tiles(2, 128, 2, query_slots=4)
+        return Tiles(2, 128, 2, query_slots=4 if spec.queries < 8192 else 2)
     # Causal 768, 694, 491; full 772, 734, 616. There is no room for blocks of 128 keys, and in a
     # list for three query slots only: causal 716, 654, 465; full 653, 713, 611.
     return Tiles(2, 64, 2, query_slots=2)

@@ -60,7 +60,7 @@ CASES = [
     Long("packed_heads", queries=60, keys=4096, kv_heads=4, causal=True, alignment="bottom_right"),
 ]
 # What is compiled of each case. "backward" is the gradient without the forward it starts from.
-CALLS = [(case, "forward") for case in CASES]
+CALLS = [(case, direction) for direction in ("forward", "backward") for case in CASES]
 
 # ptxas: "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to
 # ... in function 'x'", "(C7513) ... in the function 'x'" and more of that kind.

@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+import jattn
 from pallas_kernels.hopper import limits
+from tests.backends import Results
 from tests.backends import call as attend
 from tests.cases import FLOAT32, Case, operands
-from tests.hopper.calls import LARGE, SHARED, SMALL, has_kernel, spec_of
+from tests.hopper.calls import LARGE, SHARED, SMALL, Half, has_kernel, spec_of
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
 
 __all__ = ["hopper"]
@@ -33,6 +35,12 @@ def test_interpreted_as_exact_as_the_formula(case: Case, seed: int) -> None:
     check(INTERPRETED, case, seed)
 
 
+@pytest.mark.parametrize("segments", ["sorted", "unsorted"])
+def test_interpreted_tiles_in_a_fixed_order_are_as_exact(segments: str, seed: int) -> None:
+    with jattn.deterministic_gradients():
+        check(INTERPRETED, Half("in_turns", 1, 200, 290, 1, 1, 64, segments=segments), seed)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("case", ON_A_GPU, ids=str)
@@ -52,3 +60,22 @@ def test_two_hundred_runs_are_bitwise_equal(case: Case, seed: int) -> None:
         again = jax.tree.map(np.asarray, function(arrays))
         for a, b in zip(first, again, strict=True):
             np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", [*LARGE[::4], LARGE[-1]], ids=str)
+def test_two_hundred_gradients_in_turns_are_bitwise_equal(case: Case, seed: int) -> None:
+    drawn = operands(case, seed)
+
+    @jax.jit
+    def gradient(arrays: Results) -> Results:
+        _, vjp = jax.vjp(lambda arrays: attend(FLASH, drawn, arrays), arrays)
+        return vjp(jax.numpy.asarray(drawn["dout"]))[0]
+
+    arrays = jax.device_put(drawn.differentiable)
+    with jattn.deterministic_gradients():
+        first = jax.tree.map(np.asarray, gradient(arrays))
+        for _ in range(199):
+            again = jax.tree.map(np.asarray, gradient(arrays))
+            jax.tree.map(np.testing.assert_array_equal, again, first)

@@ -1,0 +1,43 @@
+"""Whether gradients must be bitwise the same each time they are computed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import jax
+
+__all__ = ["deterministic_gradients", "is_deterministic"]
+
+_asked = jax.make_user_context(None)
+
+
+@contextmanager
+def deterministic_gradients(on: bool = True) -> Generator[None]:
+    """Makes gradients of the calls inside bitwise repeatable; part of `jax.jit`'s cache key.
+
+    Only the `flash` backend is ever anything else: its thread blocks add to a query's gradient in
+    whatever order they come, unless asked to take turns. Outside, XLA's own flag
+    `--xla_gpu_deterministic_ops` decides.
+
+    Args:
+      on: False allows any order, whatever the flag says.
+
+    >>> import jax, jax.numpy as jnp, jattn
+    >>> x = jnp.ones((1, 4, 2, 8))
+    >>> with jattn.deterministic_gradients():
+    ...     gradient = jax.grad(lambda x: jattn.dot_product_attention(x, x, x).sum())(x)
+    """
+    with _asked(on):
+        yield
+
+
+def is_deterministic() -> bool:
+    """What the innermost context asks for, or else XLA's flag."""
+    asked: bool | None = _asked.value
+    if asked is not None:
+        return asked
+    flag = re.findall(r"--xla_gpu_deterministic_ops(?:=(\w+))?", os.environ.get("XLA_FLAGS", ""))
+    return bool(flag) and flag[-1].lower() in ("", "true", "1")

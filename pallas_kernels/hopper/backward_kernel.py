@@ -1,0 +1,424 @@
+"""The Hopper backward kernel for head dims up to 128: one kernel, five products.
+
+    Sᵀ = K Qᵀ          Pᵀ = exp(Sᵀ - lse)              dV = Pᵀ dO
+    dPᵀ = V dOᵀ        dSᵀ = Pᵀ (dPᵀ - D)              dK = dSᵀ Q        dQ = dS K
+
+D being the row term, rowsum(O dO) less the gradient of the log-sum-exp.
+
+(Dao, "FlashAttention-2", 2023, algorithm 2.) A thread block holds one tile of keys, 64 rows for
+each of its two compute warpgroups, and goes over the blocks of queries that see some of them, head
+by head of the group. dK and dV stay in registers; dQ is added to a float32 array in global memory.
+
+    loader         K V Q0 dO0  Q1 dO1  Q2 dO2 ..
+    warpgroup 0    [S|dP] P dS [dV] > [dQ|dK] add dQ  [S|dP] P dS [dV] > ..      write dK dV
+    warpgroup 1    [S|dP] P dS [dV] > [dQ|dK] add dQ  [S|dP] P dS [dV] > ..      write dK dV
+
+At > both warpgroups' dS are in shared memory; each makes one half of the block's dQ, which is
+written and added while dK is computed.
+
+Shared memory, with the barriers that guard it (`full`: a copy has landed; `free`: its readers are
+done; both for each slot of a ring):
+
+    k_smem, v_smem (128, H), (128, D)                              kv_full
+    q_smem, do_smem (stages, queries, H or D), lse_smem, row_term_smem    full[slot], free[slot]
+    ds_smem        (2, 128, queries)                               ds_full
+    dq_smem        (2, half of a block's dQ)                 waits for its own warpgroup's copy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from jattn.masking import hides_some
+from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.seam import Ref, Seam, transforms
+from pallas_kernels.hopper.softmax import logits
+from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.visits import Visits
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = ["launch"]
+
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)  # one value a key
+COLUMN = WGMMA.reduce(0)  # one value a query
+
+
+def launch(
+    spec: AttentionSpec,
+    tiles: BackwardTiles,
+    inputs: dict[str, Array],
+    dq: Ref,
+    *,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """dK (B, S, K, H) and dV (B, S, K, D); adds the unscaled dQ to `dq` (B, T, N, H) float32."""
+    seam = Seam(interpret)
+    w, queries = tiles.warpgroups, tiles.queries
+    rows, head, value = inputs["k"].shape[1], inputs["k"].shape[3], inputs["v"].shape[3]
+    if _banded(spec):
+        inputs = inputs | {"index": jnp.arange(queries, dtype=jnp.int32)}
+    scratch = _scratch(spec, tiles, head, value)
+    if interpret:
+        for name, shape in {
+            "s": (ROWS, queries), "dp": (ROWS, queries), "dq": dq_share(tiles, head),
+            "dk": (ROWS, head), "dv": (ROWS, value),
+        }.items():  # fmt: skip
+            scratch[f"{name}_stand_in"] = plgpu.SMEM((w, *shape), jnp.float32)
+    names = [*inputs, "dq", "dk", "dv", *scratch]
+
+    def kernel(*args: Ref) -> None:
+        refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
+        if "visitors" in inputs and not interpret:
+            turns = plgpu.SemaphoreType.REGULAR(
+                (spec.batch, spec.heads, inputs["lse"].shape[2] // queries, w)
+            )
+            refs.turns = pl.get_global(turns)
+        block = Block(spec, tiles, seam, refs)
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < w)
+        def _() -> None:
+            plgpu.set_max_registers(240, action="increase")
+            _compute(block, warpgroup)
+
+        @pl.when(warpgroup == w)
+        def _() -> None:
+            plgpu.set_max_registers(24, action="decrease")
+            _load(block)
+
+    axes = {"batch": spec.batch, "head": spec.kv_heads, "tile": inputs["ranges"].shape[1]}
+    if not tiles.tiles_first:
+        axes = {name: axes[name] for name in ("batch", "tile", "head")}
+    dk, dv = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((spec.batch, rows, spec.kv_heads, columns), spec.dtype)
+            for columns in (head, value)
+        ],
+        scratch_types=list(scratch.values()),
+        grid=tuple(axes.values()),
+        grid_names=tuple(axes),
+        num_threads=w + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*inputs.values(), dq)
+    return dk, dv
+
+
+def dq_share(tiles: BackwardTiles, head: int) -> tuple[int, int]:
+    """What one warpgroup computes of a block's dQ: all its columns, or all its rows."""
+    if tiles.queries == ROWS:
+        return ROWS, head // tiles.warpgroups
+    return tiles.queries // tiles.warpgroups, head
+
+
+def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -> dict[str, Any]:
+    w, stages, queries = tiles.warpgroups, tiles.stages, tiles.queries
+
+    def matrix(*shape: int, dtype: Any = spec.dtype) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+
+    scratch = {
+        "k_smem": matrix(tiles.keys, head),
+        "v_smem": matrix(tiles.keys, value),
+        "q_smem": matrix(stages, queries, head),
+        "do_smem": matrix(stages, queries, value),
+        "lse_smem": plgpu.SMEM((stages, queries), jnp.float32),
+        "row_term_smem": plgpu.SMEM((stages, queries), jnp.float32),
+        "ds_smem": matrix(2, tiles.keys, queries),
+        "dq_smem": matrix(w, *dq_share(tiles, head), dtype=jnp.float32),
+        "kv_full": plgpu.Barrier(num_arrivals=2 + _banded(spec) + spec.has_segments),
+        "full": plgpu.Barrier(num_arrivals=4 + spec.has_segments, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
+        "ds_full": plgpu.Barrier(num_arrivals=w),
+    }
+    if _banded(spec):
+        scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
+    if spec.has_segments:
+        scratch["q_segments"] = plgpu.SMEM((stages, queries), jnp.int32)
+        scratch["k_segments"] = plgpu.SMEM((tiles.keys,), jnp.int32)
+    return scratch
+
+
+class Block:
+    """One thread block: its tile of keys, and which blocks of queries it visits."""
+
+    def __init__(self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
+        self.spec, self.tiles, self.seam, self.refs = spec, tiles, seam, refs
+        self.batch, self.kv_head = lax.axis_index("batch"), lax.axis_index("head")
+        # Last to first where tiles take turns: one waits only for those that started before it.
+        tile = lax.axis_index("tile")
+        self.tile = refs.ranges.shape[1] - 1 - tile if "visitors" in vars(refs) else tile
+        of = self.batch if refs.ranges.shape[0] > 1 else 0
+        self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
+
+    @property
+    def masked(self) -> bool:
+        """Whether some visit needs an element mask."""
+        return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
+
+
+def _load(block: Block) -> None:
+    """The loading warpgroup."""
+    spec, tiles, refs = block.spec, block.tiles, block.refs
+    batch, visit = block.batch, block.visits
+    keys = pl.ds(block.tile * tiles.keys, tiles.keys)
+    plgpu.copy_gmem_to_smem(refs.k.at[batch, keys, block.kv_head], refs.k_smem, refs.kv_full)
+    plgpu.copy_gmem_to_smem(refs.v.at[batch, keys, block.kv_head], refs.v_smem, refs.kv_full)
+    if _banded(spec):
+        plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, refs.kv_full)
+    if spec.has_segments:
+        plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
+
+    def fetch(n: Array) -> None:
+        head = block.kv_head * spec.group + lax.div(n, visit.count)
+        queries = pl.ds((visit.first + lax.rem(n, visit.count)) * tiles.queries, tiles.queries)
+        slot = lax.rem(n, tiles.stages)
+        plgpu.barrier_wait(refs.free.at[slot])
+
+        def copy(source: Ref, place: Ref) -> None:
+            plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
+
+        copy(refs.q.at[batch, queries, head], refs.q_smem)
+        copy(refs.lse.at[batch, head, queries], refs.lse_smem)
+        copy(refs.do.at[batch, queries, head], refs.do_smem)
+        copy(refs.row_term.at[batch, head, queries], refs.row_term_smem)
+        if spec.has_segments:
+            copy(refs.query_segments.at[batch, queries], refs.q_segments)
+
+    _each(0, visit.count * spec.group, fetch)
+    for slot in range(tiles.stages):
+        plgpu.barrier_wait(refs.free.at[slot])
+
+
+def _compute(block: Block, warpgroup: Array) -> None:
+    """A compute warpgroup: 64 keys of the tile."""
+    spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
+    head, value = refs.k_smem.shape[-1], refs.v_smem.shape[-1]
+    for slot in range(tiles.stages):
+        plgpu.barrier_arrive(refs.free.at[slot])
+    plgpu.barrier_wait(refs.kv_full)
+    accumulator = partial(_accumulator, seam, refs, warpgroup)
+    dk, dv = accumulator(
+        "dk", (ROWS, head),
+        lambda dk: accumulator(
+            "dv", (ROWS, value), lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv)
+        ),
+    )  # fmt: skip
+    plgpu.wait_smem_to_gmem(0)
+    # Both warpgroups' dQ read all of k_smem.
+    plgpu.barrier_arrive(refs.ds_full)
+    plgpu.barrier_wait(refs.ds_full)
+    mine = pl.ds(warpgroup * ROWS, ROWS)
+    rows = pl.ds(block.tile * tiles.keys + warpgroup * ROWS, ROWS)
+    refs.k_smem[mine] = (dk * spec.scale).astype(spec.dtype)
+    refs.v_smem[mine] = dv.astype(spec.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(refs.k_smem.at[mine], refs.dk.at[block.batch, rows, block.kv_head])
+    plgpu.copy_smem_to_gmem(refs.v_smem.at[mine], refs.dv.at[block.batch, rows, block.kv_head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _accumulator(
+    seam: Seam, refs: Ref, warpgroup: Array, name: str, shape: tuple[int, int], body: Any
+) -> Any:
+    stand_in = getattr(refs, f"{name}_stand_in").at[warpgroup] if seam.interpret else None
+    return seam.with_accumulator(body, shape, stand_in)
+
+
+def _visit_all(
+    block: Block, warpgroup: Array, accumulator: Any, dk_acc: Ref, dv_acc: Ref
+) -> tuple[Array, Array]:
+    """Every visit of the tile in every head of the group; dK and dV."""
+    spec, seam, visit = block.spec, block.seam, block.visits
+    step = partial(_step, block, warpgroup, accumulator, dk_acc, dv_acc)
+
+    def over_head(h: Array) -> None:
+        def loop(start: Any, stop: Any, *, masked: bool) -> None:
+            _each(start, stop, lambda i: step(h, i, masked=masked))
+
+        if not block.masked or block.tiles.one_loop:
+            loop(0, visit.count, masked=block.masked)
+            return
+        loop(0, visit.clear_from, masked=True)
+        loop(visit.clear_from, visit.clear_to, masked=False)
+        if spec.band.lower is not None or spec.has_segments:
+            loop(visit.clear_to, visit.count, masked=True)
+
+    if spec.group == 1:
+        over_head(jnp.int32(0))
+    else:
+        _each(0, spec.group, over_head)
+    if "visitors" in vars(block.refs):
+        _pass_on(block, warpgroup, block.kv_head * spec.group + spec.group - 1, visit.count - 1)
+    return seam.wait(dk_acc, in_flight=0), seam.wait(dv_acc, in_flight=0)
+
+
+def _step(
+    block: Block,
+    warpgroup: Array,
+    accumulator: Any,
+    dk_acc: Ref,
+    dv_acc: Ref,
+    h: Array,
+    i: Array,
+    *,
+    masked: bool,
+) -> None:
+    """Visit i of head h: one block of queries."""
+    spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
+    n = h * block.visits.count + i
+    slot = lax.rem(n, tiles.stages)
+    mine = pl.ds(warpgroup * ROWS, ROWS)
+    # A zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is kept
+    # in two registers, 32 in all, which then spill.
+    hidden = lax.shift_right_logical(n, 24)
+    k, v = (x.at[pl.ds((warpgroup + hidden) * ROWS, ROWS)] for x in (refs.k_smem, refs.v_smem))
+    q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
+    first_query = (block.visits.first + i) * tiles.queries
+
+    def weights(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
+        seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
+        seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
+        capped = spec.logits_soft_cap is not None
+        s = seam.wait(s_acc, in_flight=0 if capped else 1)
+        x, c = logits(spec, s)
+        p = jnp.exp2(x * c - _row(seam, refs.lse_smem.at[slot]))
+        if masked:
+            p = _hide(block, warpgroup, p, first_query, slot)
+        slope = p
+        if capped:
+            slope, p = p * (1 - x * x), p.astype(spec.dtype)  # d tanh(y) = 1 - tanh² y
+        dp = seam.wait(dp_acc, in_flight=0)
+        ds = slope * (dp - _row(seam, refs.row_term_smem.at[slot]))
+        return p.astype(spec.dtype), ds.astype(spec.dtype)
+
+    shape = (ROWS, tiles.queries)
+    plgpu.barrier_wait(refs.full.at[slot])
+    p, ds = accumulator("s", shape, lambda s_acc: accumulator("dp", shape, partial(weights, s_acc)))
+    ds_smem = refs.ds_smem.at[lax.rem(n, 2)]
+    ds_smem[mine] = ds
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.ds_full)
+    seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO
+    plgpu.barrier_wait(refs.ds_full)
+
+    dq_smem = refs.dq_smem.at[warpgroup]
+    by_columns = tiles.queries == ROWS
+    columns = pl.ds(warpgroup * dq_smem.shape[1], dq_smem.shape[1])
+
+    def products(dq_acc: Ref) -> Array:
+        if by_columns:
+            seam.matmul_into(dq_acc, ds_smem.T, refs.k_smem.at[:, columns])  # dQ = dS K
+        else:
+            seam.matmul_into(dq_acc, ds_smem.at[:, mine].T, refs.k_smem)
+        seam.matmul_into(dk_acc, ds_smem.at[mine] if tiles.shared_ds else ds, q)  # dK += dSᵀ Q
+        return seam.wait(dq_acc, in_flight=1)
+
+    dq = accumulator("dq", dq_smem.shape, products)
+    q_head = block.kv_head * spec.group + h
+    if "visitors" in vars(refs):
+        _take_turn(block, warpgroup, q_head, h, i)
+    else:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    dq_smem[...] = dq
+    plgpu.commit_smem()
+    gmem = refs.dq.at[block.batch, :, q_head]
+    if by_columns:
+        gmem = gmem.at[pl.ds(first_query, tiles.queries), columns]
+    else:
+        gmem = gmem.at[pl.ds(first_query + warpgroup * ROWS, ROWS)]
+    seam.add(dq_smem, gmem)
+    seam.wait(dk_acc, in_flight=0)
+    plgpu.barrier_arrive(refs.free.at[slot])
+
+
+def _take_turn(block: Block, warpgroup: Array, q_head: Array, h: Array, i: Array) -> None:
+    """Waits until every tile behind this one has added its dQ to visit i's block of queries."""
+    refs, visit = block.refs, block.visits
+    plgpu.wait_smem_to_gmem(0)
+    if block.seam.interpret:
+        return
+    n = h * visit.count + i
+
+    @pl.when(n > 0)
+    def _() -> None:
+        fresh = i == 0  # the add before was the last of the head before
+        _pass_on(
+            block, warpgroup, jnp.where(fresh, q_head - 1, q_head),
+            jnp.where(fresh, visit.count, i) - 1,
+        )  # fmt: skip
+
+    of = block.batch if refs.visitors.shape[0] > 1 else 0
+    before = refs.visitors[of, visit.first + i] - 1 - block.tile
+    pl.semaphore_wait(_turn(block, warpgroup, q_head, i), before, decrement=False)
+
+
+def _pass_on(block: Block, warpgroup: Array, q_head: Array, i: Array) -> None:
+    """Lets the next tile add to the block of queries of visit i, once this one's add is done."""
+    if block.seam.interpret:
+        return
+    plgpu.wait_smem_to_gmem(0)
+    pl.when(block.visits.count > 0)(
+        lambda: pl.semaphore_signal(_turn(block, warpgroup, q_head, i), 1)
+    )
+
+
+def _turn(block: Block, warpgroup: Array, q_head: Array, i: Array) -> Ref:
+    return block.refs.turns.at[block.batch, q_head, block.visits.first + i, warpgroup]
+
+
+def _banded(spec: AttentionSpec) -> bool:
+    return spec.band.lower is not None or spec.band.upper is not None
+
+
+def _each(start: Any, stop: Any, body: Callable[[Array], None]) -> None:
+    """A loop that stays a `while`: Pallas has no `scan` with barriers beside accumulators."""
+
+    def go(i: Array) -> Array:
+        body(i)
+        return i + 1
+
+    lax.while_loop(lambda i: i < stop, go, jnp.asarray(start, jnp.int32))
+
+
+def _row(seam: Seam, ref: Ref) -> Array:
+    """One value a query, as a (64, queries) matrix."""
+    x = seam.load(ref, COLUMN)
+    return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
+
+
+def _hide(block: Block, warpgroup: Array, p: Array, first_query: Array, slot: Array) -> Array:
+    """p (64, queries), with 0 where a query does not see a key."""
+    spec, seam, refs, shape = block.spec, block.seam, block.refs, p.shape
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+    key += block.tile * block.tiles.keys + warpgroup * ROWS
+    if _banded(spec):
+        # Comes from memory: of an iota the compiler would keep every element in registers.
+        query = _row(seam, refs.index_smem) + first_query
+        if spec.band.upper is not None:
+            p = jnp.where(key <= query + spec.band.upper, p, 0.0)
+        if spec.band.lower is not None:
+            p = jnp.where(key >= query + spec.band.lower, p, 0.0)
+    if spec.has_key_lengths or spec.keys % block.tiles.keys:
+        length = refs.key_lengths[block.batch] if spec.has_key_lengths else spec.keys
+        p = jnp.where(key < length, p, 0.0)
+    if spec.has_segments:
+        mine = seam.load(refs.k_segments.at[pl.ds(warpgroup * ROWS, ROWS)], ROW)
+        its = seam.load(refs.q_segments.at[slot], COLUMN)
+        same = lax.broadcast_in_dim(mine, shape, [0]) == lax.broadcast_in_dim(its, shape, [1])
+        p = jnp.where(same, p, 0.0)
+    return p

@@ -1,0 +1,114 @@
+"""Which blocks of queries a tile of keys visits in each head, and in which order tiles add to dQ.
+
+Visits go up, from the first block that sees some of the tile's keys. Those at either end may need
+an element mask; those between do not.
+
+    visit       0        1        2        3        4
+    block     first                                stop-1
+              mask     mask   |  clear    clear  | mask
+                              clear_from         clear_to
+
+Made by XLA before the kernel, O(tiles) integers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jattn.masking import KeyIntervals
+from pallas_kernels import blocks
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec, Operands
+
+__all__ = ["Visits", "edge_padded", "visitors", "visits"]
+
+
+class Visits(NamedTuple):
+    """One tile's, in each head: first block, how many, and which of them need no element mask."""
+
+    first: Any
+    count: Any
+    clear_from: Any
+    clear_to: Any
+
+
+def visits(
+    spec: AttentionSpec, operands: Operands, *, queries: int, keys: int, monotone: bool
+) -> Array:
+    """(B or 1, tiles, 4) int32: the `Visits` of each tile of `keys` keys to blocks of `queries`.
+
+    monotone: widen the ranges so that neither end ever decreases from a tile to the next. Only
+    unsorted segment ids need it.
+    """
+    tiles, count = -(-spec.keys // keys), -(-spec.queries // queries)
+
+    def column(lengths: Array | None) -> Array | None:
+        return None if lengths is None else lengths[:, None]
+
+    intervals = KeyIntervals.of(spec, column(operands.query_lengths), column(operands.key_lengths))
+    start = jnp.arange(tiles)[None] * keys
+    first, stop = blocks.query_blocks(intervals, start, start + keys, queries)
+    clear_first, clear_stop = blocks.unmasked_query_blocks(intervals, start, start + keys, queries)
+    if spec.band.lower is None:
+        # Rows past the last query have an infinite log-sum-exp, which hides them without a mask.
+        clear_stop = jnp.where(start + keys <= intervals.key_length, stop, clear_first)
+    first, stop, clear_first, clear_stop, _ = jnp.broadcast_arrays(
+        first, stop, clear_first, clear_stop, start
+    )
+    if spec.has_segments:
+        ids = [
+            edge_padded(x, n * size).reshape(spec.batch, n, size)
+            for x, n, size in (
+                (operands.query_segments, count, queries),
+                (operands.key_segments, tiles, keys),
+            )
+        ]
+        (least, most), (own_least, own_most) = ((x.min(axis=2), x.max(axis=2)) for x in ids)
+        own_least, own_most = own_least[..., None], own_most[..., None]
+        least, most = least[:, None], most[:, None]
+        # Compared by range, which is exact for sorted ("packed") ids and safe for any others.
+        meets = (most >= own_least) & (least <= own_most)
+        first = jnp.maximum(first, _first(meets))
+        stop = jnp.minimum(stop, count - _first(meets[..., ::-1]))
+        stop = jnp.where(meets.any(axis=2), stop, first)
+        block = jnp.arange(count)
+        one = (least == own_least) & (most == own_least) & (own_most == own_least)
+        clear = one & (block >= clear_first[..., None]) & (block < clear_stop[..., None])
+        clear &= (block >= first[..., None]) & (block < stop[..., None])
+        clear_first = _first(clear)  # one run of them: from the first to the first that is not
+        after = jnp.where(~clear & (block > clear_first[..., None]), block, count).min(axis=2)
+        clear_stop = jnp.where(clear.any(axis=2), after, clear_first)
+    if monotone:
+        none = first >= stop
+        first = lax.cummin(jnp.where(none, count, first), axis=1, reverse=True)
+        stop = lax.cummax(jnp.where(none, 0, stop), axis=1)
+    total = jnp.maximum(stop - first, 0)
+    some = clear_first < clear_stop
+    clear_from = jnp.where(some, jnp.clip(clear_first - first, 0, total), total)
+    clear_to = jnp.where(some, jnp.clip(clear_stop - first, clear_from, total), total)
+    return jnp.stack([first, total, clear_from, clear_to], axis=-1).astype(jnp.int32)
+
+
+def visitors(ranges: Array, count: int) -> Array:
+    """(B or 1, blocks) int32: one past the last tile that visits each of `count` query blocks.
+
+    Of tiles that go first to last, each adds to a block after those behind it: tile j is at its
+    turn once `visitors - 1 - j` tiles have added. The ranges must be monotone.
+    """
+    first = ranges[..., 0]
+    block = jnp.arange(count)
+    return (first[:, None, :] <= block[None, :, None]).sum(axis=2).astype(jnp.int32)
+
+
+def edge_padded(ids: Array | None, size: int) -> Array:
+    """(B, size) ids, the last one repeated."""
+    assert ids is not None
+    return jnp.pad(ids, ((0, 0), (0, size - ids.shape[1])), mode="edge")
+
+
+def _first(flags: Array) -> Array:
+    return jnp.argmax(flags, axis=2)
