@@ -70,7 +70,7 @@ from_uv() {
     if "$uv" python install "${series%% *}" >"$folder/log" 2>&1; then
         "$uv" python find --system "${series%% *}"
     else
-        say "uv: $(sed -n 's/^ *\([^ ]/\1/p' "$folder/log" | tail -n 1)"
+        say "uv: $(sed -n 's/^ *\([^ ]\)/\1/p' "$folder/log" | tail -n 1)"
         return 1
     fi
 }

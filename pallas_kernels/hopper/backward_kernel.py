@@ -27,7 +27,6 @@ done; both for each slot of a ring):
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -38,21 +37,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jattn.masking import hides_some
+from pallas_kernels.hopper.backward_block import Block, banded, each
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import logits
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.hopper.visits import Visits
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec
 
 __all__ = ["launch"]
-
-WGMMA = plgpu.Layout.WGMMA
-ROW = WGMMA.reduce(1)  # one value a key
-COLUMN = WGMMA.reduce(0)  # one value a query
 
 
 def launch(
@@ -67,7 +61,7 @@ def launch(
     seam = Seam(interpret)
     w, queries = tiles.warpgroups, tiles.queries
     rows, head, value = inputs["k"].shape[1], inputs["k"].shape[3], inputs["v"].shape[3]
-    if _banded(spec):
+    if banded(spec):
         inputs = inputs | {"index": jnp.arange(queries, dtype=jnp.int32)}
     scratch = _scratch(spec, tiles, head, value)
     if interpret:
@@ -140,35 +134,17 @@ def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -
         "row_term_smem": plgpu.SMEM((stages, queries), jnp.float32),
         "ds_smem": matrix(2, tiles.keys, queries),
         "dq_smem": matrix(w, *dq_share(tiles, head), dtype=jnp.float32),
-        "kv_full": plgpu.Barrier(num_arrivals=2 + _banded(spec) + spec.has_segments),
+        "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
         "full": plgpu.Barrier(num_arrivals=4 + spec.has_segments, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
         "ds_full": plgpu.Barrier(num_arrivals=w),
     }
-    if _banded(spec):
+    if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((stages, queries), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((tiles.keys,), jnp.int32)
     return scratch
-
-
-class Block:
-    """One thread block: its tile of keys, and which blocks of queries it visits."""
-
-    def __init__(self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
-        self.spec, self.tiles, self.seam, self.refs = spec, tiles, seam, refs
-        self.batch, self.kv_head = lax.axis_index("batch"), lax.axis_index("head")
-        # Last to first where tiles take turns: one waits only for those that started before it.
-        tile = lax.axis_index("tile")
-        self.tile = refs.ranges.shape[1] - 1 - tile if "visitors" in vars(refs) else tile
-        of = self.batch if refs.ranges.shape[0] > 1 else 0
-        self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
-
-    @property
-    def masked(self) -> bool:
-        """Whether some visit needs an element mask."""
-        return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
 
 
 def _load(block: Block) -> None:
@@ -178,7 +154,7 @@ def _load(block: Block) -> None:
     keys = pl.ds(block.tile * tiles.keys, tiles.keys)
     plgpu.copy_gmem_to_smem(refs.k.at[batch, keys, block.kv_head], refs.k_smem, refs.kv_full)
     plgpu.copy_gmem_to_smem(refs.v.at[batch, keys, block.kv_head], refs.v_smem, refs.kv_full)
-    if _banded(spec):
+    if banded(spec):
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, refs.kv_full)
     if spec.has_segments:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
@@ -199,7 +175,7 @@ def _load(block: Block) -> None:
         if spec.has_segments:
             copy(refs.query_segments.at[batch, queries], refs.q_segments)
 
-    _each(0, visit.count * spec.group, fetch)
+    each(0, visit.count * spec.group, fetch)
     for slot in range(tiles.stages):
         plgpu.barrier_wait(refs.free.at[slot])
 
@@ -248,7 +224,7 @@ def _visit_all(
 
     def over_head(h: Array) -> None:
         def loop(start: Any, stop: Any, *, masked: bool) -> None:
-            _each(start, stop, lambda i: step(h, i, masked=masked))
+            each(start, stop, lambda i: step(h, i, masked=masked))
 
         if not block.masked or block.tiles.one_loop:
             loop(0, visit.count, masked=block.masked)
@@ -261,9 +237,9 @@ def _visit_all(
     if spec.group == 1:
         over_head(jnp.int32(0))
     else:
-        _each(0, spec.group, over_head)
-    if "visitors" in vars(block.refs):
-        _pass_on(block, warpgroup, block.kv_head * spec.group + spec.group - 1, visit.count - 1)
+        each(0, spec.group, over_head)
+    if block.in_turns:
+        block.pass_on(warpgroup, block.kv_head * spec.group + spec.group - 1, visit.count - 1)
     return seam.wait(dk_acc, in_flight=0), seam.wait(dv_acc, in_flight=0)
 
 
@@ -296,14 +272,14 @@ def _step(
         capped = spec.logits_soft_cap is not None
         s = seam.wait(s_acc, in_flight=0 if capped else 1)
         x, c = logits(spec, s)
-        p = jnp.exp2(x * c - _row(seam, refs.lse_smem.at[slot]))
+        p = jnp.exp2(x * c - block.row(refs.lse_smem.at[slot]))
         if masked:
-            p = _hide(block, warpgroup, p, first_query, slot)
+            p = block.hide(p, warpgroup * ROWS, first_query, slot)
         slope = p
         if capped:
             slope, p = p * (1 - x * x), p.astype(spec.dtype)  # d tanh(y) = 1 - tanh² y
         dp = seam.wait(dp_acc, in_flight=0)
-        ds = slope * (dp - _row(seam, refs.row_term_smem.at[slot]))
+        ds = slope * (dp - block.row(refs.row_term_smem.at[slot]))
         return p.astype(spec.dtype), ds.astype(spec.dtype)
 
     shape = (ROWS, tiles.queries)
@@ -330,8 +306,8 @@ def _step(
 
     dq = accumulator("dq", dq_smem.shape, products)
     q_head = block.kv_head * spec.group + h
-    if "visitors" in vars(refs):
-        _take_turn(block, warpgroup, q_head, h, i)
+    if block.in_turns:
+        block.take_turn(warpgroup, q_head, h, i)
     else:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     dq_smem[...] = dq
@@ -344,81 +320,3 @@ def _step(
     seam.add(dq_smem, gmem)
     seam.wait(dk_acc, in_flight=0)
     plgpu.barrier_arrive(refs.free.at[slot])
-
-
-def _take_turn(block: Block, warpgroup: Array, q_head: Array, h: Array, i: Array) -> None:
-    """Waits until every tile behind this one has added its dQ to visit i's block of queries."""
-    refs, visit = block.refs, block.visits
-    plgpu.wait_smem_to_gmem(0)
-    if block.seam.interpret:
-        return
-    n = h * visit.count + i
-
-    @pl.when(n > 0)
-    def _() -> None:
-        fresh = i == 0  # the add before was the last of the head before
-        _pass_on(
-            block, warpgroup, jnp.where(fresh, q_head - 1, q_head),
-            jnp.where(fresh, visit.count, i) - 1,
-        )  # fmt: skip
-
-    of = block.batch if refs.visitors.shape[0] > 1 else 0
-    before = refs.visitors[of, visit.first + i] - 1 - block.tile
-    pl.semaphore_wait(_turn(block, warpgroup, q_head, i), before, decrement=False)
-
-
-def _pass_on(block: Block, warpgroup: Array, q_head: Array, i: Array) -> None:
-    """Lets the next tile add to the block of queries of visit i, once this one's add is done."""
-    if block.seam.interpret:
-        return
-    plgpu.wait_smem_to_gmem(0)
-    pl.when(block.visits.count > 0)(
-        lambda: pl.semaphore_signal(_turn(block, warpgroup, q_head, i), 1)
-    )
-
-
-def _turn(block: Block, warpgroup: Array, q_head: Array, i: Array) -> Ref:
-    return block.refs.turns.at[block.batch, q_head, block.visits.first + i, warpgroup]
-
-
-def _banded(spec: AttentionSpec) -> bool:
-    return spec.band.lower is not None or spec.band.upper is not None
-
-
-def _each(start: Any, stop: Any, body: Callable[[Array], None]) -> None:
-    """A loop that stays a `while`: Pallas has no `scan` with barriers beside accumulators."""
-
-    def go(i: Array) -> Array:
-        body(i)
-        return i + 1
-
-    lax.while_loop(lambda i: i < stop, go, jnp.asarray(start, jnp.int32))
-
-
-def _row(seam: Seam, ref: Ref) -> Array:
-    """One value a query, as a (64, queries) matrix."""
-    x = seam.load(ref, COLUMN)
-    return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
-
-
-def _hide(block: Block, warpgroup: Array, p: Array, first_query: Array, slot: Array) -> Array:
-    """p (64, queries), with 0 where a query does not see a key."""
-    spec, seam, refs, shape = block.spec, block.seam, block.refs, p.shape
-    key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
-    key += block.tile * block.tiles.keys + warpgroup * ROWS
-    if _banded(spec):
-        # Comes from memory: of an iota the compiler would keep every element in registers.
-        query = _row(seam, refs.index_smem) + first_query
-        if spec.band.upper is not None:
-            p = jnp.where(key <= query + spec.band.upper, p, 0.0)
-        if spec.band.lower is not None:
-            p = jnp.where(key >= query + spec.band.lower, p, 0.0)
-    if spec.has_key_lengths or spec.keys % block.tiles.keys:
-        length = refs.key_lengths[block.batch] if spec.has_key_lengths else spec.keys
-        p = jnp.where(key < length, p, 0.0)
-    if spec.has_segments:
-        mine = seam.load(refs.k_segments.at[pl.ds(warpgroup * ROWS, ROWS)], ROW)
-        its = seam.load(refs.q_segments.at[slot], COLUMN)
-        same = lax.broadcast_in_dim(mine, shape, [0]) == lax.broadcast_in_dim(its, shape, [1])
-        p = jnp.where(same, p, 0.0)
-    return p

@@ -39,15 +39,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.backward_kernel import (
-    ROW,
-    WGMMA,
-    Block,
-    _each,
-    _pass_on,
-    _row,
-    _take_turn,
-)
+from pallas_kernels.hopper.backward_block import WGMMA, Block, banded, each
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import logits
@@ -74,7 +66,7 @@ def launch(
     """dK (B, S, K, H) and dV (B, S, K, D); adds the unscaled dQ to `dq` (B, T, N, H) float32."""
     seam = Seam(interpret)
     head, value = inputs["k"].shape[3], inputs["v"].shape[3]
-    if _banded(spec):
+    if banded(spec):
         inputs = inputs | {"index": jnp.arange(ROWS, dtype=jnp.int32)}
     scratch = _scratch(spec, head, value)
     if interpret:
@@ -149,7 +141,7 @@ def _scratch(spec: AttentionSpec, head: int, value: int) -> dict[str, Any]:
         "row_term_smem": plgpu.SMEM((do_slots, ROWS), jnp.float32),
         "p_smem": matrix(RING, ROWS, ROWS),
         "dq_smem": matrix(2, ROWS, PIECE, dtype=jnp.float32),
-        "kv_full": plgpu.Barrier(num_arrivals=2 + _banded(spec) + spec.has_segments),
+        "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
         "q_full": ring(q_slots, 2 + spec.has_segments),
         "q_free": ring(q_slots, 2),
         "do_full": ring(do_slots, 2),
@@ -159,7 +151,7 @@ def _scratch(spec: AttentionSpec, head: int, value: int) -> dict[str, Any]:
         "ds_full": ring(RING, 1),
         "done": plgpu.Barrier(num_arrivals=2),
     }
-    if _banded(spec):
+    if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((ROWS,), jnp.int32)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((q_slots, ROWS), jnp.int32)
@@ -177,10 +169,9 @@ class WideBlock(Block):
         self.visits = self.visits._replace(first=first)
         self.steps = self.visits.count * spec.group
         self.key_start = self.tile * ROWS
-        self.in_turns = "visitors" in vars(refs)
         # Tiles in step would add to the same dQ at once. Without a mask each begins one block later
         # than its neighbour; with one they begin at different blocks anyway.
-        rotated = not (_banded(spec) or spec.has_segments or self.in_turns)
+        rotated = not (banded(spec) or spec.has_segments or self.in_turns)
         self.rotation = lax.rem(self.tile, jnp.maximum(self.visits.count, 1)) if rotated else 0
 
     def place(self, n: Array) -> tuple[Array, Array]:
@@ -251,7 +242,7 @@ class WideBlock(Block):
         def take_turn() -> None:
             h, i = self.place(n)
             head = self.kv_head * self.spec.group + h
-            pl.when(is_step)(lambda: _take_turn(self, jnp.int32(role), head, h, i))
+            pl.when(is_step)(lambda: self.take_turn(jnp.int32(role), head, h, i))
 
         def write(first: int, dq: Array) -> None:
             smem = refs.dq_smem.at[role]
@@ -264,11 +255,11 @@ class WideBlock(Block):
         is_step, n = n >= 0, jnp.maximum(n, 0)
         make(())
 
-    def pass_on(self, role: int) -> None:
+    def end_turn(self, role: int) -> None:
         """Lets the next tile add to the last step's block."""
         if self.in_turns and self.dq_pieces(role):
             head = self.kv_head * self.spec.group + self.spec.group - 1
-            _pass_on(self, jnp.int32(role), head, self.visits.count - 1)
+            self.pass_on(jnp.int32(role), head, self.visits.count - 1)
 
 
 def _load(block: WideBlock) -> None:
@@ -277,7 +268,7 @@ def _load(block: WideBlock) -> None:
     keys = pl.ds(block.key_start, ROWS)
     plgpu.copy_gmem_to_smem(refs.k.at[batch, keys, kv_head], refs.k_smem, refs.kv_full)
     plgpu.copy_gmem_to_smem(refs.v.at[batch, keys, kv_head], refs.v_smem, refs.kv_full)
-    if _banded(spec):
+    if banded(spec):
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, refs.kv_full)
     if spec.has_segments:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
@@ -301,7 +292,7 @@ def _load(block: WideBlock) -> None:
             refs.row_term.at[batch, head, rows], refs.row_term_smem.at[slot], full
         )
 
-    _each(0, block.steps, fetch)
+    each(0, block.steps, fetch)
     for slot in range(q_slots):
         plgpu.barrier_wait(refs.q_free.at[slot])
     for slot in range(do_slots):
@@ -311,31 +302,6 @@ def _load(block: WideBlock) -> None:
 def _hidden_zero(n: Array) -> Array:
     """A zero that the compiler cannot know: what is computed with it stays inside the loop."""
     return lax.shift_right_logical(n, 24)
-
-
-def _banded(spec: AttentionSpec) -> bool:
-    return spec.band.lower is not None or spec.band.upper is not None
-
-
-def _hide(block: WideBlock, p: Array, n: Array, slot: Array) -> Array:
-    """P of step n, with 0 where a query does not see a key."""
-    spec, seam, refs = block.spec, block.seam, block.refs
-    key = plgpu.broadcasted_iota(jnp.int32, p.shape, 0, layout=WGMMA) + block.key_start
-    if _banded(spec):
-        # Comes from memory: of an iota the compiler would keep every element in registers.
-        first_query = (block.visits.first + block.place(n)[1]) * ROWS
-        query = _row(seam, refs.index_smem) + first_query
-        if spec.band.upper is not None:
-            p = jnp.where(key <= query + spec.band.upper, p, 0.0)
-        if spec.band.lower is not None:
-            p = jnp.where(key >= query + spec.band.lower, p, 0.0)
-    if spec.has_key_lengths or spec.keys % ROWS:
-        length = refs.key_lengths[block.batch] if spec.has_key_lengths else spec.keys
-        p = jnp.where(key < length, p, 0.0)
-    if spec.has_segments:
-        mine = lax.broadcast_in_dim(seam.load(refs.k_segments, ROW), p.shape, [0])
-        p = jnp.where(mine == _row(seam, refs.q_segments.at[slot]), p, 0.0)
-    return p
 
 
 def _start(block: WideBlock) -> None:
@@ -367,11 +333,12 @@ def _value_role(block: WideBlock) -> None:
         def step(n: Array) -> None:
             q_slot, do_slot, slot = lax.rem(n, q_slots), lax.rem(n, do_slots), lax.rem(n, RING)
             s = seam.wait(s_acc, in_flight=0)
-            lse = _row(seam, refs.lse_smem.at[q_slot])
+            lse = block.row(refs.lse_smem.at[q_slot])
             x, c = logits(spec, s)
             p = jnp.exp2(x * c - lse)
             if block.masked:
-                p = _hide(block, p, n, q_slot)
+                first_query = (block.visits.first + block.place(n)[1]) * ROWS
+                p = block.hide(p, 0, first_query, q_slot)
             plgpu.barrier_arrive(refs.q_free.at[q_slot])
             # What dP is multiplied by: the derivative of the logits' softmax, and of their cap.
             factor = p if spec.logits_soft_cap is None else p * (1 - x * x)
@@ -391,10 +358,10 @@ def _value_role(block: WideBlock) -> None:
             block.add_dq(VALUE, n, slot, when_started_before=after_dv, when_made=after_dq)
 
         scores(jnp.int32(0))
-        _each(0, block.steps, step)
+        each(0, block.steps, step)
         seam.drain(0)
         late_dq(block.steps - 1, lambda: None, lambda: None)
-        block.pass_on(VALUE)
+        block.end_turn(VALUE)
         return seam.wait(dv_acc, in_flight=0)
 
     _start(block)
@@ -425,7 +392,7 @@ def _key_role(block: WideBlock) -> None:
 
             plgpu.barrier_wait(refs.do_full.at[do_slot])
             dp = block.accumulator(product, "dp", ROWS)
-            row_term = _row(seam, refs.row_term_smem.at[do_slot])
+            row_term = block.row(refs.row_term_smem.at[do_slot])
             plgpu.barrier_arrive(refs.do_free.at[do_slot])
             plgpu.barrier_wait(refs.p_full.at[slot])
             p = seam.load(p_smem, WGMMA)
@@ -443,8 +410,8 @@ def _key_role(block: WideBlock) -> None:
                 when_made=lambda: plgpu.barrier_arrive(refs.p_free.at[slot]),
             )
 
-        _each(0, block.steps, step)
-        block.pass_on(KEY)
+        each(0, block.steps, step)
+        block.end_turn(KEY)
         return seam.wait(dk_acc, in_flight=0)
 
     _start(block)

@@ -13,6 +13,7 @@ from jax import Array
 
 from jattn.masking import KeyIntervals
 from pallas_kernels import blocks
+from pallas_kernels.hopper.visits import edge_padded
 
 if TYPE_CHECKING:
     from jattn.spec import Operands
@@ -31,12 +32,12 @@ def segment_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
     query_ids, key_ids = operands.query_segments, operands.key_segments
     assert query_ids is not None
     assert key_ids is not None
-    own = _edge(query_ids, plan.queries * plan.query_tiles)
+    own = edge_padded(query_ids, plan.queries * plan.query_tiles)
     own = own.reshape(spec.batch, plan.query_tiles, plan.queries)
     rows = jnp.tile(own, (1, 1, plan.pack)).reshape(spec.batch, -1)
     return {
         "query_segments": rows,
-        "key_segments": _edge(key_ids, -(-spec.keys // plan.tiles.keys) * plan.tiles.keys),
+        "key_segments": edge_padded(key_ids, -(-spec.keys // plan.tiles.keys) * plan.tiles.keys),
         "ranges": _ranges(plan, operands, own),
     }
 
@@ -55,7 +56,7 @@ def _ranges(plan: Plan, operands: Operands, own: Array) -> Array:
     clear_first, clear_stop = _pair(blocks.unmasked_key_blocks(intervals, start, stop, size), shape)
 
     count = -(-spec.keys // size)
-    its = _edge(operands.key_segments, count * size).reshape(spec.batch, 1, count, size)
+    its = edge_padded(operands.key_segments, count * size).reshape(spec.batch, 1, count, size)
     its_least, its_most = its.min(axis=3), its.max(axis=3)
     least, most = own.min(axis=2, keepdims=True), own.max(axis=2, keepdims=True)
     meets = (its_most >= least) & (its_least <= most)
@@ -79,8 +80,3 @@ def _first(flags: Array) -> Array:
 def _pair(values: tuple[Array | int, Array | int], shape: tuple[int, int]) -> tuple[Array, Array]:
     first, stop = (jnp.broadcast_to(jnp.asarray(x), shape) for x in values)
     return first, stop
-
-
-def _edge(ids: Array | None, size: int) -> Array:
-    assert ids is not None
-    return jnp.pad(ids, ((0, 0), (0, size - ids.shape[1])), mode="edge")

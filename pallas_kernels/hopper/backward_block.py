@@ -1,0 +1,119 @@
+"""What the Hopper backward kernels share: a thread block's tile of keys, its masks, its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from jattn.masking import hides_some
+from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.visits import Visits
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = ["WGMMA", "Block", "banded", "each"]
+
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)  # one value a key
+COLUMN = WGMMA.reduce(0)  # one value a query
+
+
+class Block:
+    """One thread block: its tile of keys, and which blocks of queries it visits."""
+
+    def __init__(self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
+        self.spec, self.tiles, self.seam, self.refs = spec, tiles, seam, refs
+        self.in_turns = "visitors" in vars(refs)
+        self.batch, self.kv_head = lax.axis_index("batch"), lax.axis_index("head")
+        # Last to first where tiles take turns: one waits only for those that started before it.
+        tile = lax.axis_index("tile")
+        self.tile = refs.ranges.shape[1] - 1 - tile if self.in_turns else tile
+        of = self.batch if refs.ranges.shape[0] > 1 else 0
+        self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
+
+    @property
+    def masked(self) -> bool:
+        """Whether some visit needs an element mask."""
+        return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
+
+    def row(self, ref: Ref) -> Array:
+        """One value a query, as a (64, queries) matrix."""
+        x = self.seam.load(ref, COLUMN)
+        return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
+
+    def hide(self, p: Array, own: Array | int, first_query: Array, slot: Array) -> Array:
+        """p (64, queries), with 0 where a query does not see a key.
+
+        own: the first of the 64 keys, counted from the tile's.
+        slot: where the queries' segment ids are.
+        """
+        spec, seam, refs, shape = self.spec, self.seam, self.refs, p.shape
+        key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+        key += self.tile * self.tiles.keys + own
+        if banded(spec):
+            # Comes from memory: of an iota the compiler would keep every element in registers.
+            query = self.row(refs.index_smem) + first_query
+            if spec.band.upper is not None:
+                p = jnp.where(key <= query + spec.band.upper, p, 0.0)
+            if spec.band.lower is not None:
+                p = jnp.where(key >= query + spec.band.lower, p, 0.0)
+        if spec.has_key_lengths or spec.keys % self.tiles.keys:
+            length = refs.key_lengths[self.batch] if spec.has_key_lengths else spec.keys
+            p = jnp.where(key < length, p, 0.0)
+        if spec.has_segments:
+            mine = seam.load(refs.k_segments.at[pl.ds(own, ROWS)], ROW)
+            mine = lax.broadcast_in_dim(mine, shape, [0])
+            p = jnp.where(mine == self.row(refs.q_segments.at[slot]), p, 0.0)
+        return p
+
+    def take_turn(self, warpgroup: Array, q_head: Array, h: Array, i: Array) -> None:
+        """Waits until every tile behind this one has added to visit i's block of dQ."""
+        refs, visit = self.refs, self.visits
+        plgpu.wait_smem_to_gmem(0)
+        if self.seam.interpret:
+            return
+
+        @pl.when(h * visit.count + i > 0)
+        def _() -> None:
+            fresh = i == 0  # the add before was the last of the head before
+            before = jnp.where(fresh, visit.count, i) - 1
+            self.pass_on(warpgroup, jnp.where(fresh, q_head - 1, q_head), before)
+
+        of = self.batch if refs.visitors.shape[0] > 1 else 0
+        behind = refs.visitors[of, visit.first + i] - 1 - self.tile
+        pl.semaphore_wait(self._turn(warpgroup, q_head, i), behind, decrement=False)
+
+    def pass_on(self, warpgroup: Array, q_head: Array, i: Array) -> None:
+        """Lets the next tile add to visit i's block of dQ, once this one's add is done."""
+        if self.seam.interpret:
+            return
+        plgpu.wait_smem_to_gmem(0)
+        pl.when(self.visits.count > 0)(
+            lambda: pl.semaphore_signal(self._turn(warpgroup, q_head, i), 1)
+        )
+
+    def _turn(self, warpgroup: Array, q_head: Array, i: Array) -> Ref:
+        return self.refs.turns.at[self.batch, q_head, self.visits.first + i, warpgroup]
+
+
+def banded(spec: AttentionSpec) -> bool:
+    """Whether a band hides some keys."""
+    return spec.band.lower is not None or spec.band.upper is not None
+
+
+def each(start: Any, stop: Any, body: Callable[[Array], None]) -> None:
+    """A loop that stays a `while`: Pallas has no `scan` with barriers beside accumulators."""
+
+    def go(i: Array) -> Array:
+        body(i)
+        return i + 1
+
+    lax.while_loop(lambda i: i < stop, go, jnp.asarray(start, jnp.int32))
