@@ -47,7 +47,8 @@ def per_shard(kernel: Kernel, results: str) -> Kernel:
     """
 
     def partitioned(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        axes = {name: _AXES[name] for name in arrays}
+        # In the table's order: that of a pytree's dict is its names'.
+        axes = {name: of for name, of in _AXES.items() if name in arrays}
         if "sinks" in arrays and arrays["sinks"].ndim == 2:
             axes["sinks"] = _ROW_SINKS
 
@@ -86,7 +87,7 @@ def per_shard(kernel: Kernel, results: str) -> Kernel:
             **factors,
             need_replication_factors=("t", "h", "s", "d"),  # in order of appearance
         )
-        found: tuple[Array, ...] = call(*arrays.values())
+        found: tuple[Array, ...] = call(*(arrays[name] for name in axes))
         return found
 
     return partitioned

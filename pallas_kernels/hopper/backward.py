@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
 from jattn.masking import past_zeroed
 from pallas_kernels.hopper import backward_kernel, backward_wide
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, choose_backward_tiles
+from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import edge_padded, visitors, visits
@@ -79,13 +80,19 @@ def backward(
         inputs["key_lengths"] = jnp.minimum(operands.key_lengths, spec.keys)
     if deterministic:
         inputs["visitors"] = visitors(ranges, count)
-    dq_shape = (spec.batch, count * tiles.queries, spec.heads, inputs["q"].shape[3])
-    dq = jax.new_ref(jnp.zeros(dq_shape, jnp.float32))
     kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
-    dk, dv = kernel.launch(spec, tiles, inputs, dq, interpret=interpret)
-    d_query = dq[...][:, : spec.queries, :, : spec.head_dim] * spec.scale
+
+    def run(results: tuple[Ref, Ref, Ref]) -> None:
+        dq, dk, dv = results
+        dk[...], dv[...] = kernel.launch(spec, tiles, inputs, dq, interpret=interpret)
+
+    # Not by `new_ref`, whose effect cannot be partitioned.
+    dq_shape = (spec.batch, count * tiles.queries, spec.heads, inputs["q"].shape[3])
+    zeros = jnp.zeros(dq_shape, jnp.float32), *(jnp.zeros_like(inputs[name]) for name in "kv")
+    dq, dk, dv = pl.run_state(run)(zeros)
+    dq = dq[:, : spec.queries, :, : spec.head_dim] * spec.scale
     return (
-        d_query.astype(spec.dtype),
+        dq.astype(spec.dtype),
         dk[:, : spec.keys, :, : spec.head_dim],
         dv[:, : spec.keys, :, : spec.value_dim],
     )
