@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, Phase, settings
 
 # Interpreted kernels wait for each other on XLA's threads, which are else as few as the cores.
 os.environ.setdefault("NPROC", "16")
+# On a GPU most of a small test's time goes to trying kernels for the formula's products.
+if "xla_gpu_autotune_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 COMMON = {
     "deadline": None,

@@ -37,10 +37,10 @@ def logits(spec: AttentionSpec, s: Array) -> tuple[Array, float]:
     """Q Kᵀ as (x, c) such that x c are the logits in base 2; c is positive."""
     cap = spec.logits_soft_cap
     if cap is not None:
-        # tanh(y) = 1 - 2 / (e^2y + 1): the instruction tanh.approx is off by up to 2^-11, which a
-        # cap of 50 makes 0.02 in the logit.
-        e = jnp.exp2(s * (2 * LOG2E * spec.scale / cap))
-        return 1 - 2 / (e + 1), cap * LOG2E
+        # The instruction tanh.approx is off by up to 2^-11, which a cap of 50 makes 0.02 in the
+        # logit. tanh(y) = 1 - 2 / (e^2y + 1) would lose three times as much of a small y.
+        e = jnp.exp2(jnp.minimum(s * (2 * LOG2E * spec.scale / cap), 64.0))
+        return (e - 1) / (e + 1), cap * LOG2E
     if spec.scale > 0:
         return s, spec.scale * LOG2E
     return s * spec.scale, LOG2E

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.seam import padded_width, swizzle_of
+from pallas_kernels.hopper.seam import padded_width
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec
@@ -89,8 +89,8 @@ def fit(spec: AttentionSpec, tiles: Tiles, *, listed: bool, out_bytes: int) -> T
     out_bytes: bytes of an element that the kernel writes, 4 if its outputs are still to be joined.
     """
     w, sizes = tiles.warpgroups, (padded_width(spec.head_dim), padded_width(spec.value_dim))
-    in_place = sizes[1] <= sizes[0] and out_bytes == 2
-    in_place &= swizzle_of(sizes[0], 2) == swizzle_of(sizes[1], 2)
+    # Some columns of a tiled matrix are not contiguous, as a copy needs.
+    in_place = sizes[0] == sizes[1] and out_bytes == 2
     stagings = [own for own in (True, False) if own or in_place]
     most = max(tiles.query_slots, w) if listed else w
     for stages, slots, own in product(range(tiles.stages, 0, -1), range(most, w - 1, -1), stagings):
