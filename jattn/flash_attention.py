@@ -62,8 +62,10 @@ def attend(spec: AttentionSpec, operands: Operands, target: Target) -> tuple[Arr
 
 def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds."""
-    # dQ in float32; log-sum-exp, in two bases, and row term of each row.
-    return spec.batch * spec.queries * spec.heads * 4 * (-(-spec.head_dim // 64) * 64 + 3)
+    # dQ in float32 where thread blocks add to it; log-sum-exp, in two bases, and row term of a row.
+    apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
+    columns = 0 if apart else -(-spec.head_dim // 64) * 64
+    return spec.batch * spec.queries * spec.heads * 4 * (columns + 3)
 
 
 class _How(NamedTuple):

@@ -13,17 +13,17 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jattn.masking import past_zeroed
-from pallas_kernels.hopper import backward_kernel, backward_wide
+from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, choose_backward_tiles
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.hopper.visits import edge_padded, visitors, visits
+from pallas_kernels.hopper.visits import edge_padded, visits
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec, Operands
 
-__all__ = ["backward"]
+__all__ = ["backward", "padded_columns"]
 
 
 def backward(
@@ -46,12 +46,11 @@ def backward(
       row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
         that see no key.
       d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
-      deterministic: tiles of keys add to a query's gradient in one fixed order, so that results
-        are bitwise the same each time.
+      deterministic: results are bitwise the same each time.
       tiles: tile shapes to use instead of the table's.
       interpret: run on a CPU, thread by thread.
     """
-    tiles = tiles or choose_backward_tiles(spec)
+    tiles = tiles or choose_backward_tiles(spec, deterministic=deterministic)
     query, key, value = operands.query, operands.key, operands.value
     if operands.query_lengths is not None:
         query = past_zeroed(query, operands.query_lengths)
@@ -61,7 +60,7 @@ def backward(
 
     count = -(-spec.queries // tiles.queries)
     more = ((0, 0), (0, 0), (0, count * tiles.queries - spec.queries))
-    ranges = visits(spec, operands, queries=tiles.queries, keys=tiles.keys, monotone=deterministic)
+    ranges = visits(spec, operands, queries=tiles.queries, keys=tiles.keys)
     inputs = {
         "q": _whole(query, tiles),
         "k": _whole(key, tiles),
@@ -78,29 +77,43 @@ def backward(
         inputs["key_segments"] = edge_padded(operands.key_segments, ranges.shape[1] * tiles.keys)
     if operands.key_lengths is not None:
         inputs["key_lengths"] = jnp.minimum(operands.key_lengths, spec.keys)
-    if deterministic:
-        inputs["visitors"] = visitors(ranges, count)
-    kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
-
-    def run(results: tuple[Ref, Ref, Ref]) -> None:
-        dq, dk, dv = results
-        dk[...], dv[...] = kernel.launch(spec, tiles, inputs, dq, interpret=interpret)
-
-    # Not by `new_ref`, whose effect cannot be partitioned.
-    dq_shape = (spec.batch, count * tiles.queries, spec.heads, inputs["q"].shape[3])
-    zeros = jnp.zeros(dq_shape, jnp.float32), *(jnp.zeros_like(inputs[name]) for name in "kv")
-    dq, dk, dv = pl.run_state(run)(zeros)
-    dq = dq[:, : spec.queries, :, : spec.head_dim] * spec.scale
+    if tiles.apart:
+        kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
+        dk, dv = kernel.launch(spec, tiles, inputs, interpret=interpret)
+        dq = backward_queries.launch(spec, operands, inputs, interpret=interpret)
+    else:
+        dq, dk, dv = _at_once(spec, tiles, inputs, interpret=interpret)
     return (
-        dq.astype(spec.dtype),
+        dq[:, : spec.queries, :, : spec.head_dim],
         dk[:, : spec.keys, :, : spec.head_dim],
         dv[:, : spec.keys, :, : spec.value_dim],
     )
 
 
+def _at_once(
+    spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
+) -> tuple[Array, Array, Array]:
+    """dQ, dK and dV by one kernel, which adds to dQ in float32."""
+
+    def run(results: tuple[Ref, Ref, Ref]) -> None:
+        dq, dk, dv = results
+        dk[...], dv[...] = backward_kernel.launch(spec, tiles, inputs, dq, interpret=interpret)
+
+    b, n, rows = inputs["lse"].shape
+    dq = jnp.zeros((b, rows, n, inputs["q"].shape[3]), jnp.float32)
+    # Not by `new_ref`, whose effect cannot be partitioned.
+    dq, dk, dv = pl.run_state(run)((dq, *(jnp.zeros_like(inputs[name]) for name in "kv")))
+    return (dq * spec.scale).astype(spec.dtype), dk, dv
+
+
 def _whole(x: Array, tiles: BackwardTiles) -> Array:
     """x (B, rows, heads, columns), padded to what tiles of 8 by 64 need."""
-    # 64 for each warpgroup that shares dQ's columns.
-    columns = 64 * tiles.warpgroups if tiles.queries == ROWS else 64
-    more = (-x.shape[1] % 8, -x.shape[3] % columns)
+    more = (-x.shape[1] % 8, padded_columns(x.shape[3], tiles) - x.shape[3])
     return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
+
+
+def padded_columns(columns: int, tiles: BackwardTiles) -> int:
+    """Columns that an array of this many is padded to."""
+    # 64 for each warpgroup that shares dQ's columns.
+    multiple = 64 if tiles.apart or tiles.queries > ROWS else 64 * tiles.warpgroups
+    return -(-columns // multiple) * multiple

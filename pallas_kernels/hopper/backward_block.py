@@ -1,4 +1,4 @@
-"""What the Hopper backward kernels share: a thread block's tile of keys, its masks, its turn."""
+"""What the Hopper backward kernels share: a thread block's tile of keys, and its masks."""
 
 from __future__ import annotations
 
@@ -31,11 +31,9 @@ class Block:
 
     def __init__(self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
         self.spec, self.tiles, self.seam, self.refs = spec, tiles, seam, refs
-        self.in_turns = "visitors" in vars(refs)
+        self.makes_dq = "dq" in vars(refs)
         self.batch, self.kv_head = lax.axis_index("batch"), lax.axis_index("head")
-        # Last to first where tiles take turns: one waits only for those that started before it.
-        tile = lax.axis_index("tile")
-        self.tile = refs.ranges.shape[1] - 1 - tile if self.in_turns else tile
+        self.tile = lax.axis_index("tile")
         of = self.batch if refs.ranges.shape[0] > 1 else 0
         self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
 
@@ -73,35 +71,6 @@ class Block:
             mine = lax.broadcast_in_dim(mine, shape, [0])
             p = jnp.where(mine == self.row(refs.q_segments.at[slot]), p, 0.0)
         return p
-
-    def take_turn(self, warpgroup: Array, q_head: Array, h: Array, i: Array) -> None:
-        """Waits until every tile behind this one has added to visit i's block of dQ."""
-        refs, visit = self.refs, self.visits
-        plgpu.wait_smem_to_gmem(0)
-        if self.seam.interpret:
-            return
-
-        @pl.when(h * visit.count + i > 0)
-        def _() -> None:
-            fresh = i == 0  # the add before was the last of the head before
-            before = jnp.where(fresh, visit.count, i) - 1
-            self.pass_on(warpgroup, jnp.where(fresh, q_head - 1, q_head), before)
-
-        of = self.batch if refs.visitors.shape[0] > 1 else 0
-        behind = refs.visitors[of, visit.first + i] - 1 - self.tile
-        pl.semaphore_wait(self._turn(warpgroup, q_head, i), behind, decrement=False)
-
-    def pass_on(self, warpgroup: Array, q_head: Array, i: Array) -> None:
-        """Lets the next tile add to visit i's block of dQ, once this one's add is done."""
-        if self.seam.interpret:
-            return
-        plgpu.wait_smem_to_gmem(0)
-        pl.when(self.visits.count > 0)(
-            lambda: pl.semaphore_signal(self._turn(warpgroup, q_head, i), 1)
-        )
-
-    def _turn(self, warpgroup: Array, q_head: Array, i: Array) -> Ref:
-        return self.refs.turns.at[self.batch, q_head, self.visits.first + i, warpgroup]
 
 
 def banded(spec: AttentionSpec) -> bool:

@@ -53,32 +53,32 @@ def launch(
     spec: AttentionSpec,
     tiles: BackwardTiles,
     inputs: dict[str, Array],
-    dq: Ref,
+    dq: Ref | None = None,
     *,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """dK (B, S, K, H) and dV (B, S, K, D); adds the unscaled dQ to `dq` (B, T, N, H) float32."""
+    """dK (B, S, K, H) and dV (B, S, K, D).
+
+    Adds the unscaled dQ to `dq` (B, T, N, H) float32; without one dQ is left out.
+    """
     seam = Seam(interpret)
     w, queries = tiles.warpgroups, tiles.queries
     rows, head, value = inputs["k"].shape[1], inputs["k"].shape[3], inputs["v"].shape[3]
     if banded(spec):
         inputs = inputs | {"index": jnp.arange(queries, dtype=jnp.int32)}
-    scratch = _scratch(spec, tiles, head, value)
+    if dq is not None:
+        inputs = inputs | {"dq": dq}
+    scratch = _scratch(spec, tiles, head, value, makes_dq=dq is not None)
     if interpret:
         for name, shape in {
             "s": (ROWS, queries), "dp": (ROWS, queries), "dq": dq_share(tiles, head),
             "dk": (ROWS, head), "dv": (ROWS, value),
         }.items():  # fmt: skip
             scratch[f"{name}_stand_in"] = plgpu.SMEM((w, *shape), jnp.float32)
-    names = [*inputs, "dq", "dk", "dv", *scratch]
+    names = [*inputs, "dk", "dv", *scratch]
 
     def kernel(*args: Ref) -> None:
         refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
-        if "visitors" in inputs and not interpret:
-            turns = plgpu.SemaphoreType.REGULAR(
-                (spec.batch, spec.heads, inputs["lse"].shape[2] // queries, w)
-            )
-            refs.turns = pl.get_global(turns)
         block = Block(spec, tiles, seam, refs)
         warpgroup = lax.axis_index("warpgroup")
 
@@ -108,7 +108,7 @@ def launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*inputs.values(), dq)
+    )(*inputs.values())
     return dk, dv
 
 
@@ -119,7 +119,9 @@ def dq_share(tiles: BackwardTiles, head: int) -> tuple[int, int]:
     return tiles.queries // tiles.warpgroups, head
 
 
-def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -> dict[str, Any]:
+def _scratch(
+    spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int, *, makes_dq: bool
+) -> dict[str, Any]:
     w, stages, queries = tiles.warpgroups, tiles.stages, tiles.queries
 
     def matrix(*shape: int, dtype: Any = spec.dtype) -> Any:
@@ -132,13 +134,14 @@ def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -
         "do_smem": matrix(stages, queries, value),
         "lse_smem": plgpu.SMEM((stages, queries), jnp.float32),
         "row_term_smem": plgpu.SMEM((stages, queries), jnp.float32),
-        "ds_smem": matrix(2, tiles.keys, queries),
-        "dq_smem": matrix(w, *dq_share(tiles, head), dtype=jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
         "full": plgpu.Barrier(num_arrivals=4 + spec.has_segments, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
-        "ds_full": plgpu.Barrier(num_arrivals=w),
     }
+    if makes_dq:
+        scratch["ds_smem"] = matrix(2, tiles.keys, queries)
+        scratch["dq_smem"] = matrix(w, *dq_share(tiles, head), dtype=jnp.float32)
+        scratch["ds_full"] = plgpu.Barrier(num_arrivals=w)
     if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.has_segments:
@@ -195,9 +198,9 @@ def _compute(block: Block, warpgroup: Array) -> None:
         ),
     )  # fmt: skip
     plgpu.wait_smem_to_gmem(0)
-    # Both warpgroups' dQ read all of k_smem.
-    plgpu.barrier_arrive(refs.ds_full)
-    plgpu.barrier_wait(refs.ds_full)
+    if block.makes_dq:  # both warpgroups' dQ read all of k_smem
+        plgpu.barrier_arrive(refs.ds_full)
+        plgpu.barrier_wait(refs.ds_full)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     rows = pl.ds(block.tile * tiles.keys + warpgroup * ROWS, ROWS)
     refs.k_smem[mine] = (dk * spec.scale).astype(spec.dtype)
@@ -238,8 +241,6 @@ def _visit_all(
         over_head(jnp.int32(0))
     else:
         each(0, spec.group, over_head)
-    if block.in_turns:
-        block.pass_on(warpgroup, block.kv_head * spec.group + spec.group - 1, visit.count - 1)
     return seam.wait(dk_acc, in_flight=0), seam.wait(dv_acc, in_flight=0)
 
 
@@ -285,6 +286,12 @@ def _step(
     shape = (ROWS, tiles.queries)
     plgpu.barrier_wait(refs.full.at[slot])
     p, ds = accumulator("s", shape, lambda s_acc: accumulator("dp", shape, partial(weights, s_acc)))
+    if not block.makes_dq:
+        seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO
+        seam.matmul_into(dk_acc, ds, q)  # dK += dSᵀ Q
+        seam.drain(0)
+        plgpu.barrier_arrive(refs.free.at[slot])
+        return
     ds_smem = refs.ds_smem.at[lax.rem(n, 2)]
     ds_smem[mine] = ds
     plgpu.commit_smem()
@@ -306,10 +313,7 @@ def _step(
 
     dq = accumulator("dq", dq_smem.shape, products)
     q_head = block.kv_head * spec.group + h
-    if block.in_turns:
-        block.take_turn(warpgroup, q_head, h, i)
-    else:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     dq_smem[...] = dq
     plgpu.commit_smem()
     gmem = refs.dq.at[block.batch, :, q_head]

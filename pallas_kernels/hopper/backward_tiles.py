@@ -1,4 +1,4 @@
-"""Tile shapes of the Hopper backward kernel, by head dim."""
+"""Tile shapes of the Hopper backward kernels of dK and dV, by head dim."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jattn.masking import hides_some
+from pallas_kernels.hopper.limits import has_dq_apart
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ class BackwardTiles:
     """How a thread block is cut. It never changes what is computed.
 
     queries: queries of a block, 64 or 128.
-    stages: blocks of queries in flight.
+    stages: blocks of queries in flight; of wide heads, blocks of dO.
     warpgroups: warpgroups with 64 keys of their own; one means the kernel for wide heads, whose two
       compute warpgroups share 64 keys.
+    apart: dQ has a kernel of its own.
     shared_ds: dK's product reads dS from shared memory, not from registers.
     one_loop: every visit is masked; of several loops the compiler keeps more in registers.
     tiles_first: thread blocks that start together are tiles of one head, not heads of one tile.
@@ -30,6 +32,7 @@ class BackwardTiles:
     queries: int
     stages: int = 2
     warpgroups: int = 2
+    apart: bool = False
     shared_ds: bool = False
     one_loop: bool = False
     tiles_first: bool = False
@@ -40,21 +43,31 @@ class BackwardTiles:
         return self.warpgroups * ROWS
 
 
-def choose_backward_tiles(spec: AttentionSpec) -> BackwardTiles:
+def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
     """The tiles for a call."""
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048, all that backward runs
     # counted; T = 16k, 4k, 1k.
     head, value = (-(-x // 64) * 64 for x in (spec.head_dim, spec.value_dim))
-    if head + value > 256 or spec.logits_soft_cap is not None:
-        # 256: causal 510, 441, 291; full 494, 465, 376. 192/128: causal 481 at 16k. A soft cap's
-        # derivative takes registers that the other kernel has not: 100 bytes would spill.
-        return BackwardTiles(64, warpgroups=1)
     full = not hides_some(spec)
+    if max(head, value) > 128:
+        # 256: causal 481, 483, 357; full 495, 508, 439. dK and dV alone (four products): causal
+        # 699, 651; full 682, 684; with two blocks of dO 647, 640; 666, 675. 192/128: causal 604.
+        return BackwardTiles(64, stages=1, warpgroups=1, apart=True)
+    if has_dq_apart(spec, deterministic=deterministic):
+        narrow = head + value <= 128
+        if narrow and not (spec.has_segments or spec.logits_soft_cap is not None):
+            # Causal 444, 394, 266; full 414, 410, 340. Blocks of 64 queries: dK and dV alone 459
+            # against 556 at causal 4k. Segments or a soft cap would spill.
+            return BackwardTiles(128, apart=True, tiles_first=full)
+        # 128: causal 512, 477, 336; full 490, 490, 415. Soft cap, causal 4k: 360, and 295 by the
+        # kernel for wide heads.
+        return BackwardTiles(64, stages=3, apart=True)
     causal = spec.band.upper is not None and spec.band.lower is None
     plain = full or (causal and not (spec.has_segments or spec.has_key_lengths))
     if head + value <= 128:
-        # Causal 524, 446, 266; full 502, 504, 400. dS shared: causal 516, 432, 261.
+        # Causal 557, 460, 290; full 536, 526, 410. dS shared: causal 516, 432, 261.
         return BackwardTiles(128, one_loop=not plain, tiles_first=full)
-    # Causal 598, 517, 320, tiles first 602, 496, 315, one loop 564, 466, 301; full 595, 582, 450,
-    # heads first 584, 571, 450. Three stages: full 546 at 4k. dV's product before dS: causal 491.
+    # Causal 615, 537, 349, dS not shared 607 and 345, tiles first 593 and 341, one loop 564, 466,
+    # 301; full 591, 583, 466, heads first 584, 571, 450. Three stages: full 546 at 4k. dV's product
+    # before dS: causal 491.
     return BackwardTiles(64, shared_ds=True, one_loop=not plain, tiles_first=full)

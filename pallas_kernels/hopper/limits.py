@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec
 
-__all__ = ["refusals"]
+__all__ = ["has_dq_apart", "refusals"]
 
 MOST_HEAD_DIM = 256  # wgmma's largest N, and all the registers a warpgroup has for the output
+
+
+def has_dq_apart(spec: AttentionSpec, *, deterministic: bool) -> bool:
+    """Whether dQ has a kernel of its own, and no float32 array that thread blocks add to."""
+    wide = max(spec.head_dim, spec.value_dim) > 128
+    return deterministic or wide or spec.logits_soft_cap is not None
 
 
 def refusals(spec: AttentionSpec) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which blocks of queries a tile of keys visits in each head, and in which order tiles add to dQ.
+"""Which blocks of queries a tile of keys visits in each head.
 
 Visits go up, from the first block that sees some of the tile's keys. Those at either end may need
 an element mask; those between do not.
@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jattn.masking import KeyIntervals
 from pallas_kernels import blocks
@@ -24,7 +24,7 @@ from pallas_kernels import blocks
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec, Operands
 
-__all__ = ["Visits", "edge_padded", "visitors", "visits"]
+__all__ = ["Visits", "edge_padded", "visits"]
 
 
 class Visits(NamedTuple):
@@ -36,14 +36,8 @@ class Visits(NamedTuple):
     clear_to: Any
 
 
-def visits(
-    spec: AttentionSpec, operands: Operands, *, queries: int, keys: int, monotone: bool
-) -> Array:
-    """(B or 1, tiles, 4) int32: the `Visits` of each tile of `keys` keys to blocks of `queries`.
-
-    monotone: widen the ranges so that neither end ever decreases from a tile to the next. Only
-    unsorted segment ids need it.
-    """
+def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) -> Array:
+    """(B or 1, tiles, 4) int32: the `Visits` of each tile of `keys` keys to blocks of `queries`."""
     tiles, count = -(-spec.keys // keys), -(-spec.queries // queries)
 
     def column(lengths: Array | None) -> Array | None:
@@ -82,26 +76,11 @@ def visits(
         clear_first = _first(clear)  # one run of them: from the first to the first that is not
         after = jnp.where(~clear & (block > clear_first[..., None]), block, count).min(axis=2)
         clear_stop = jnp.where(clear.any(axis=2), after, clear_first)
-    if monotone:
-        none = first >= stop
-        first = lax.cummin(jnp.where(none, count, first), axis=1, reverse=True)
-        stop = lax.cummax(jnp.where(none, 0, stop), axis=1)
     total = jnp.maximum(stop - first, 0)
     some = clear_first < clear_stop
     clear_from = jnp.where(some, jnp.clip(clear_first - first, 0, total), total)
     clear_to = jnp.where(some, jnp.clip(clear_stop - first, clear_from, total), total)
     return jnp.stack([first, total, clear_from, clear_to], axis=-1).astype(jnp.int32)
-
-
-def visitors(ranges: Array, count: int) -> Array:
-    """(B or 1, blocks) int32: one past the last tile that visits each of `count` query blocks.
-
-    Of tiles that go first to last, each adds to a block after those behind it: tile j is at its
-    turn once `visitors - 1 - j` tiles have added. The ranges must be monotone.
-    """
-    first = ranges[..., 0]
-    block = jnp.arange(count)
-    return (first[:, None, :] <= block[None, :, None]).sum(axis=2).astype(jnp.int32)
 
 
 def edge_padded(ids: Array | None, size: int) -> Array:

@@ -31,6 +31,8 @@ SMALL = [
     Half("one_query_split_keys", 2, 1, 700, 8, 2, 64, sinks=True, key_lengths=(3, 650)),
     Case("negative_scale_float16", 1, 40, 100, 4, 2, 72, dtype="float16", scale=-0.2),
     Half("one", 1, 1, 1, 1, 1, 8),
+    Half("latent_window", 1, 70, 200, 2, 1, 192, 128, sinks=True, window=(60, 30)),
+    Half("wide_key_alone", 2, 5, 5, 4, 2, 176, 40, causal=True),
 ]  # fmt: skip
 
 _LENGTHS = {"query_lengths": (700, 100, 0), "key_lengths": (899, 17, 333)}

@@ -59,8 +59,13 @@ CASES = [
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
     Long("packed_heads", queries=60, keys=4096, kv_heads=4, causal=True, alignment="bottom_right"),
 ]
-# What is compiled of each case. "backward" is the gradient without the forward it starts from.
-CALLS = [(case, direction) for direction in ("forward", "backward") for case in CASES]
+# What is compiled of each case. "backward" is the gradient without the forward it starts from,
+# "deterministic" the same where that is computed in another way.
+CALLS = [(case, direction) for direction in ("forward", "backward") for case in CASES] + [
+    (case, "deterministic")
+    for case in CASES
+    if case.name in [f"{mask}_{h}" for mask in ("full", "causal", "segments") for h in (64, 128)]
+]
 
 # ptxas: "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to
 # ... in function 'x'", "(C7513) ... in the function 'x'" and more of that kind.
@@ -83,10 +88,13 @@ def main(part: int, parts: int) -> None:
 
 def compiled(case: Case, direction: str, place: NamedSharding) -> dict[str, Any]:
     """What there is to say of a call."""
-    function, shapes = of_direction(direction, *call(case))
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    with standard_output() as said:
-        made = jax.jit(function).lower(*placed).compile()
+    with jattn.deterministic_gradients(direction == "deterministic"):
+        function, shapes = of_direction(direction, *call(case))
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+        )
+        with standard_output() as said:
+            made = jax.jit(function).lower(*placed).compile()
     return read(said()) | {"moves": moves(case, made, shapes)} | memory(made)
 
 

@@ -20,7 +20,7 @@ COMPILERS = HERE.parents[1] / ".compilers"
 VERSIONS = (HERE / "jax_versions.txt").read_text().split()
 PARTS = 2
 # Bytes that backward spills all the same. At head dim 64, S and dP of a block of 128 queries take
-# what dK and dV leave of a thread's 240 registers.
+# what dK and dV leave of a thread's 240 registers; at 256, dQ leaves little.
 KNOWN_SPILLS = {
     "full_64": 28,
     "causal_64": 56,
@@ -31,11 +31,17 @@ KNOWN_SPILLS = {
     "lengths_64": 20,
     "segments_64": 52,
     "segments_128": 4,
+    "segments_256": 20,
+    "soft_cap_sinks_256": 4,
     "one_query_64": 8,
     "packed_heads": 16,
 }
 # Operands are padded to head dims of at least 64; in backward, over 64, to multiples of 64 or 128.
-PADDED = {"forward": ("narrow",), "backward": ("narrow", "full_96", "causal_96")}
+PADDED = {
+    "forward": ("narrow",),
+    "backward": ("narrow", "full_96", "causal_96"),
+    "deterministic": (),
+}
 
 
 def environment(version: str) -> dict[str, str]:

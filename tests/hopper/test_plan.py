@@ -1,11 +1,19 @@
-"""The plan of a launch: every tile is computed once, and the work is shared evenly."""
+"""The plan of a launch: each tile is computed once, work is shared evenly, memory suffices."""
 
 from __future__ import annotations
+
+from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide, forward
+from pallas_kernels.hopper.backward import padded_columns
+from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.plan import make_plan
+from pallas_kernels.hopper.seam import padded_width
+from tests.cases import Case
 from tests.hopper.calls import Half, spec_of
 
 
@@ -36,3 +44,52 @@ def test_few_queries_split_the_keys_and_share_a_tile() -> None:
     assert plan.pack == 4
     assert plan.works == 8 * plan.splits
     assert 100 <= plan.works <= 132
+
+
+SHARED_MEMORY = 227 << 10  # bytes a thread block may have, of the 228 KiB of a multiprocessor
+
+
+def shared_bytes(scratch: dict[str, Any]) -> int:
+    """What scratch takes: matrices and vectors from one kibibyte's start to another's, barriers."""
+    arrays = [x for x in scratch.values() if hasattr(x, "dtype") and hasattr(x, "shape")]
+    barriers = [x for x in scratch.values() if hasattr(x, "num_barriers")]
+    assert len(arrays) + len(barriers) == len(scratch)
+    sizes = [prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays]
+    return sum(-(-size // 1024) * 1024 for size in sizes) + 8 * sum(
+        int(np.prod(x.num_barriers)) for x in barriers
+    )
+
+
+@pytest.mark.parametrize("segments", [None, "sorted"])
+@pytest.mark.parametrize("queries", [5, 100, 2048])
+def test_every_pair_of_head_dims_fits_shared_memory(queries: int, segments: str | None) -> None:
+    for head in range(8, 257, 8):
+        for value in range(8, 257, 8):
+            case = Case(
+                *("", 2, queries, queries, 12, 3, head, value, "bfloat16"),
+                causal=True,
+                segments=segments,
+            )
+            found = {name: shared_bytes(x) for name, x in every_scratch(case).items()}
+            assert max(found.values()) <= SHARED_MEMORY, (head, value, found)
+
+
+def every_scratch(case: Case) -> dict[str, dict[str, Any]]:
+    """That of each kernel of the call, forward and backward."""
+    spec = spec_of(case)
+    plan = make_plan(spec)
+    out_dtype = np.float32 if plan.in_parts else spec.dtype
+    found = {"forward": forward._scratch(plan, out_dtype, padded_width(spec.value_dim))}
+    for deterministic in (False, True):
+        tiles = choose_backward_tiles(spec, deterministic=deterministic)
+        dims = [padded_columns(dim, tiles) for dim in (spec.head_dim, spec.value_dim)]
+        if tiles.warpgroups == 1:
+            found["wide"] = backward_wide._scratch(spec, tiles, *dims)
+        else:
+            narrow = backward_kernel._scratch(spec, tiles, *dims, makes_dq=not tiles.apart)
+            found[f"narrow {deterministic}"] = narrow
+        if tiles.apart:
+            query_tiles = backward_queries.choose_query_tiles(spec, *dims)
+            its_plan = backward_queries.plan_of(spec, query_tiles)
+            found["queries"] = backward_queries._scratch(its_plan, query_tiles, *dims)
+    return found
