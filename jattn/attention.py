@@ -198,8 +198,9 @@ def memory_efficient_attention(
       value: as there.
       bias: as there.
       mask: as there.
-      query_chunk_size: queries held at once; chosen by shape and platform if None.
-      key_chunk_size: keys visited at once; chosen likewise.
+      query_chunk_size: queries held at once; chosen by shape and platform if None. Asking for a
+        size asks for the form in XLA, on a GPU too.
+      key_chunk_size: keys visited at once; likewise.
       **options: as there.
 
     >>> import jax.numpy as jnp, jattn
@@ -208,6 +209,8 @@ def memory_efficient_attention(
     (1, 5, 2, 8)
     """
     call = attention_call(query, key, value, bias, mask, **options)
+    if query_chunk_size is None and key_chunk_size is None:
+        return _run(call, "memory_efficient")
     chunks = memory_efficient.choose_chunks(
         call.spec, current_target(), query_chunk_size, key_chunk_size
     )
@@ -216,5 +219,5 @@ def memory_efficient_attention(
 
 def _run(call: AttentionCall, implementation: Implementation | None) -> Array | tuple[Array, Array]:
     target = current_target()
-    backend = backends.choose(call.spec, target, implementation)
-    return call.result(*backend.attend(call.spec, call.operands, target))
+    form = backends.choose(call.spec, target, implementation)
+    return call.result(*form.attend(call.spec, call.operands, target))

@@ -9,65 +9,105 @@ from dataclasses import dataclass
 import jax
 from jax import Array
 
-from jattn import cudnn, eager, flash_attention, memory_efficient
+from jattn import cudnn, eager, flash_attention, kernels, memory_efficient
 from jattn.errors import UnsupportedAttentionError
 from jattn.spec import AttentionSpec, Operands
 from jattn.target import Target
+from pallas_kernels.hopper import limits as hopper
+from pallas_kernels.portable import limits as portable
 
-__all__ = ["BACKENDS", "Backend", "Implementation", "attention_backend", "candidates", "choose"]
+__all__ = [
+    "FORMS",
+    "NAMES",
+    "Form",
+    "Implementation",
+    "attention_backend",
+    "candidates",
+    "choose",
+    "forms_of",
+]
 
 type Implementation = str | Sequence[str]
 
 
 @dataclass(frozen=True)
-class Backend:
-    """One way to compute attention."""
+class Form:
+    """One way to compute attention. The forms of one name are one backend to its users.
+
+    lacks: what a device lacks to run it; None if nothing.
+    refusals: why it cannot do a call, with the values, on a device that lacks nothing.
+    slow: why forms after it are faster for a call, which then come before it.
+    """
 
     name: str
     attend: Callable[[AttentionSpec, Operands, Target], tuple[Array, Array]]
-    refusals: Callable[[AttentionSpec, Target], list[str]]
     kernel: Callable[[AttentionSpec, Target], str]
     gradient_bytes: Callable[[AttentionSpec, Target], int]
+    lacks: Callable[[Target], str | None] = lambda target: None
+    refusals: Callable[[AttentionSpec, Target], list[str]] = lambda spec, target: []
+    slow: Callable[[AttentionSpec], str | None] = lambda spec: None
     automatic: bool = True
 
+    def reasons(self, spec: AttentionSpec, target: Target) -> list[str]:
+        """All that keeps it from running."""
+        lack = self.lacks(target)
+        return self.refusals(spec, target) if lack is None else [lack]
 
-# In the order in which an unnamed choice tries them. The reason for each place is a measurement in
-# benchmarks/results. On an H200 flash's Hopper kernels are ahead of cuDNN's in most cells, forward
-# and backward. On a CPU memory_efficient is ahead of the formula at every length from 512 on.
-BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend(
-            name="flash",
-            attend=flash_attention.attend,
-            refusals=flash_attention.refusals,
-            kernel=flash_attention.kernel,
-            gradient_bytes=flash_attention.gradient_bytes,
-        ),
-        Backend(
-            name="cudnn",
-            attend=lambda spec, operands, target: cudnn.attend(spec, operands),
-            refusals=cudnn.refusals,
-            kernel=lambda spec, target: "cuDNN fused attention",
-            gradient_bytes=flash_attention.gradient_bytes,
-        ),
-        Backend(
-            name="memory_efficient",
-            attend=memory_efficient.attend,
-            refusals=lambda spec, target: [],
-            kernel=memory_efficient.kernel,
-            gradient_bytes=memory_efficient.gradient_bytes,
-        ),
-        Backend(
-            name="eager",
-            attend=lambda spec, operands, target: eager.attend(spec, operands),
-            refusals=lambda spec, target: [],
-            kernel=lambda spec, target: "XLA, the formula",
-            gradient_bytes=eager.gradient_bytes,
-            automatic=False,
-        ),
-    )
-}
+
+# In the order in which they are tried: all that are automatic where none is named, or those of the
+# name. The reason for each place is a measurement in benchmarks/results. On an H200 flash's Hopper
+# kernels are ahead of cuDNN's in most cells, forward and backward, and cuDNN's ahead of flash's
+# portable ones. On a CPU memory_efficient is ahead of the formula at every length from 512 on.
+FORMS = (
+    Form(
+        name="flash",
+        attend=flash_attention.attend_on_hopper,
+        kernel=lambda spec, target: "Pallas Mosaic GPU, Hopper",
+        gradient_bytes=flash_attention.hopper_gradient_bytes,
+        lacks=lambda target: kernels.lacks("hopper", target),
+        refusals=lambda spec, target: hopper.refusals(spec),
+    ),
+    Form(
+        name="cudnn",
+        attend=lambda spec, operands, target: cudnn.attend(spec, operands),
+        kernel=lambda spec, target: "cuDNN fused attention",
+        gradient_bytes=flash_attention.hopper_gradient_bytes,
+        lacks=cudnn.lacks,
+        refusals=cudnn.refusals,
+    ),
+    Form(
+        name="flash",
+        attend=flash_attention.attend_portably,
+        kernel=lambda spec, target: "Pallas, portable",
+        gradient_bytes=flash_attention.portable_gradient_bytes,
+        lacks=lambda target: kernels.lacks("portable", target),
+        refusals=lambda spec, target: portable.refusals(spec),
+        slow=portable.why_slow,
+    ),
+    Form(
+        name="memory_efficient",
+        attend=memory_efficient.attend_in_kernels,
+        kernel=lambda spec, target: "Pallas, portable, query-chunked",
+        gradient_bytes=flash_attention.portable_gradient_bytes,
+        lacks=lambda target: kernels.lacks("portable", target),
+        refusals=lambda spec, target: portable.refusals(spec),
+        slow=portable.why_slow,
+    ),
+    Form(
+        name="memory_efficient",
+        attend=memory_efficient.attend,
+        kernel=memory_efficient.kernel,
+        gradient_bytes=memory_efficient.gradient_bytes,
+    ),
+    Form(
+        name="eager",
+        attend=lambda spec, operands, target: eager.attend(spec, operands),
+        kernel=lambda spec, target: "XLA, the formula",
+        gradient_bytes=eager.gradient_bytes,
+        automatic=False,
+    ),
+)
+NAMES = tuple(dict.fromkeys(form.name for form in FORMS))
 
 _forced = jax.make_user_context(None)
 
@@ -92,36 +132,47 @@ def attention_backend(implementation: Implementation) -> Generator[None]:
         yield
 
 
-def candidates(implementation: Implementation | None) -> tuple[Backend, ...]:
-    """The backends that may run a call, in the order to try: as named, as forced, or automatic."""
+def candidates(implementation: Implementation | None, spec: AttentionSpec) -> tuple[Form, ...]:
+    """The forms that may run a call, in the order to try: as named, as forced, or automatic."""
     names = _forced.value if implementation is None else _names(implementation)
     if names is None:
-        return tuple(backend for backend in BACKENDS.values() if backend.automatic)
-    return tuple(BACKENDS[name] for name in names)
+        return _fast_first([form for form in FORMS if form.automatic], spec)
+    return tuple(form for name in names for form in forms_of(name, spec))
 
 
-def choose(spec: AttentionSpec, target: Target, implementation: Implementation | None) -> Backend:
+def forms_of(name: str, spec: AttentionSpec) -> tuple[Form, ...]:
+    """Those of one backend, in the order to try for a call."""
+    return _fast_first([form for form in FORMS if form.name == name], spec)
+
+
+def _fast_first(forms: Sequence[Form], spec: AttentionSpec) -> tuple[Form, ...]:
+    if kernels.is_one_left():
+        return tuple(forms)
+    return tuple(sorted(forms, key=lambda form: form.slow(spec) is not None))
+
+
+def choose(spec: AttentionSpec, target: Target, implementation: Implementation | None) -> Form:
     """The first candidate that refuses nothing; raises with every reason if there is none."""
-    tried = candidates(implementation)
+    tried = candidates(implementation, spec)
     reasons: list[str] = []
-    for backend in tried:
-        refusals = backend.refusals(spec, target)
+    for form in tried:
+        refusals = form.reasons(spec, target)
         if not refusals:
-            return backend
-        reasons += [f"{backend.name}: {reason}" for reason in refusals]
-    names = ", ".join(backend.name for backend in tried)
+            return form
+        reasons += [f"{form.name}: {reason}" for reason in refusals]
+    names = ", ".join(dict.fromkeys(form.name for form in tried))
     raise UnsupportedAttentionError(
         f"no attention backend of ({names}) can run this call on {target} [{spec.describe()}]: "
-        + "; ".join(reasons)
+        + "; ".join(dict.fromkeys(reasons))
     )
 
 
 def _names(implementation: Implementation) -> tuple[str, ...]:
     named = [implementation] if isinstance(implementation, str) else implementation
     names = tuple(named) if isinstance(named, list | tuple) else ()
-    unknown = [name for name in names if not isinstance(name, str) or name not in BACKENDS]
+    unknown = [name for name in names if not isinstance(name, str) or name not in NAMES]
     if unknown or not names:
-        allowed = ", ".join(map(repr, BACKENDS))
+        allowed = ", ".join(map(repr, NAMES))
         raise ValueError(
             f"implementation must be one of {allowed}, a sequence of them, or None; "
             f"got {implementation!r}"

@@ -10,13 +10,16 @@ from jattn.masking import Band
 from jattn.spec import AttentionSpec, Operands
 from jattn.target import Target
 
-__all__ = ["attend", "refusals"]
+__all__ = ["attend", "lacks", "refusals"]
+
+
+def lacks(target: Target) -> str | None:
+    """What the target lacks for cuDNN; None if it runs there."""
+    return None if target.is_nvidia else f"needs an NVIDIA GPU, the target is {target}"
 
 
 def refusals(spec: AttentionSpec, target: Target) -> list[str]:
     """Why cuDNN cannot do the call with the semantics promised; empty if it can."""
-    if not target.is_nvidia:
-        return [f"needs an NVIDIA GPU, the target is {target}"]
     found = {
         "this process has no GPU, and cuDNN plans a call where the GPU is": (
             jax.default_backend() != "gpu"

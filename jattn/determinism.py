@@ -18,9 +18,9 @@ _asked = jax.make_user_context(None)
 def deterministic_gradients(on: bool = True) -> Generator[None]:
     """Makes gradients of the calls inside bitwise repeatable; part of `jax.jit`'s cache key.
 
-    Only the `flash` backend is ever anything else, for head dims up to 128 without a soft cap: its
-    thread blocks add to a query's gradient in whatever order they come. Inside, that gradient has a
-    kernel of its own: seven products instead of five. Outside, XLA's own flag
+    Only `flash`'s Hopper kernels are ever anything else, for head dims up to 128 without a soft
+    cap: their thread blocks add to a query's gradient in whatever order they come. Inside, that
+    gradient has a kernel of its own: seven products instead of five. Outside, XLA's own flag
     `--xla_gpu_deterministic_ops` decides.
 
     Args:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jattn import backends
 from jattn.arguments import AttentionOptions, attention_call
-from jattn.backends import BACKENDS, Backend, Implementation
+from jattn.backends import NAMES, Form, Implementation
 from jattn.spec import AttentionSpec
 from jattn.target import Target, current_target
 
@@ -24,12 +24,15 @@ class BackendReport:
     """One backend and one call.
 
     refusals: why it cannot run; then kernel and gradient_bytes are None.
+    passed_over: why another kernel of its own, made for this device, does not run, or why the one
+      that runs is slow.
     gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
       arguments, results and their gradients.
     """
 
     name: str
     refusals: tuple[str, ...]
+    passed_over: tuple[str, ...]
     may_run: bool
     kernel: str | None
     gradient_bytes: int | None
@@ -92,10 +95,10 @@ def explain(
     """
     spec = _spec(dict(query=query, key=key, value=value, bias=bias, mask=mask, **options))
     target = current_target()
-    candidates = backends.candidates(implementation)
-    reports = [_report(backend, spec, target, candidates) for backend in BACKENDS.values()]
-    can = {report.name for report in reports if not report.refusals}
-    chosen = next((backend.name for backend in candidates if backend.name in can), None)
+    candidates = backends.candidates(implementation, spec)
+    reports = [_report(name, spec, target, candidates) for name in NAMES]
+    runs = (form.name for form in candidates if not form.reasons(spec, target))
+    chosen = next(runs, None)
     return Explanation(spec.describe(), str(target), chosen, tuple(reports))
 
 
@@ -115,24 +118,41 @@ def _spec(arguments: dict[str, Any]) -> AttentionSpec:
 
 
 def _report(
-    backend: Backend, spec: AttentionSpec, target: Target, candidates: tuple[Backend, ...]
+    name: str, spec: AttentionSpec, target: Target, candidates: tuple[Form, ...]
 ) -> BackendReport:
-    refusals = tuple(backend.refusals(spec, target))
+    refusals: list[str] = []
+    passed_over: list[str] = []
+    runs: Form | None = None
+    for form in backends.forms_of(name, spec):
+        reasons = form.reasons(spec, target)
+        slow = form.slow(spec)
+        if not reasons and slow is not None:
+            passed_over.append(slow)
+        if runs is None and not reasons:
+            runs = form
+        elif runs is None:
+            refusals += reasons
+            passed_over += reasons if form.lacks(target) is None else []
     return BackendReport(
-        name=backend.name,
-        refusals=refusals,
-        may_run=backend in candidates,
-        kernel=None if refusals else backend.kernel(spec, target),
-        gradient_bytes=None if refusals else backend.gradient_bytes(spec, target),
+        name=name,
+        refusals=tuple(dict.fromkeys(refusals)) if runs is None else (),
+        passed_over=() if runs is None else tuple(passed_over),
+        may_run=any(form.name == name for form in candidates),
+        kernel=None if runs is None else runs.kernel(spec, target),
+        gradient_bytes=None if runs is None else runs.gradient_bytes(spec, target),
     )
 
 
 def _why(report: BackendReport, chosen: str | None) -> str:
-    if report.name == chosen:
-        return "runs"
     if report.refusals:
         return "; ".join(report.refusals)
-    return "can, but another comes first" if report.may_run else "can; runs only when named"
+    if report.name == chosen:
+        why = "runs"
+    elif report.may_run:
+        why = "can, but another comes first"
+    else:
+        why = "can; runs only when named"
+    return "; ".join([why, *report.passed_over])
 
 
 def _size(count: int) -> str:

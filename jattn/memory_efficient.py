@@ -1,7 +1,9 @@
 """The `memory_efficient` backend: query-chunked attention whose backward recomputes.
 
 Saves q, k, v, the output and the log-sum-exp, never the T x S weights (Rabe and Staats,
-"Self-attention Does Not Need O(n^2) Memory", 2021). It runs anywhere and can do every call.
+"Self-attention Does Not Need O(n^2) Memory", 2021). It has two forms: Pallas kernels for NVIDIA
+GPUs from Ampere on (`pallas_kernels.portable`), and loops in XLA, which run anywhere and do every
+call.
 """
 
 from __future__ import annotations
@@ -12,13 +14,20 @@ from functools import partial
 import jax
 from jax import Array
 
-from jattn import query_chunks, sharding
+from jattn import kernels, query_chunks, recomputed, sharding
 from jattn.reverse_only import first_order_only, naming_eager, reverse_only
 from jattn.spec import AttentionSpec, Operands
 from jattn.target import Target
 from jattn.tiles import Chunks
 
-__all__ = ["attend", "attend_in_chunks", "choose_chunks", "gradient_bytes", "kernel"]
+__all__ = [
+    "attend",
+    "attend_in_chunks",
+    "attend_in_kernels",
+    "choose_chunks",
+    "gradient_bytes",
+    "kernel",
+]
 
 # Chunk sizes by platform: (logits per step, most queries, most keys). CPU: a step's logits should
 # stay in the last-level cache. GPU: enough work per step to hide the launch of its kernels.
@@ -26,8 +35,15 @@ _STEP_LOGITS = {"cpu": 2**20, "gpu": 2**26}
 _MOST = {"cpu": (256, 512), "gpu": (1024, 1024)}
 
 
+def attend_in_kernels(
+    spec: AttentionSpec, operands: Operands, target: Target
+) -> tuple[Array, Array]:
+    """Output (B, T, N, D) and log-sum-exp (B, T, N), by the Pallas kernels."""
+    return recomputed.attend(kernels.kernels_of("portable", "chunked"), spec, operands)
+
+
 def attend(spec: AttentionSpec, operands: Operands, target: Target) -> tuple[Array, Array]:
-    """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
+    """The same in XLA."""
     return attend_in_chunks(spec, operands, choose_chunks(spec, target))
 
 

@@ -3,94 +3,210 @@
 The partitioner knows nothing of what is inside a kernel, and would gather all of every array. Here
 it is told which axes may stay sharded: batch, and heads where query and key heads are cut alike (or
 there is one key head). Sequences and head dims are gathered if they are sharded.
+
+A result without an axis that stays sharded is a sum over it, and is added up over the devices: the
+gradients of one key head for many query heads, and of a bias that is broadcast.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jattn import sharding
+from jattn.dropout import seeds_from_head
 from jattn.folding import Arrays, Kernel
 from jattn.spec import AttentionSpec
 
-__all__ = ["GRADIENTS", "RESULTS", "per_shard"]
+__all__ = ["GRADIENTS", "RESULTS", "per_explicit_shard", "per_shard"]
 
 # The axes of each array in the partitioner's notation, N being `_query_heads`.
 _AXES = {
     "query": "b t N h",
     "key": "b s k h",
     "value": "b s k d",
+    "bias": "b N t s",
+    "mask": "b N t s",
     "query_lengths": "b",
     "key_lengths": "b",
     "query_segments": "b t",
     "key_segments": "b s",
     "sinks": "N",
+    "dropout_seeds": "b word",
+    "out": "b t N d",
     "lse": "b t N",
     "row_term": "b t N",
     "d_out": "b t N d",
 }
-_ROW_SINKS = "b N"
-RESULTS = "b t N d, b t N"  # output and log-sum-exp
-GRADIENTS = "b t N h, b s k h, b s k d"  # of query, key and value
+RESULTS = ("out", "lse")
+GRADIENTS = ("query", "key", "value")  # the bias's may follow
 
 
-def per_shard(kernel: Kernel, results: str) -> Kernel:
+def per_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
     """The same function; on sharded arrays each device runs it on its own rows and heads.
 
-    results: the axes of each, `RESULTS` or `GRADIENTS`.
+    results: names that have the axes of each, `RESULTS` or `GRADIENTS`.
     """
 
     def partitioned(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        # In the table's order: that of a pytree's dict is its names'.
-        axes = {name: of for name, of in _AXES.items() if name in arrays}
-        if "sinks" in arrays and arrays["sinks"].ndim == 2:
-            axes["sinks"] = _ROW_SINKS
+        axes = {name: _axes_of(name, x.shape, spec) for name, x in _in_order(arrays).items()}
+        out_axes = [axes.get(name) or _AXES[name] for name in results]
 
         @custom_partitioning
         def call(*held: Array) -> tuple[Array, ...]:
-            own = dict(zip(axes, held, strict=True))
-            batch, _, heads, _ = own["query"].shape
-            kv_heads = own["key"].shape[2]
-            return kernel(replace(spec, batch=batch, heads=heads, kv_heads=kv_heads), own)
+            return _on_a_device(kernel, spec, axes, out_axes, _Kept(), held)
 
         def partition(mesh: Mesh, arguments: Any, _: Any) -> Any:
-            batch, heads, key_heads = _kept_axes(spec, arguments)
+            query, key, *_ = (_entries(x.sharding, len(x.shape)) for x in arguments)
+            kept = _Kept.of(spec, query, key)
 
             def placed(axes: str) -> NamedSharding:
-                kept = {"b": batch, "k": key_heads, "N": heads}
-                return NamedSharding(mesh, PartitionSpec(*map(kept.get, axes.split())))
+                return NamedSharding(mesh, kept.place(axes))
 
             def on_each(*held: Array) -> tuple[Array, ...]:
-                found: tuple[Array, ...] = call.fun(*held)
-                if heads is None or key_heads is not None:
-                    return found
-                # One key head for the query heads of several devices: the results without query
-                # heads are sums over all of them.
-                return tuple(
-                    x if "N" in axes else lax.psum(x.astype(jnp.float32), heads).astype(x.dtype)
-                    for x, axes in zip(found, results.split(", "), strict=True)
-                )
+                return _on_a_device(kernel, spec, axes, out_axes, kept, held)
 
-            out = tuple(placed(axes) for axes in results.split(", "))
-            return mesh, on_each, out, tuple(map(placed, axes.values()))
+            return mesh, on_each, tuple(map(placed, out_axes)), tuple(map(placed, axes.values()))
 
-        rule, factors = _rule(spec, list(axes.values()), results)
+        rule, factors = _rule(spec, list(axes.values()), ", ".join(out_axes))
+        whole = ("t", "h", "s", "d", *(("word",) if "dropout_seeds" in axes else ()))
         call.def_partition(
             partition=partition,
             sharding_rule=rule,
             **factors,
-            need_replication_factors=("t", "h", "s", "d"),  # in order of appearance
+            need_replication_factors=whole,  # in order of appearance
         )
         found: tuple[Array, ...] = call(*(arrays[name] for name in axes))
         return found
 
     return partitioned
+
+
+def per_explicit_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
+    """The same function; on a mesh with explicit axes each device runs it on what it holds.
+
+    There the types of the arrays say how they are sharded, and the partitioner is not asked.
+    """
+
+    def shard_mapped(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
+        mesh = jax.sharding.get_abstract_mesh()
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        typed = {name for name, of in types if of == AxisType.Explicit}
+        if AxisType.Manual in mesh.axis_types and not typed:
+            # Pallas would be asked how its results vary over those axes: as the arrays do.
+            unchecked = jax.shard_map(
+                partial(kernel, spec), in_specs=PartitionSpec(), out_specs=PartitionSpec(),
+                axis_names=set(), check_vma=False,
+            )  # fmt: skip
+            each: tuple[Array, ...] = unchecked(arrays)
+            return each
+        if not typed:
+            return kernel(spec, arrays)
+        axes = {name: _axes_of(name, x.shape, spec) for name, x in _in_order(arrays).items()}
+        out_axes = [axes.get(name) or _AXES[name] for name in results]
+        query, key = (tuple(sharding.partition(arrays[name])) for name in ("query", "key"))
+        kept = _Kept.of(spec, query, key)
+        placed = [jax.sharding.reshard(arrays[name], kept.place(of)) for name, of in axes.items()]
+
+        def on_each(*held: Array) -> tuple[Array, ...]:
+            return _on_a_device(kernel, spec, axes, out_axes, kept, held)
+
+        found: tuple[Array, ...] = jax.shard_map(
+            on_each,
+            in_specs=tuple(map(kept.place, axes.values())),
+            out_specs=tuple(map(kept.place, out_axes)),
+            axis_names=typed,
+            check_vma=False,
+        )(*placed)
+        return found
+
+    return shard_mapped
+
+
+class _Kept(NamedTuple):
+    """The mesh axes that batch, query heads and key heads stay sharded over: names, or tuples."""
+
+    batch: Any = None
+    heads: Any = None
+    key_heads: Any = None
+
+    @staticmethod
+    def of(spec: AttentionSpec, query: tuple[Any, ...], key: tuple[Any, ...]) -> _Kept:
+        """By how query and key are sharded, an entry for each of their axes."""
+        batch, _, heads, _ = query
+        key_heads = key[2]
+        if spec.kv_heads > 1 and heads != key_heads:
+            heads = key_heads = None
+        return _Kept(batch, heads, None if spec.kv_heads == 1 else key_heads)
+
+    def place(self, axes: str) -> PartitionSpec:
+        """How an array with these axes is laid out."""
+        named = {"b": self.batch, "k": self.key_heads, "N": self.heads}
+        return PartitionSpec(*map(named.get, axes.split()))
+
+    def summed_over(self, axes: str) -> tuple[str, ...]:
+        """The mesh axes over which a result is a sum: those kept of what it does not have."""
+        own = axes.split()
+        missing = () if "b" in own else (self.batch,)
+        if "N" not in own and not ("k" in own and self.key_heads is not None):
+            missing += (self.heads,)
+        groups = (axis if isinstance(axis, tuple) else (axis,) for axis in missing)
+        return tuple(axis for group in groups for axis in group if axis is not None)
+
+
+def _on_a_device(
+    kernel: Kernel,
+    spec: AttentionSpec,
+    axes: dict[str, str],
+    out_axes: list[str],
+    kept: _Kept,
+    held: tuple[Array, ...],
+) -> tuple[Array, ...]:
+    """The kernel on the part that a device holds, and the sums over what others hold."""
+    own = dict(zip(axes, held, strict=True))
+    heads = own["query"].shape[2]
+    if "dropout_seeds" in own and kept.heads is not None and not spec.broadcast_dropout:
+        first = lax.axis_index(kept.heads) * heads
+        own["dropout_seeds"] = seeds_from_head(own["dropout_seeds"], first)
+    shapes: dict[str, Any] = {
+        f"{name}_shape": own[name].shape for name in ("bias", "mask") if name in own
+    }
+    batch, kv_heads = own["query"].shape[0], own["key"].shape[2]
+    part = replace(spec, batch=batch, heads=heads, kv_heads=kv_heads, **shapes)
+    found = kernel(part, own)
+    return tuple(_added_up(x, kept.summed_over(of)) for x, of in zip(found, out_axes, strict=True))
+
+
+def _added_up(x: Array, over: tuple[str, ...]) -> Array:
+    return lax.psum(x.astype(jnp.float32), over).astype(x.dtype) if over else x
+
+
+def _entries(placed: Any, rank: int) -> tuple[Any, ...]:
+    found = tuple(getattr(placed, "spec", ()) or ())
+    return found + (None,) * (rank - len(found))
+
+
+def _in_order(arrays: Arrays) -> Arrays:
+    """In the table's order: that of a pytree's dict is its names'."""
+    return {name: arrays[name] for name in _AXES if name in arrays}
+
+
+def _axes_of(name: str, shape: tuple[int, ...], spec: AttentionSpec) -> str:
+    """The axes that an array really has: a bias or mask may be 1 along any of its own."""
+    if name == "sinks" and len(shape) == 2:
+        return "b N"
+    if name not in ("bias", "mask"):
+        return _AXES[name]
+    full = (spec.batch, spec.heads, spec.queries, spec.keys)
+    axes = zip(_AXES[name].split(), shape, full, strict=True)
+    return " ".join(axis if n == of else f"{name}{axis.lower()}" for axis, n, of in axes)
 
 
 def _rule(spec: AttentionSpec, axes: list[str], results: str) -> tuple[str, dict[str, int]]:
@@ -101,17 +217,3 @@ def _rule(spec: AttentionSpec, axes: list[str], results: str) -> tuple[str, dict
     if spec.kv_heads == 1:
         return rule.replace("N", "n"), {}
     return rule.replace("N", "(k g)"), {"g": spec.group}
-
-
-def _kept_axes(spec: AttentionSpec, arguments: Any) -> tuple[Any, Any, Any]:
-    """The mesh axes that batch, query heads and key heads stay sharded over."""
-
-    def entries(argument: jax.ShapeDtypeStruct) -> tuple[Any, ...]:
-        found = tuple(getattr(argument.sharding, "spec", ()) or ())
-        return found + (None,) * (len(argument.shape) - len(found))
-
-    batch, _, heads, _ = entries(arguments[0])
-    key_heads = entries(arguments[1])[2]
-    if spec.kv_heads > 1 and heads != key_heads:
-        heads = key_heads = None
-    return batch, heads, None if spec.kv_heads == 1 else key_heads

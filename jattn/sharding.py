@@ -8,7 +8,7 @@ import jax
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
-__all__ = ["in_auto_mode", "partition", "varying_alike", "varying_as"]
+__all__ = ["in_auto_mode", "partition", "placed", "varying_alike", "varying_as"]
 
 
 def varying_alike[T](tree: T) -> T:
@@ -36,6 +36,14 @@ def partition(x: Array) -> PartitionSpec:
     """How an array is laid out over the mesh's explicit axes, one entry a dimension."""
     spec = jax.typeof(x).sharding.spec
     return PartitionSpec(*spec, *(None,) * (x.ndim - len(spec)))
+
+
+def placed(x: Array, place: PartitionSpec) -> Array:
+    """The array laid out so over the mesh's explicit axes, if there are any."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return x
+    laid_out: Array = jax.sharding.reshard(x, place)
+    return laid_out
 
 
 def in_auto_mode[**P, R](function: Callable[P, R], results: object) -> Callable[P, R]:

@@ -337,6 +337,8 @@ BIASES = [
         key_lengths=(48, 29),
     ),
     Case("bias_multi_query", kv_heads=1, bias="1N1S"),
+    Case("bias_one_query", queries=1, bias="BNTS", mask="BNTS"),
+    Case("bias_one_key", keys=1, bias="BNTS", mask="BNTS"),
 ]
 
 LOGITS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 
 import jattn
+from jattn import backends, kernels
 from tests.backends import computed_by, largest_array
+from tests.cases import Case
+from tests.portable.exact import spec_of
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() == "gpu", reason="what is chosen and refused on a machine without a GPU"
@@ -266,3 +270,124 @@ class TestExplain:
             lowered = jax.jit(jax.grad(loss), static_argnums=1).lower(x, line.name)
             measured = lowered.compile().memory_analysis().temp_size_in_bytes
             assert measured / 3 < line.gradient_bytes < measured * 3, line.name
+
+
+def on(device_kind: str) -> Any:
+    """Inside, calls are traced for a GPU that is not there."""
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def report_on(device_kind: str, name: str, *, dtype: Any = jnp.bfloat16, **options: Any) -> Any:
+    head_dim = options.pop("head_dim", 64)
+    x = jax.ShapeDtypeStruct((1, 128, 2, head_dim), dtype)
+    with on(device_kind):
+        explained = jattn.explain(x, x, x, **options)
+    return explained, next(report for report in explained.reports if report.name == name)
+
+
+class TestForms:
+    """Which of a backend's kernels a GPU and a call get, and what is said of the others."""
+
+    bias = jax.ShapeDtypeStruct((1, 2, 128, 128), jnp.bfloat16)
+
+    @pytest.mark.parametrize("gpu", ["NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA B200"])
+    def test_flash_is_portable_where_there_is_no_hopper(self, gpu: str) -> None:
+        _, report = report_on(gpu, "flash")
+        assert report.kernel == "Pallas, portable"
+        assert report.passed_over == ()
+
+    def test_flash_is_hoppers_own_on_a_hopper_gpu(self) -> None:
+        explained, report = report_on("NVIDIA H200", "flash")
+        assert (explained.chosen, explained.kernel) == ("flash", report.kernel)
+        assert report.kernel == "Pallas Mosaic GPU, Hopper"
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"bias": bias}, "takes no bias, given (1, 2, 128, 128)"),
+            ({"mask": jax.ShapeDtypeStruct((128, 128), jnp.bool_)}, "takes no dense mask"),
+            ({"dropout_rate": 0.25, "dropout_rng": jax.random.key(0)}, "rate 0.25"),
+            ({"dtype": jnp.float32}, "not float32"),
+            ({"head_dim": 320}, "not 320"),
+        ],
+    )
+    def test_flash_is_portable_where_hoppers_cannot_and_says_why(
+        self, options: dict[str, Any], reason: str
+    ) -> None:
+        explained, report = report_on("NVIDIA H200", "flash", **options)
+        assert report.kernel == "Pallas, portable"
+        assert any(reason in why for why in report.passed_over)
+        assert reason in str(explained)
+
+    def test_what_neither_can_is_refused_with_the_reasons_of_both(self) -> None:
+        _, report = report_on("NVIDIA H200", "flash", head_dim=520)
+        assert report.kernel is None
+        assert any("Hopper" in reason and "520" in reason for reason in report.refusals)
+        assert any("portable" in reason and "520" in reason for reason in report.refusals)
+        x = jax.ShapeDtypeStruct((1, 8, 2, 520), jnp.bfloat16)
+        with on("NVIDIA H200"), pytest.raises(jattn.UnsupportedAttentionError) as caught:
+            jax.eval_shape(jattn.flash_attention, x, x, x)
+        assert all(reason in str(caught.value) for reason in report.refusals)
+
+    @pytest.mark.parametrize("gpu", ["Tesla T4", "NVIDIA V100"])
+    def test_older_gpus_have_neither(self, gpu: str) -> None:
+        explained, report = report_on(gpu, "flash")
+        assert report.refusals == (
+            "needs an NVIDIA GPU of compute capability 8.0 or later, the target is "
+            + explained.target,
+        )
+        assert explained.chosen == "memory_efficient"
+        assert explained.kernel.startswith("XLA")
+
+    def test_memory_efficient_is_a_kernel_up_to_its_limits_and_xla_beyond(self) -> None:
+        _, report = report_on("NVIDIA A100-SXM4-80GB", "memory_efficient", bias=self.bias)
+        assert report.kernel == "Pallas, portable, query-chunked"
+        explained, report = report_on("NVIDIA H200", "memory_efficient", head_dim=520)
+        assert explained.chosen == "memory_efficient"
+        assert report.kernel.startswith("XLA")
+        assert any("520" in why for why in report.passed_over)
+
+    def test_asking_for_chunk_sizes_asks_for_xla(self) -> None:
+        x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+
+        def traced(**sizes: int) -> str:
+            attend = partial(jattn.memory_efficient_attention, **sizes)
+            with on("NVIDIA H200"):
+                return str(jax.make_jaxpr(attend)(x, x, x))
+
+        assert "pallas_call" in traced()
+        assert "pallas_call" not in traced(query_chunk_size=64)
+        assert "pallas_call" not in traced(key_chunk_size=64)
+
+    def test_cudnn_comes_after_hoppers_kernels_and_before_portable_ones(self) -> None:
+        spec = spec_of(Case("half", dtype="bfloat16"))
+        automatic = [form.name for form in backends.candidates(None, spec)]
+        assert automatic == ["flash", "cudnn", "flash", "memory_efficient", "memory_efficient"]
+        named = [form.name for form in backends.candidates(("cudnn", "flash"), spec)]
+        assert named == ["cudnn", "flash", "flash"]
+        hopper, _, portable = backends.candidates(None, spec)[:3]
+        assert "Hopper" in hopper.kernel(None, None)
+        assert "portable" in portable.kernel(None, None)
+
+    def test_float32_in_full_precision_runs_in_xla_unless_flash_is_named(self) -> None:
+        x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.float32)
+        with on("NVIDIA H200"):
+            automatic = jattn.explain(x, x, x)
+            assert automatic.kernel.startswith("XLA")
+            assert "full precision" in str(automatic)
+            named = jattn.explain(x, x, x, implementation="flash")
+            assert named.kernel == "Pallas, portable"
+            assert str(named).count("slow for float32 in full precision") == 2
+            with jax.default_matmul_precision("tensorfloat32"):
+                assert jattn.explain(x, x, x).kernel == "Pallas, portable"
+
+    def test_one_family_can_be_left_alone(self) -> None:
+        x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+        with on("NVIDIA H200"):
+            with kernels.only("portable"):
+                assert jattn.explain(x, x, x).kernel == "Pallas, portable"
+            with kernels.only("hopper"):
+                kernel = next(r.kernel for r in jattn.explain(x, x, x).reports if r.name == "flash")
+                assert kernel == "Pallas Mosaic GPU, Hopper"

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.combine import combine
+from pallas_kernels.combine import combine
 from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.load import copies, load

@@ -1,4 +1,4 @@
-"""Joins the parts of a call whose keys were split between thread blocks.
+"""Joins the parts of a call whose keys were split between programs or thread blocks.
 
 lse = log sum_i exp lse_i        O = sum_i exp(lse_i - lse) O_i
 """

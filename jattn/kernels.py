@@ -1,0 +1,126 @@
+"""Which Pallas kernels there are, what a device lacks for them, and how they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax import Array
+
+from jattn.determinism import is_deterministic
+from jattn.spec import AttentionSpec, Operands
+from jattn.target import Target
+
+__all__ = ["Family", "Kernels", "is_one_left", "kernels_of", "lacks", "only"]
+
+Family = Literal["hopper", "portable"]
+
+
+class _Only(NamedTuple):
+    family: Family
+    interpret: bool
+
+
+_only = jax.make_user_context(None)
+
+
+@contextmanager
+def only(family: Family, *, interpret: bool = False) -> Generator[None]:
+    """Leaves calls inside the kernels of one family, to test and to time them.
+
+    interpret: run their text on a CPU, which is slow.
+    """
+    with _only(_Only(family, interpret)):
+        yield
+
+
+def is_one_left() -> bool:
+    """Whether calls are inside `only`."""
+    return _only.value is not None
+
+
+def lacks(family: Family, target: Target) -> str | None:
+    """What the target lacks for the kernels of a family; None if they run there."""
+    asked: _Only | None = _only.value
+    if asked is not None and asked.family == family and asked.interpret:
+        return None
+    capability = target.compute_capability or (0, 0)
+    if not target.is_nvidia or capability < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or later, the target is {target}"
+    if asked is not None and asked.family != family:
+        return f"only its {asked.family} kernels may run here"
+    if family == "hopper" and capability != (9, 0):
+        return f"its Hopper kernels are for compute capability 9.0, the target is {target}"
+    return None
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A pair of kernels, forward and backward.
+
+    algorithm: "flash" or "chunked", the query-chunked one, which is portable alone.
+    deterministic: gradients are to be bitwise the same each time; portable ones always are.
+    """
+
+    family: Family
+    algorithm: Literal["flash", "chunked"]
+    deterministic: bool
+    interpret: bool
+
+    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
+        """Output (B, T, N, D) and log-sum-exp (B, T, N) float32."""
+        if self.family == "hopper":
+            from pallas_kernels.hopper import forward as hopper  # imports Mosaic GPU
+
+            return hopper.forward(spec, operands, interpret=self.interpret)
+        found: tuple[Array, Array] = self._portable().forward(
+            spec, operands, interpret=self.interpret
+        )
+        return found
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        lse: Array,
+        row_term: Array,
+        d_out: Array,
+        *,
+        wants_bias: bool,
+    ) -> tuple[Array, ...]:
+        """Gradients of query, key and value, and of the bias if it is wanted.
+
+        Args:
+          spec: the call.
+          operands: its arrays.
+          lse: (B, T, N) float32, what forward gave.
+          row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
+            that see no key.
+          d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
+          wants_bias: the call has a bias whose gradient is asked for.
+        """
+        saved = (spec, operands, lse, row_term, d_out)
+        if self.family == "hopper":
+            from pallas_kernels.hopper import backward as hopper
+
+            return hopper.backward(
+                *saved, deterministic=self.deterministic, interpret=self.interpret
+            )
+        found: tuple[Array, ...] = self._portable().backward(
+            *saved, wants_bias=wants_bias, interpret=self.interpret
+        )
+        return found
+
+    def _portable(self) -> Any:
+        from pallas_kernels.portable import chunked, flash  # import Pallas
+
+        return {"flash": flash, "chunked": chunked}[self.algorithm]
+
+
+def kernels_of(family: Family, algorithm: Literal["flash", "chunked"]) -> Kernels:
+    """The pair, to be run as the contexts in force ask."""
+    asked: _Only | None = _only.value
+    return Kernels(family, algorithm, is_deterministic(), asked is not None and asked.interpret)

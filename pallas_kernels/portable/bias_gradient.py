@@ -1,0 +1,126 @@
+"""The gradient of a bias that batch rows or heads share, and that has queries and keys of its own.
+
+    dbias = sum over batch rows, or heads, or both, of dS
+
+A program has one tile of queries by keys and makes S and dP of each that shares it in turn, so that
+the sum is in float32 registers and rounded once, in a fixed order. That is two products more than
+the other gradients need; a kernel that made dQ as well would hold it of every batch row at once.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jattn.masking import KeyIntervals, hides_some
+from pallas_kernels.portable import columns
+from pallas_kernels.portable.elements import Place, both
+from pallas_kernels.portable.rows import key_limit, past, query_limit
+from pallas_kernels.portable.spans import span
+from pallas_kernels.portable.tiles import Tiles
+from pallas_kernels.portable.triton import Ref, call, divided, load, place_in, store
+from pallas_kernels.portable.weights import dropout_factor, gradients
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = ["bias_gradient"]
+
+
+def bias_gradient(
+    spec: AttentionSpec, inputs: dict[str, Array], tiles: Tiles, *, interpret: bool
+) -> Array:
+    """In the bias's shape, (B or 1, N or 1, T, S), and dtype."""
+    assert spec.bias_shape is not None
+    assert spec.bias_dtype is not None
+    rows, heads, _, _ = spec.bias_shape
+    names = [*inputs, "d_bias"]
+
+    def kernel(*refs: Ref) -> None:
+        named = SimpleNamespace(**dict(zip(names, refs, strict=True)))
+        _kernel(spec, tiles, place_in(grid), named)
+
+    grid = (-(-spec.keys // tiles.keys), -(-spec.queries // tiles.queries), rows * heads)
+    (d_bias,) = call(
+        kernel, [jax.ShapeDtypeStruct(spec.bias_shape, spec.bias_dtype)], list(inputs.values()),
+        grid=grid, name="bias_gradient", warps=tiles.warps, stages=tiles.stages,
+        interpret=interpret,
+    )  # fmt: skip
+    return d_bias
+
+
+def _kernel(
+    spec: AttentionSpec, tiles: Tiles, place: tuple[Array, ...], refs: SimpleNamespace
+) -> None:
+    assert spec.bias_shape is not None
+    rows, heads, _, _ = spec.bias_shape
+    j, i, owner = place
+    own_row, own_head = divided(owner, heads)
+    shared_rows, shared_heads = spec.batch // rows, spec.heads // heads
+    first_query, first_key = i * tiles.queries, j * tiles.keys
+
+    def step(n: Array, d_bias: Array, *, masked: bool) -> Array:
+        next_row, next_head = divided(n, shared_heads)
+        batch, head = own_row + next_row, own_head + next_head
+        kv_head, _ = divided(head, spec.group)
+        limits = (
+            query_limit(spec, refs, batch, tiles.queries),
+            key_limit(spec, refs, batch, tiles.keys),
+        )
+        queries = span(first_query, tiles.queries, limits[0])
+        keys = span(first_key, tiles.keys, limits[1])
+        at = Place(
+            batch, head, queries.down, keys.across, queries.exists_down, keys.exists_across, masked
+        )
+        row = (batch, queries.down, head, queries.exists_down)
+        q = columns.read(refs.q, spec.head_dim, *row)
+        d_out = columns.read(refs.d_out, spec.value_dim, *row)
+        key = (batch, keys.down, kv_head, keys.exists_down)
+        k = columns.read(refs.k, spec.head_dim, *key)
+        v = columns.read(refs.v, spec.value_dim, *key)
+        index = (batch, head, queries.down)
+        numbers = (
+            load(refs.lse, index, queries.exists_down, math.inf),
+            load(refs.row_term, index, queries.exists_down),
+        )
+        s = columns.against(q, k, spec.precision)
+        dp = columns.against(d_out, v, spec.precision)
+        _, dz = gradients(spec, refs, at, numbers, s, dp)
+        return d_bias + dz
+
+    # Lengths and segments differ by batch row; a band says for all whether the tile is seen.
+    band = KeyIntervals(spec.band, spec.queries, spec.keys)
+    last_query = jnp.minimum(first_query + tiles.queries, spec.queries) - 1
+    last_key = jnp.minimum(first_key + tiles.keys, spec.keys) - 1
+    count = shared_rows * shared_heads
+    visited = (band.end(last_query) > first_key) & (band.start(first_query) <= last_key)
+    clear = (band.start(last_query) <= first_key) & (band.end(first_query) > last_key)
+    varies = spec.has_query_lengths or spec.has_key_lengths or spec.has_segments
+    d_bias = jnp.zeros((tiles.queries, tiles.keys), jnp.float32)
+
+    def run(condition: Array, d_bias: Array, *, masked: bool) -> Array:
+        turns = condition.astype(jnp.int32) * count
+        total: Array = lax.fori_loop(
+            jnp.int32(0), turns, lambda n, x: step(n, x, masked=masked), d_bias
+        )
+        return total
+
+    if varies or spec.keys % tiles.keys:
+        d_bias = run(visited, d_bias, masked=True)
+    elif hides_some(spec):
+        d_bias = run(visited & ~clear, d_bias, masked=True)
+        d_bias = run(clear, d_bias, masked=False)
+    else:
+        d_bias = run(visited, d_bias, masked=False)
+
+    # Those that exist: an element past a length is written too, as the 0 it is.
+    queries = span(first_query, tiles.queries, past(spec.queries, tiles.queries))
+    keys = span(first_key, tiles.keys, past(spec.keys, tiles.keys))
+    inside = both(queries.exists_down, keys.exists_across)
+    index = (own_row, own_head, queries.down, keys.across)
+    store(refs.d_bias, index, d_bias * dropout_factor(spec), inside)

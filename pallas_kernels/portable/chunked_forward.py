@@ -1,0 +1,76 @@
+"""Query-chunked attention, forward, for any NVIDIA GPU.
+
+    pass 1     S = Q Kᵀ scale + bias     lse = log rowsum exp S
+    pass 2     P = exp(S - lse)          out = P V
+
+(Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021, section 2: a chunk of queries
+at a time, against all keys.) A program has a chunk of queries and goes over their keys twice:
+
+    Q (rows, H)   | K_0 | K_1 | .. | K_n |  lse known  | K_0 V_0 | K_1 V_1 | .. | K_n V_n |
+
+Flash attention goes over them once, and must correct O whenever a row's maximum grows. Here the
+weights that meet V are those of the whole softmax, so O is only ever added to; S is computed twice.
+Neither holds more than one block of S. In pass 1 the rows' maximum so far is taken out of the sum,
+as in flash, so that no exponential overflows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.portable import columns
+from pallas_kernels.portable.elements import may_hide
+from pallas_kernels.portable.forward_tile import ForwardTile, launch, make_plan
+from pallas_kernels.portable.precision import with_precision
+from pallas_kernels.portable.softmax import Softmax
+from pallas_kernels.portable.tiles import Tiles, chunked_tiles
+from pallas_kernels.portable.triton import LOG2E, exp2
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec, Operands
+
+__all__ = ["forward"]
+
+
+def forward(
+    spec: AttentionSpec, operands: Operands, *, tiles: Tiles | None = None, interpret: bool = False
+) -> tuple[Array, Array]:
+    """Output (B, T, N, D) in the call's dtype and log-sum-exp (B, T, N), natural, float32.
+
+    Args:
+      spec: the call; `refusals` must be empty for it.
+      operands: its arrays; sinks may be (N,) or one row for each batch row, (B, N).
+      tiles: tile shapes to use instead of the table's.
+      interpret: run on a CPU.
+    """
+    sinks = None
+    if operands.sinks is not None:
+        sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
+    spec = with_precision(spec)
+    plan = make_plan(spec, tiles or chunked_tiles(spec), may_split=False)
+    return launch(plan, operands, _kernel, name="chunked_forward", sinks=sinks, interpret=interpret)
+
+
+def _kernel(tile: ForwardTile) -> None:
+    def measure(j: Array, softmax: Softmax, *, masked: bool) -> Softmax:
+        keys, at = tile.block(j, masked=masked)
+        return softmax.add(tile.logits(keys, at), may_hide=masked or may_hide(tile.spec))
+
+    rows = tile.plan.tiles.queries
+    softmax, _ = tile.join_sink(tile.visit(measure, Softmax.start(rows)))
+    _, lse = softmax.finish(tile.real)
+    shift = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # no weight of a row without keys
+
+    def weigh(j: Array, o: columns.Matrix, *, masked: bool) -> columns.Matrix:
+        keys, at = tile.block(j, masked=masked)
+        x, c, _ = tile.logits(keys, at)
+        added = tile.values(exp2(x, c, shift), keys, at)
+        return tuple(a + b for a, b in zip(o, added, strict=True))
+
+    o = tile.visit(weigh, columns.zeros(rows, tile.spec.value_dim))
+    if tile.real is not None:
+        o = tuple(jnp.where(tile.real, part, 0.0) for part in o)
+    tile.write(o, 1.0, lse)

@@ -1,0 +1,138 @@
+"""What is done to each element of a tile of logits, alike in every kernel.
+
+    z = Q Kᵀ scale + bias      x = cap tanh(z / cap)      -inf where the query does not see the key
+
+A tile is a matrix, queries down and keys across or the other way round; positions come as index
+arrays that broadcast to it. Each part is left out of the kernel's text where the call lacks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jattn import dropout
+from pallas_kernels.portable.triton import LOG2E, Index, Mask, load
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec, Shape4
+
+__all__ = ["Logits", "Place", "both", "dropped", "logits", "may_hide", "placed"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tile lies: its batch row, heads, queries and keys.
+
+    `query` and `key` are matrices of one row or one column; `head` is a scalar or shaped as
+    `query`. `queries_inside` and `keys_inside` say which of them exist; None if all do. `masked`:
+    whether some query may not see some key that exists.
+    """
+
+    batch: Array
+    head: Array
+    query: Array
+    key: Array
+    queries_inside: Mask = None
+    keys_inside: Mask = None
+    masked: bool = True
+
+
+class Logits(NamedTuple):
+    """x and c such that x c are the logits in base 2, and the soft cap's slope at each or None."""
+
+    x: Array
+    c: float
+    slope: Array | None
+
+
+def both(a: Mask, b: Mask) -> Mask:
+    """a & b, where None is True."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def placed(shape: Shape4, at: Place) -> tuple[Index, Mask]:
+    """Where a tile's elements are in an array that broadcasts to (B, N, T, S); which exist."""
+    indices = (at.batch, at.head, at.query, at.key)
+    index = tuple(0 if n == 1 else i for n, i in zip(shape, indices, strict=True))
+    by_row, by_key = (any(jnp.ndim(i) for i in part) for part in (index[1:3], index[3:]))
+    inside = both(at.queries_inside if by_row else None, at.keys_inside if by_key else None)
+    return index, inside
+
+
+def logits(spec: AttentionSpec, refs: SimpleNamespace, at: Place, s: Array) -> Logits:
+    """The logits of a tile whose Q Kᵀ is s."""
+    x, c, slope = s, spec.scale * LOG2E, None
+    seen = _seen(spec, refs, at)
+    cap = spec.logits_soft_cap
+    if spec.bias_shape is not None or cap is not None or spec.scale <= 0:
+        x, c = s * (spec.scale if cap is not None else c), 1.0
+    if spec.bias_shape is not None:
+        index, inside = placed(spec.bias_shape, at)
+        bias = _matrix(load(refs.bias, index, inside)).astype(jnp.float32)
+        x = x + (bias if cap is not None else bias * LOG2E)
+    if cap is not None:
+        if seen is not None:
+            x = jnp.where(seen, x, 0.0)  # the slope at a NaN, times a gradient of 0, would be NaN
+        y = _tanh(spec, x * (1 / cap))
+        x, c, slope = y, cap * LOG2E, 1 - y * y
+    if seen is not None:
+        x = jnp.where(seen, x, -jnp.inf)
+    return Logits(x, c, slope)
+
+
+def dropped(spec: AttentionSpec, refs: SimpleNamespace, at: Place, p: Array) -> Array:
+    """p with zeros where dropout drops; what is kept is not scaled."""
+    if spec.dropout_rate == 0:
+        return p
+    index = (at.batch, 0 if spec.broadcast_dropout else at.head, at.query)
+    row = (
+        load(refs.row_words, index, at.queries_inside),
+        load(refs.more_words, index, at.queries_inside),
+    )
+    key = load(refs.key_words, (at.key,), at.keys_inside)
+    return jnp.where(dropout.keep_of_words(row, key, spec.dropout_rate), p, 0.0)
+
+
+def may_hide(spec: AttentionSpec) -> bool:
+    """Whether logits may be -inf in blocks that need no element mask."""
+    return spec.bias_shape is not None or spec.mask_shape is not None
+
+
+def _seen(spec: AttentionSpec, refs: SimpleNamespace, at: Place) -> Mask:
+    """Which queries see which keys; None if all do. Says nothing of queries that do not exist."""
+    seen: Mask = None
+    if at.masked:
+        seen = at.keys_inside
+        if spec.band.lower is not None:
+            seen = both(seen, at.key >= at.query + spec.band.lower)
+        if spec.band.upper is not None:
+            seen = both(seen, at.key <= at.query + spec.band.upper)
+        if spec.has_segments:
+            query = load(refs.query_segments, (at.batch, at.query), at.queries_inside)
+            key = load(refs.key_segments, (at.batch, at.key), at.keys_inside)
+            seen = both(seen, query == key)
+    if spec.mask_shape is not None:
+        index, inside = placed(spec.mask_shape, at)
+        mask = load(refs.mask, index, inside)
+        seen = both(seen, _matrix(mask) != 0)
+    return seen
+
+
+def _matrix(x: Array) -> Array:
+    return x.reshape(1, 1) if x.ndim == 0 else x
+
+
+def _tanh(spec: AttentionSpec, y: Array) -> Array:
+    if spec.dtype == jnp.float32:
+        return jnp.tanh(y)
+    # The instruction tanh.approx is off by up to 2^-11; 1 - 2 / (e + 1) would lose three times as
+    # much of a small y.
+    e = jnp.exp2(jnp.minimum(y * (2 * LOG2E), 64.0))
+    return (e - 1) / (e + 1)

@@ -1,0 +1,100 @@
+"""Flash attention for any NVIDIA GPU from Ampere on, forward and backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.portable import flash_forward
+from pallas_kernels.portable.bias_gradient import bias_gradient
+from pallas_kernels.portable.flash_backward import key_gradients, query_gradients
+from pallas_kernels.portable.inputs import backward_inputs
+from pallas_kernels.portable.precision import with_precision
+from pallas_kernels.portable.tiles import Tiles, bias_tiles, key_tiles, query_tiles
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec, Operands
+
+__all__ = ["BackwardTiles", "backward", "backward_tiles", "forward"]
+
+forward = flash_forward.forward
+
+
+class BackwardTiles(NamedTuple):
+    """Those of the kernel of keys' gradients, of queries', and of a shared bias's."""
+
+    keys: Tiles
+    queries: Tiles
+    bias: Tiles
+
+
+def backward_tiles(spec: AttentionSpec) -> BackwardTiles:
+    """The tables' tiles."""
+    return BackwardTiles(key_tiles(spec), query_tiles(spec), bias_tiles(spec))
+
+
+def backward(
+    spec: AttentionSpec,
+    operands: Operands,
+    lse: Array,
+    row_term: Array,
+    d_out: Array,
+    *,
+    wants_bias: bool = True,
+    tiles: BackwardTiles | None = None,
+    interpret: bool = False,
+) -> tuple[Array, ...]:
+    """Gradients of query, key and value in the call's dtype; and of the bias, in its own.
+
+    Args:
+      spec: the call; `refusals` must be empty for it.
+      operands: its arrays.
+      lse: (B, T, N) float32, natural logarithm, what forward gave.
+      row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
+        that see no key.
+      d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
+      wants_bias: False leaves out the bias's gradient; without a bias there is none.
+      tiles: tile shapes to use instead of the tables'.
+      interpret: run on a CPU.
+    """
+    spec = with_precision(spec)
+    tiles = tiles or backward_tiles(spec)
+    inputs = backward_inputs(spec, operands, lse, row_term, d_out)
+    way = _way(spec) if wants_bias else None
+    dk, dv, *sums = key_gradients(
+        spec, operands, inputs, tiles.keys, sums_bias=way == "columns", interpret=interpret
+    )
+    dq, *by_query = query_gradients(
+        spec, operands, inputs, tiles.queries,
+        bias=way if way in ("whole", "rows") else None, interpret=interpret,
+    )  # fmt: skip
+    if way is None:
+        return dq, dk, dv
+    if way == "shared":
+        return dq, dk, dv, bias_gradient(spec, inputs, tiles.bias, interpret=interpret)
+    if way == "whole":
+        return dq, dk, dv, by_query[0]
+    (partial,) = by_query + sums
+    return dq, dk, dv, _summed(spec, partial[..., None] if way == "rows" else partial[:, :, None])
+
+
+def _way(spec: AttentionSpec) -> str | None:
+    """Where the bias's gradient is summed: over keys, over queries, over what shares it, or not."""
+    if spec.bias_shape is None:
+        return None
+    b, n, t, s = spec.bias_shape
+    if s == 1:
+        return "rows"
+    if t == 1:
+        return "columns"
+    return "whole" if (b, n) == (spec.batch, spec.heads) else "shared"
+
+
+def _summed(spec: AttentionSpec, partial: Array) -> Array:
+    """(B, N, T, 1) or (B, N, 1, S) summed to the bias's shape, in its dtype."""
+    assert spec.bias_shape is not None
+    pairs = zip(partial.shape, spec.bias_shape, strict=True)
+    axes = tuple(axis for axis, (whole, own) in enumerate(pairs) if own < whole)
+    return jnp.sum(partial, axis=axes, keepdims=True).astype(spec.bias_dtype)

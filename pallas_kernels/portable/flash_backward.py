@@ -1,0 +1,248 @@
+"""Gradients of attention, for any NVIDIA GPU: of keys and values, and of queries, by two kernels.
+
+    S = Q Kᵀ     P = exp(S - lse)     dV = Pᵀ dO     dP = dO Vᵀ     dS = P (dP - D)
+                                      dK = dSᵀ Q scale              dQ = dS K scale
+
+(Dao et al., 2022, algorithm 4; Dao, 2023, section 3.2.) No program adds to what another writes, so
+results are bitwise the same each time, at the price of computing S and dP twice:
+
+    keys      K V (keys, H)   | Q_i dO_i | Q_i dO_i | ...     of each head of the group in turn
+              dK dV           |   mask   |  clear   | ...     summed in float32 registers
+
+    queries   Q dO (rows, H)  | K_j V_j  | K_j V_j  | ...
+              dQ              |   clear  |  mask    | ...
+
+The first works on Sᵀ, keys down, so that Pᵀ and dSᵀ are left operands of their products. A bias's
+gradient dS is summed where it is made: over queries by the first kernel, over keys by the second,
+which also writes it whole where nothing is summed. The sum over batch rows or heads is
+`bias_gradient`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jattn.masking import hides_some
+from pallas_kernels.portable import columns
+from pallas_kernels.portable.elements import Place, placed
+from pallas_kernels.portable.grid import Grid, grid_of
+from pallas_kernels.portable.ranges import key_ranges, key_sides, query_ranges, query_sides
+from pallas_kernels.portable.rows import key_limit, past, query_limit
+from pallas_kernels.portable.spans import span, visit
+from pallas_kernels.portable.tiles import Tiles
+from pallas_kernels.portable.triton import Mask, Ref, call, divided, load, store
+from pallas_kernels.portable.weights import Numbers, dropout_factor, gradients
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec, Operands
+
+__all__ = ["key_gradients", "query_gradients"]
+
+type Inputs = dict[str, Array]
+type Gradients = tuple[columns.Matrix, columns.Matrix]  # dK and dV
+type KeyState = tuple[Gradients, Array | None]  # and a bias's, summed over queries
+type QueryState = tuple[columns.Matrix, Array | None]  # dQ, and a bias's, summed over keys
+
+
+def key_gradients(
+    spec: AttentionSpec,
+    operands: Operands,
+    inputs: Inputs,
+    tiles: Tiles,
+    *,
+    sums_bias: bool,
+    interpret: bool,
+) -> list[Array]:
+    """dK and dV in the call's dtype, and with `sums_bias` the bias's over queries, (B, N, S)."""
+    inputs = inputs | {
+        "ranges": query_ranges(spec, operands, queries=tiles.queries, keys=tiles.keys)
+    }
+    rows = (spec.batch, spec.keys, spec.kv_heads)
+    results = {
+        "dk": jax.ShapeDtypeStruct((*rows, spec.head_dim), spec.dtype),
+        "dv": jax.ShapeDtypeStruct((*rows, spec.value_dim), spec.dtype),
+    }
+    if sums_bias:
+        shape = (spec.batch, spec.heads, spec.keys)
+        results["column_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    grid = grid_of(spec, tiles=-(-spec.keys // tiles.keys), heads=spec.kv_heads, last_first=False)
+
+    def kernel(*refs: Ref) -> None:
+        _key_kernel(spec, tiles, grid, _named([*inputs, *results], refs))
+
+    return list(
+        call(
+            kernel, list(results.values()), list(inputs.values()), grid=grid.sizes,
+            name="key_gradients", warps=tiles.warps, stages=tiles.stages, interpret=interpret,
+        )
+    )  # fmt: skip
+
+
+def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace) -> None:
+    tile, kv_head, batch = grid.place()
+    present = key_limit(spec, refs, batch, tiles.keys)
+    keys = span(tile * tiles.keys, tiles.keys, present)
+    k = columns.read(refs.k, spec.head_dim, batch, keys.down, kv_head, keys.exists_down)
+    v = columns.read(refs.v, spec.value_dim, batch, keys.down, kv_head, keys.exists_down)
+    sides = query_sides(spec, tiles.queries)
+    limit = query_limit(spec, refs, batch, tiles.queries)
+    # Keys past the length are written, as zeros; those past the array are not.
+    exists = span(tile * tiles.keys, tiles.keys, past(spec.keys, tiles.keys)).exists_down
+    refs.column_sums = getattr(refs, "column_sums", None)
+    factor = dropout_factor(spec)
+
+    def of_head(g: Array | int, sums: Gradients) -> Gradients:
+        head = kv_head * spec.group + g
+
+        def step(i: Array, state: KeyState, *, masked: bool) -> KeyState:
+            (dk, dv), column = state
+            queries = span(i * tiles.queries, tiles.queries, limit if masked else None)
+            rows = (batch, queries.down, head, queries.exists_down)
+            q = columns.read(refs.q, spec.head_dim, *rows)
+            d_out = columns.read(refs.d_out, spec.value_dim, *rows)
+            at = Place(
+                batch, head, queries.across, keys.down, queries.exists_across, exists, masked
+            )
+            s = columns.against(k, q, spec.precision)
+            dp = columns.against(v, d_out, spec.precision)
+            numbers = _numbers(refs, batch, head, queries.across, queries.exists_across)
+            p, dz = gradients(spec, refs, at, numbers, s, dp)
+            dv = _plus(dv, columns.times(p, d_out, spec.precision))
+            dk = _plus(dk, columns.times(dz, q, spec.precision))
+            if column is not None:
+                column = column + dz.sum(axis=1, keepdims=True)
+            return (dk, dv), column
+
+        column = None
+        if refs.column_sums is not None:
+            column = jnp.zeros((tiles.keys, 1), jnp.float32)
+        sums, column = visit(refs.ranges, batch, tile, sides, step, (sums, column))
+        if column is not None:
+            index = (batch, head, keys.down)
+            column = _present(column * factor, keys.exists_down)
+            store(refs.column_sums, index, column, exists)
+        return sums
+
+    sums = columns.zeros(tiles.keys, spec.head_dim), columns.zeros(tiles.keys, spec.value_dim)
+    if spec.group == 1:
+        dk, dv = of_head(0, sums)
+    else:
+        dk, dv = lax.fori_loop(0, spec.group, of_head, sums)
+    for ref, size, x, scale in (
+        (refs.dk, spec.head_dim, dk, spec.scale),
+        (refs.dv, spec.value_dim, dv, 1),
+    ):
+        whole = tuple(_present(part * (scale * factor), keys.exists_down) for part in x)
+        columns.write(ref, size, (batch,), keys.down, kv_head, whole, exists)
+
+
+def query_gradients(
+    spec: AttentionSpec,
+    operands: Operands,
+    inputs: Inputs,
+    tiles: Tiles,
+    *,
+    bias: str | None,
+    interpret: bool,
+) -> list[Array]:
+    """dQ in the call's dtype, and of the bias, if that is not None, one of:
+
+    "whole": its gradient, (B, N, T, S) in its dtype; "rows": the sum over keys, (B, N, T) float32.
+    """
+    inputs = inputs | {"ranges": key_ranges(spec, operands, queries=tiles.queries, keys=tiles.keys)}
+    rows = (spec.batch, spec.queries, spec.heads)
+    results = {"dq": jax.ShapeDtypeStruct((*rows, spec.head_dim), spec.dtype)}
+    if bias == "whole":
+        assert spec.bias_shape is not None
+        assert spec.bias_dtype is not None
+        results["d_bias"] = jax.ShapeDtypeStruct(spec.bias_shape, spec.bias_dtype)
+    elif bias == "rows":
+        shape = (spec.batch, spec.heads, spec.queries)
+        results["row_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    grid = grid_of(
+        spec,
+        tiles=-(-spec.queries // tiles.queries),
+        heads=spec.heads,
+        last_first=spec.band.upper is not None,
+    )
+
+    def kernel(*refs: Ref) -> None:
+        _query_kernel(spec, tiles, grid, _named([*inputs, *results], refs))
+
+    found = call(
+        kernel, list(results.values()), list(inputs.values()), grid=grid.sizes,
+        name="query_gradients", warps=tiles.warps, stages=tiles.stages, interpret=interpret,
+        # Blocks that no program visits stay as they are.
+        zeroed=[1] if bias == "whole" and hides_some(spec) else [],
+    )  # fmt: skip
+    return list(found)
+
+
+def _query_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace) -> None:
+    tile, head, batch = grid.place()
+    kv_head, _ = divided(head, spec.group)
+    limit = query_limit(spec, refs, batch, tiles.queries)
+    queries = span(tile * tiles.queries, tiles.queries, limit)
+    exists = span(
+        tile * tiles.queries, tiles.queries, past(spec.queries, tiles.queries)
+    ).exists_down
+    q = columns.read(refs.q, spec.head_dim, batch, queries.down, head, queries.exists_down)
+    d_out = columns.read(refs.d_out, spec.value_dim, batch, queries.down, head, queries.exists_down)
+    numbers = _numbers(refs, batch, head, queries.down, queries.exists_down)
+    present = key_limit(spec, refs, batch, tiles.keys)
+    d_bias, row_sums = (getattr(refs, name, None) for name in ("d_bias", "row_sums"))
+    factor = dropout_factor(spec)
+
+    def step(j: Array, state: QueryState, *, masked: bool) -> QueryState:
+        dq, row = state
+        keys = span(j * tiles.keys, tiles.keys, present if masked else None)
+        at = Place(
+            batch, head, queries.down, keys.across, queries.exists_down, keys.exists_across, masked
+        )
+        k = columns.read(refs.k, spec.head_dim, batch, keys.down, kv_head, keys.exists_down)
+        v = columns.read(refs.v, spec.value_dim, batch, keys.down, kv_head, keys.exists_down)
+        s = columns.against(q, k, spec.precision)
+        dp = columns.against(d_out, v, spec.precision)
+        _, dz = gradients(spec, refs, at, numbers, s, dp)
+        dq = _plus(dq, columns.times(dz, k, spec.precision))
+        if d_bias is not None:
+            index, inside = placed(d_bias.shape, at)
+            store(d_bias, index, dz * factor, inside)
+        if row is not None:
+            row = row + dz.sum(axis=1, keepdims=True)
+        return dq, row
+
+    row = None if row_sums is None else jnp.zeros((tiles.queries, 1), jnp.float32)
+    state = columns.zeros(tiles.queries, spec.head_dim), row
+    sides = key_sides(spec, tiles.keys)
+    dq, row = visit(refs.ranges, batch, tile, sides, step, state)
+    dq = tuple(part * (spec.scale * factor) for part in dq)
+    columns.write(refs.dq, spec.head_dim, (batch,), queries.down, head, dq, exists)
+    if row is not None:
+        store(row_sums, (batch, head, queries.down), row * factor, exists)
+
+
+def _numbers(
+    refs: SimpleNamespace, batch: Array, head: Array, query: Array, inside: Mask
+) -> Numbers:
+    """Those of rows that do not exist give them no weight."""
+    index = (batch, head, query)
+    return load(refs.lse, index, inside, math.inf), load(refs.row_term, index, inside)
+
+
+def _plus(a: columns.Matrix, b: columns.Matrix) -> columns.Matrix:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _present(x: Array, exists: Mask) -> Array:
+    return x if exists is None else jnp.where(exists, x, 0.0)
+
+
+def _named(names: list[str], refs: tuple[Ref, ...]) -> SimpleNamespace:
+    return SimpleNamespace(**dict(zip(names, refs, strict=True)))

@@ -1,0 +1,187 @@
+"""What the two forward kernels share: a tile of query rows, its logits by block, its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.portable import columns
+from pallas_kernels.portable.elements import Logits, Place, dropped, logits
+from pallas_kernels.portable.grid import Grid, grid_of
+from pallas_kernels.portable.inputs import forward_inputs
+from pallas_kernels.portable.ranges import key_ranges, key_sides
+from pallas_kernels.portable.rows import Rows, key_limit, rows_of
+from pallas_kernels.portable.softmax import Softmax
+from pallas_kernels.portable.spans import Span, Step, span, visit
+from pallas_kernels.portable.tiles import Tiles
+from pallas_kernels.portable.triton import Ref, call, divided, load, store
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec, Operands
+
+__all__ = ["ForwardTile", "Plan", "launch", "make_plan"]
+
+PROGRAMS = 256  # about two for each multiprocessor of a large GPU: fewer leave some idle
+LEAST_BLOCKS = 4  # of keys, for a share of a split to be worth its joining
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launch of one call: tiles of `tiles.queries` rows, `pack` heads in each."""
+
+    spec: AttentionSpec
+    tiles: Tiles
+    pack: int = 1
+    splits: int = 1
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile."""
+        return self.tiles.queries // self.pack
+
+    @property
+    def grid(self) -> Grid:
+        """Its programs."""
+        spec = self.spec
+        tiles = -(-spec.queries // self.queries) * self.splits
+        packs = spec.heads if self.pack == 1 else spec.kv_heads * -(-spec.group // self.pack)
+        return grid_of(spec, tiles=tiles, heads=packs, last_first=spec.band.upper is not None)
+
+
+def make_plan(spec: AttentionSpec, tiles: Tiles, *, may_split: bool = True) -> Plan:
+    """The launch of a call: heads packed if queries are few, keys split if programs are."""
+    pack = 1
+    if spec.group > 1 and spec.queries <= tiles.queries // 2:
+        pack = min(_power(spec.group), tiles.queries)
+    rows = max(16, min(tiles.queries, _power(spec.queries) * pack))
+    plan = Plan(spec, tiles._replace(queries=rows), pack)
+    programs = plan.grid.sizes[0] * plan.grid.sizes[1] * plan.grid.sizes[2]
+    blocks = -(-spec.keys // tiles.keys)
+    splits = max(1, min(PROGRAMS // programs, blocks // LEAST_BLOCKS)) if may_split else 1
+    return Plan(spec, plan.tiles, pack, splits)
+
+
+class ForwardTile:
+    """The tile of the program that asks: its queries, read once, and its results, written once."""
+
+    def __init__(self, plan: Plan, grid: Grid, refs: SimpleNamespace) -> None:
+        spec, tiles = plan.spec, plan.tiles
+        self.plan, self.spec, self.refs = plan, spec, refs
+        self.share, pack_index, self.batch = grid.place()
+        tile, self.split = divided(self.share, plan.splits)
+        self.rows: Rows = rows_of(
+            spec, refs, batch=self.batch, pack_index=pack_index,
+            first=tile * plan.queries, rows=tiles.queries, pack=plan.pack,
+        )  # fmt: skip
+        self._limit = key_limit(spec, refs, self.batch, tiles.keys)
+        self._sides = key_sides(spec, tiles.keys)
+        self.q = columns.read(
+            refs.q, spec.head_dim, self.batch, self.rows.query, self.rows.head, self.rows.real
+        )
+
+    def visit[State](self, step: Step[State], state: State) -> State:
+        """Runs `step` over the blocks of keys that some row sees."""
+        return visit(self.refs.ranges, self.batch, self.share, self._sides, step, state)
+
+    def block(self, j: Array, *, masked: bool) -> tuple[Span, Place]:
+        """Where block j of keys is, and its tile of logits."""
+        size, rows = self.plan.tiles.keys, self.rows
+        keys = span(j * size, size, self._limit if masked else None)
+        # A bias may be anything past the query lengths, NaN too.
+        inside = rows.exists if self.spec.bias_shape is None else rows.real
+        at = Place(
+            self.batch, rows.head, rows.query, keys.across, inside, keys.exists_across, masked
+        )
+        return keys, at
+
+    def logits(self, keys: Span, at: Place) -> Logits:
+        """Q Kᵀ and all that is done to it."""
+        k = columns.read(
+            self.refs.k, self.spec.head_dim, self.batch, keys.down, self.rows.kv_head,
+            keys.exists_down,
+        )  # fmt: skip
+        return logits(self.spec, self.refs, at, columns.against(self.q, k, self.spec.precision))
+
+    def values(self, p: Array, keys: Span, at: Place) -> columns.Matrix:
+        """P V, with dropout."""
+        spec = self.spec
+        p = dropped(spec, self.refs, at, p)
+        v = columns.read(
+            self.refs.v, spec.value_dim, self.batch, keys.down, self.rows.kv_head, keys.exists_down
+        )
+        return columns.times(p, v, spec.precision)
+
+    def join_sink(self, softmax: Softmax) -> tuple[Softmax, Array | float]:
+        """The softmax with the call's sink, and the correction of the output; as it is if none."""
+        sinks = getattr(self.refs, "sinks", None)
+        if sinks is None:
+            return softmax, 1.0
+        row = self.batch if sinks.shape[0] > 1 else 0
+        exists = self.rows.exists if self.plan.pack > 1 else None
+        return softmax.join(load(sinks, (row, self.rows.head), exists))
+
+    @property
+    def real(self) -> Array | None:
+        """Which rows are within the query lengths; None if there are none."""
+        return self.rows.real if self.spec.has_query_lengths else None
+
+    def write(self, o: columns.Matrix, factor: Array | float, lse: Array) -> None:
+        """The output, O times `factor`, and the log-sum-exp."""
+        spec, rows, splits = self.spec, self.rows, self.plan.splits
+        factor = factor * (1 / (1 - spec.dropout_rate))
+        out = tuple(part * factor for part in o)
+        before = (self.split, self.batch) if splits > 1 else (self.batch,)
+        columns.write(
+            self.refs.out, spec.value_dim, before, rows.query, rows.head, out, rows.exists
+        )
+        store(self.refs.lse, (*before, rows.query, rows.head), lse, rows.exists)
+
+
+def launch(
+    plan: Plan,
+    operands: Operands,
+    kernel: Callable[[ForwardTile], None],
+    *,
+    name: str,
+    sinks: Array | None,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp, (B, T, N, D) and (B, T, N), of each share if keys are split."""
+    spec, tiles, grid = plan.spec, plan.tiles, plan.grid
+    inputs = forward_inputs(spec, operands)
+    inputs["ranges"] = key_ranges(
+        spec, operands, queries=plan.queries, keys=tiles.keys, splits=plan.splits
+    )
+    if sinks is not None:
+        inputs["sinks"] = sinks
+    names = [*inputs, "out", "lse"]
+
+    def body(*refs: Ref) -> None:
+        kernel(ForwardTile(plan, grid, SimpleNamespace(**dict(zip(names, refs, strict=True)))))
+
+    parts = (plan.splits,) if plan.splits > 1 else ()
+    rows = (*parts, spec.batch, spec.queries, spec.heads)
+    out, lse = call(
+        body,
+        [
+            jax.ShapeDtypeStruct((*rows, spec.value_dim), jnp.float32 if parts else spec.dtype),
+            jax.ShapeDtypeStruct(rows, jnp.float32),
+        ],
+        list(inputs.values()),
+        grid=grid.sizes,
+        name=name,
+        warps=tiles.warps,
+        stages=tiles.stages,
+        interpret=interpret,
+    )
+    return out, lse
+
+
+def _power(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()

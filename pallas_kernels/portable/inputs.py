@@ -1,0 +1,58 @@
+"""The arrays of a call as the kernels take them, by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array
+
+from jattn import dropout
+from pallas_kernels.portable.triton import LOG2E
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec, Operands
+
+__all__ = ["backward_inputs", "forward_inputs"]
+
+
+def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
+    """q, k, v and what else the call has, as it is; of dropout, the words of rows and keys.
+
+    Those are two of each row, (B, N, T), or (B, 1, T) where heads share the mask, and one of each
+    key, (S,). A kernel would make them again for each block of a row.
+    """
+    inputs = {
+        "q": operands.query,
+        "k": operands.key,
+        "v": operands.value,
+        "bias": operands.bias,
+        "mask": operands.mask,
+        "query_lengths": operands.query_lengths,
+        "key_lengths": operands.key_lengths,
+        "query_segments": operands.query_segments,
+        "key_segments": operands.key_segments,
+    }
+    if operands.dropout_seeds is not None:
+        seeds = operands.dropout_seeds[:, :, None, None]
+        heads = jnp.arange(1 if spec.broadcast_dropout else spec.heads)[:, None]
+        inputs["row_words"], inputs["more_words"] = dropout.row_words(
+            (seeds[:, 0], seeds[:, 1]), heads, jnp.arange(spec.queries)
+        )
+        inputs["key_words"] = dropout.key_words(jnp.arange(spec.keys))
+    return {name: x for name, x in inputs.items() if x is not None}
+
+
+def backward_inputs(
+    spec: AttentionSpec, operands: Operands, lse: Array, row_term: Array, d_out: Array
+) -> dict[str, Array]:
+    """The same with d_out, and the rows' numbers by head: (B, N, T), the log-sum-exp in base 2.
+
+    That of a row that sees nothing is infinite, which makes all its weights 0.
+    """
+    lse = jnp.where(lse > -jnp.inf, lse * LOG2E, jnp.inf)
+    return forward_inputs(spec, operands) | {
+        "lse": jnp.swapaxes(lse, 1, 2),
+        "row_term": jnp.swapaxes(row_term, 1, 2),
+        "d_out": d_out,
+    }

@@ -1,0 +1,69 @@
+"""What the portable kernels cannot do. Importing this imports no kernel."""
+
+from __future__ import annotations
+
+import pathlib
+from math import prod
+from typing import TYPE_CHECKING
+
+import jax
+
+from jattn.target import current_target
+from pallas_kernels.portable.precision import is_full, with_precision
+from pallas_kernels.portable.tiles import shared_kib
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = ["refusals", "why_slow"]
+
+MOST_HEAD_DIM = 512
+DTYPES = ("bfloat16", "float16", "float32")
+# An array of more than 2^32 bytes is indexed with 64 bits, else with 32, one of them a sign.
+INDEXED = 1 << 31
+
+
+def refusals(spec: AttentionSpec) -> list[str]:
+    """Why the kernels cannot do the call, with the values; empty if they can."""
+    reasons = []
+    if not _has_triton():
+        reasons.append(
+            f"its portable kernel needs Pallas' Triton lowering, which jax {jax.__version__} lacks"
+        )
+    if spec.dtype.name not in DTYPES:
+        reasons.append(f"its portable kernel takes {', '.join(DTYPES)}, not {spec.dtype.name}")
+    for name, size in {"head dim": spec.head_dim, "value head dim": spec.value_dim}.items():
+        if size > MOST_HEAD_DIM:
+            reasons.append(f"its portable kernel takes a {name} up to {MOST_HEAD_DIM}, not {size}")
+    kib = shared_kib(current_target().compute_capability)
+    size = max(spec.head_dim, spec.value_dim)
+    if spec.dtype.name == "float32" and 256 < size <= MOST_HEAD_DIM and kib < 130:
+        reasons.append(
+            f"its portable kernel takes float32 up to a head dim of 256, not {size}, where a "
+            f"program has {kib} KiB of shared memory"
+        )
+    if spec.bias_dtype is not None and spec.bias_dtype.name not in DTYPES:
+        reasons.append(
+            f"its portable kernel takes a bias of {', '.join(DTYPES)}, not {spec.bias_dtype.name}"
+        )
+    if spec.mask_shape is not None and INDEXED <= prod(spec.mask_shape) <= 2 * INDEXED:
+        reasons.append(
+            f"its portable kernel takes no mask of 2^31 to 2^32 elements, given {spec.mask_shape}"
+        )
+    return reasons
+
+
+def why_slow(spec: AttentionSpec) -> str | None:
+    """Why XLA's products are faster for the call, as they are without tensor cores."""
+    # TFLOP/s on an H200, head dim 128, T = 2k, forward and backward: 6, 4; TF32 78, 35.
+    if spec.dtype.name == "float32" and is_full(with_precision(spec).precision):
+        return (
+            "its portable kernel is slow for float32 in full precision, which tensor cores do not "
+            "have (jax_default_matmul_precision='tensorfloat32' rounds it)"
+        )
+    return None
+
+
+def _has_triton() -> bool:
+    folder = pathlib.Path(jax.__file__).parent
+    return (folder / "experimental" / "pallas" / "triton.py").exists()

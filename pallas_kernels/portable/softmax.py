@@ -1,0 +1,70 @@
+"""The running softmax of a tile's rows, in base 2, and its end.
+
+    m' = max(m, rowmax x c)    P = 2^(x c - m')    l' = l 2^(m - m') + rowsum P
+
+(Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1.) A row that has seen no key has
+m = -inf and l = 0. Columns, (rows, 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.portable.elements import Logits
+from pallas_kernels.portable.triton import LN2, LOG2E, exp2
+
+__all__ = ["Softmax"]
+
+
+class Softmax(NamedTuple):
+    """The rows' maximum and sum so far."""
+
+    m: Array
+    l: Array
+
+    @staticmethod
+    def start(rows: int) -> Softmax:
+        """Of rows that have seen nothing."""
+        return Softmax(
+            jnp.full((rows, 1), -jnp.inf, jnp.float32), jnp.zeros((rows, 1), jnp.float32)
+        )
+
+    def update(self, logits: Logits, *, may_hide: bool) -> tuple[Array, Softmax, Array]:
+        """P of a block, the softmax that includes it, and the correction of what came before.
+
+        may_hide: whether a row may have seen nothing yet.
+        """
+        x, c, _ = logits
+        m = jnp.maximum(self.m, x.max(axis=1, keepdims=True) * c)
+        shift = jnp.where(m == -jnp.inf, 0.0, m) if may_hide else m
+        p = exp2(x, c, shift)
+        correction = jnp.exp2(self.m - shift)
+        total = self.l * correction + p.sum(axis=1, keepdims=True)
+        return p, Softmax(m, total), correction
+
+    def add(self, logits: Logits, *, may_hide: bool) -> Softmax:
+        """The softmax that includes a block, where P is not needed."""
+        return self.update(logits, may_hide=may_hide)[1]
+
+    def join(self, sink: Array) -> tuple[Softmax, Array]:
+        """The softmax with one more logit, which has no value; and the correction of the output."""
+        sink = sink * LOG2E
+        m = jnp.maximum(self.m, sink)
+        correction = jnp.exp2(self.m - m)
+        none = self.l == 0.0
+        l = self.l * correction + jnp.exp2(sink - m)
+        return Softmax(jnp.where(none, -jnp.inf, m), jnp.where(none, 0.0, l)), correction
+
+    def finish(self, real: Array | None) -> tuple[Array, Array]:
+        """What the output is multiplied by, and the natural log-sum-exp; 0 and -inf of no key.
+
+        real: which rows are to have any; None if all.
+        """
+        none = self.l == 0.0
+        if real is not None:
+            none = none | ~real
+        l = jnp.where(none, 1.0, self.l)
+        return jnp.where(none, 0.0, 1.0 / l), jnp.where(none, -jnp.inf, self.m * LN2 + jnp.log(l))

@@ -1,0 +1,171 @@
+"""Block sizes by kernel, head dim, dtype and what a multiprocessor of the GPU has.
+
+Shared memory a program may use: 227 KiB on data-centre Hopper and Blackwell, 163 on an A100, 99 on
+workstation GPUs. Only an H200 was there to time them: see docs/kernels.md. For the others a tile is
+what fits the least of these and spills no register.
+
+Full-precision float32 has no matrix instruction: products are unrolled in full, so tiles are small.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from jattn.masking import hides_some
+from jattn.target import current_target
+from pallas_kernels.portable.precision import is_full, with_precision
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = [
+    "Table",
+    "Tiles",
+    "bias_tiles",
+    "chunked_tiles",
+    "forward_tiles",
+    "key_tiles",
+    "query_tiles",
+    "shared_kib",
+    "table_of",
+    "tables",
+]
+
+
+class Tiles(NamedTuple):
+    """Queries by keys of a tile of logits, the program's warps and its pipeline's depth."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Table(NamedTuple):
+    """Of one width: the tiles of flash forward, the same with masks or dropout, with a bias
+    or dense mask; of query-chunked forward; and of keys', queries' and shared bias's gradients.
+    """
+
+    forward: Tiles
+    masked: Tiles
+    biased: Tiles
+    chunked: Tiles
+    keys: Tiles
+    queries: Tiles
+    bias: Tiles
+
+
+def _table(*rows: tuple[int, int, int, int]) -> Table:
+    forward, masked, biased, chunked, keys, queries, bias = (Tiles(*row) for row in rows)
+    return Table(forward, masked, biased, chunked, keys, queries, bias)
+
+
+# By the larger head dim, up to. Of two-byte floats on GPUs with 227 KiB, whose matrix instructions
+# take 64 rows of four warps and read operands from shared memory:
+LARGE = {
+    64: _table(
+        (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3),
+        (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2),
+    ),
+    128: _table(
+        (128, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3),
+        (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2),
+    ),
+    256: _table(
+        (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2),
+        (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 1),
+    ),
+    512: _table(
+        (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2),
+        (64, 32, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1),
+    ),
+}  # fmt: skip
+# And on all others: what fits 99 KiB.
+OTHERS = {
+    64: _table(
+        (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3),
+        (128, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2),
+    ),
+    128: _table(
+        (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2),
+        (128, 32, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2),
+    ),
+    256: _table(
+        (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2),
+        (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2),
+    ),
+    512: _table(
+        (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1),
+        (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 2),
+    ),
+}  # fmt: skip
+# Of float32, by head dim, on any GPU: rounded to TF32, then of full precision.
+ROUNDED = {
+    64: _table(
+        *[(128, 64, 8, 2)] * 3, (128, 32, 8, 3), (32, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)
+    ),
+    128: _table(*[(64, 32, 8, 2)] * 4, *[(32, 32, 8, 2)] * 3),
+    256: _table(*[(32, 16, 8, 1)] * 4, (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 2)),
+}
+FULL = {
+    64: _table(*[(32, 32, 4, 1)] * 7),
+    128: _table(*[(32, 32, 8, 1)] * 7),
+    256: _table(*[(32, 16, 8, 1)] * 4, (16, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    512: _table(*[(16, 16, 8, 1)] * 7),  # 130 KiB
+}
+
+
+def shared_kib(capability: tuple[int, int] | None) -> int:
+    """KiB of shared memory that a program may use, by compute capability; None: the most.
+
+    CUDA C++ Programming Guide, "Technical specifications per compute capability".
+    """
+    if capability is None or capability in ((9, 0), (10, 0), (10, 3)):
+        return 227
+    return 163 if capability in ((8, 0), (8, 7)) else 99
+
+
+def tables(capability: tuple[int, int] | None) -> dict[int, Table]:
+    """The table of two-byte floats, by compute capability."""
+    return LARGE if shared_kib(capability) == 227 else OTHERS
+
+
+def table_of(spec: AttentionSpec) -> Table:
+    """The tiles of a call, on the GPU that it is traced for."""
+    if spec.dtype.name == "float32":
+        found = FULL if is_full(with_precision(spec).precision) else ROUNDED
+    else:
+        found = tables(current_target().compute_capability)
+    size = max(spec.head_dim, spec.value_dim)
+    return found[min(width for width in found if width >= size)]
+
+
+def forward_tiles(spec: AttentionSpec) -> Tiles:
+    """Those of flash forward."""
+    table = table_of(spec)
+    if spec.bias_shape is not None or spec.mask_shape is not None:
+        return table.biased
+    is_masked = hides_some(spec) or spec.keys % table.forward.keys != 0
+    return table.masked if is_masked or spec.dropout_rate > 0 else table.forward
+
+
+def chunked_tiles(spec: AttentionSpec) -> Tiles:
+    """Those of query-chunked forward."""
+    table = table_of(spec)
+    has_pairs = spec.bias_shape is not None or spec.mask_shape is not None
+    return table.biased if has_pairs else table.chunked
+
+
+def key_tiles(spec: AttentionSpec) -> Tiles:
+    """Those of the kernel of keys' and values' gradients."""
+    return table_of(spec).keys
+
+
+def query_tiles(spec: AttentionSpec) -> Tiles:
+    """Those of the kernel of queries' gradients."""
+    return table_of(spec).queries
+
+
+def bias_tiles(spec: AttentionSpec) -> Tiles:
+    """Those of the kernel of a shared bias's gradient."""
+    return table_of(spec).bias

@@ -1,0 +1,153 @@
+"""All that is particular to Pallas' Triton lowering, which compiles these kernels.
+
+Blocks have power-of-two sizes, so what does not fill one is masked where it is read and written. An
+array is read by index arrays that broadcast to the block, in whatever strides it has.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.experimental.pallas.triton as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.portable.precision import is_full
+
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "Index",
+    "Mask",
+    "Ref",
+    "call",
+    "divided",
+    "exp2",
+    "load",
+    "place_in",
+    "product",
+    "store",
+]
+
+type Ref = Any
+type Mask = Array | None
+type Index = tuple[Array | int, ...]
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+
+# Whether the kernel that is being traced is to run on a CPU.
+_interpreting = ContextVar("interpreting", default=False)
+
+# Known; a jax without the lowering is refused.
+warnings.filterwarnings(
+    "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
+)
+
+
+def load(ref: Ref, index: Index, mask: Mask = None, other: float = 0) -> Array:
+    """The elements at `index`, an index array for each axis; `other` where the mask is False."""
+    fill = None if mask is None else other
+    value: Array = plgpu.load(ref.at[_arrays(index)], mask=mask, other=fill)
+    return value
+
+
+def store(ref: Ref, index: Index, value: Array, mask: Mask = None) -> None:
+    """Writes the elements at `index` where the mask is True, in the array's dtype."""
+    plgpu.store(ref.at[_arrays(index)], value.astype(ref.dtype), mask=mask)
+
+
+def exp2(x: Array, c: float, shift: Array) -> Array:
+    """2^(x c - shift), x (rows, columns) and shift broadcastable to it, float32.
+
+    As two instructions: the compiler's own multiplication and subtraction are two, and its power of
+    two keeps numbers below 2^-126, which no sum of weights needs.
+    """
+    if _interpreting.get():
+        return jnp.exp2(x * c - shift)
+    factor = np.float32(c).view(np.uint32)
+    (result,) = plgpu.elementwise_inline_asm(
+        f"{{ .reg .f32 t; fma.rn.ftz.f32 t, $1, 0f{factor:08X}, $2; ex2.approx.ftz.f32 $0, t; }}",
+        args=[x, jnp.broadcast_to(-shift, x.shape)],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def divided(x: Array, by: int) -> tuple[Array, Array]:
+    """Quotient and remainder of what is not negative, int32."""
+    if by == 1:
+        return x, jnp.zeros_like(x)
+    divisor = jnp.full_like(x, by)
+    return lax.div(x, divisor), lax.rem(x, divisor)
+
+
+def place_in(grid: tuple[int, ...]) -> tuple[Array, ...]:
+    """Where in `call`'s grid the program is that asks."""
+    rest = pl.program_id(0)
+    found = []
+    for size in grid[:-1]:
+        rest, own = divided(rest, size)
+        found.append(own)
+    return (*found, rest)
+
+
+def _arrays(index: Index) -> tuple[Array, ...]:
+    return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
+
+
+def product(a: Array, b: Array, precision: str | None) -> Array:
+    """The matrix product in float32. Float32 operands are rounded to TF32 unless it is full."""
+    whole = a.dtype == jnp.float32 and is_full(precision)
+    chosen = lax.Precision.HIGHEST if whole else lax.Precision.DEFAULT
+    return jnp.dot(a, b, precision=chosen, preferred_element_type=jnp.float32)
+
+
+def call(
+    kernel: Callable[..., None],
+    results: Sequence[jax.ShapeDtypeStruct],
+    inputs: Sequence[Array],
+    *,
+    grid: tuple[int, ...],
+    name: str,
+    warps: int,
+    stages: int,
+    interpret: bool,
+    zeroed: Sequence[int] = (),
+) -> tuple[Array, ...]:
+    """Runs `kernel(*input refs, *result refs)`, each ref a whole array, on every point of the grid.
+
+    grid: its first axis changes fastest. It is launched as one axis, the only one that CUDA lets
+      grow over 65,535: a batch into which `jax.vmap` is folded may.
+    zeroed: the results that are full of zeros before; the rest is undefined.
+    """
+    zeros = [jnp.zeros(results[i].shape, results[i].dtype) for i in zeroed]
+    given = len(inputs)
+
+    def body(*refs: Ref) -> None:
+        token = _interpreting.set(interpret)
+        try:
+            kernel(*refs[:given], *refs[given + len(zeros) :])
+        finally:
+            _interpreting.reset(token)
+
+    body.__name__ = name
+    found: Sequence[Array] = pl.pallas_call(
+        body,
+        out_shape=list(results),
+        grid=(math.prod(grid),),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        input_output_aliases={given + slot: i for slot, i in enumerate(zeroed)},
+        interpret=interpret,
+        name=name,
+    )(*inputs, *zeros)
+    return tuple(found)

@@ -1,0 +1,46 @@
+"""A tile's weights and the gradient of its logits, made again from the log-sum-exp.
+
+    P = exp(x - lse)     dP = dropout(dO Vᵀ)     dx = P (dP - D)     dz = dx (1 - tanh²(z / cap))
+
+with D = rowsum(O dO) - dlse (Dao et al., 2022, algorithm 4). Works either way up.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from jax import Array
+
+from pallas_kernels.portable.elements import Place, dropped, logits
+from pallas_kernels.portable.triton import exp2
+
+if TYPE_CHECKING:
+    from jattn.spec import AttentionSpec
+
+__all__ = ["Numbers", "dropout_factor", "gradients"]
+
+type Numbers = tuple[Array, Array]  # log-sum-exp in base 2 and D, shaped as the place's queries
+
+
+def gradients(
+    spec: AttentionSpec, refs: SimpleNamespace, at: Place, rows: Numbers, s: Array, dp: Array
+) -> tuple[Array, Array]:
+    """The weights after dropout, and dz, both to be multiplied by `dropout_factor`.
+
+    From s = Q Kᵀ and dp = dO Vᵀ.
+    """
+    lse, row_term = rows
+    x, c, slope = logits(spec, refs, at, s)
+    p = exp2(x, c, lse)
+    kept = dropped(spec, refs, at, p)
+    if spec.dropout_rate > 0:
+        dz = kept * dp - p * (row_term * (1 - spec.dropout_rate))
+    else:
+        dz = p * (dp - row_term)
+    return kept, dz if slope is None else dz * slope
+
+
+def dropout_factor(spec: AttentionSpec) -> float:
+    """What is kept counts for what is dropped."""
+    return 1 / (1 - spec.dropout_rate)

@@ -1,0 +1,151 @@
+"""Compiles the portable kernels for absent GPUs and prints what the assembler says, as JSON lines.
+
+    compile_calls.py DEVICE WHICH
+
+DEVICE is h200, a100 or l4, WHICH widths or features. A program of its own: see
+tests/hopper/compile_tiles.py.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from tests.portable.absent import gpus, standard_error  # isort: skip
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jattn
+from jattn.kernels import only
+from tests.cases import Case
+from tests.hopper.compile_tiles import of_direction
+
+ALGORITHMS = {"flash": jattn.flash_attention, "chunked": jattn.memory_efficient_attention}
+
+Long = partial(
+    Case, batch=1, queries=1024, keys=1024, heads=4, kv_heads=4, head_dim=128, dtype="bfloat16"
+)
+# A row of the tables of tiles each; 192 is wider in shared memory than it is.
+WIDTHS = [
+    *(Long(f"causal_{h}", head_dim=h, causal=True) for h in (64, 128, 192, 256, 512)),
+    *(Long(f"float32_{h}", head_dim=h, dtype="float32") for h in (64, 128, 256, 512)),
+    *(Long(f"tf32_{h}", head_dim=h, dtype="float32") for h in (64, 512)),
+]
+FEATURES = [
+    Long("full_128"),
+    Long("latent", head_dim=192, value_dim=128, causal=True),
+    Long("ragged", queries=1001, keys=1023, head_dim=72, kv_heads=2),
+    Long("bias", bias="1NTS", batch=2),
+    Long("bias_keys", bias="B11S", head_dim=64),
+    Long("dropout", dropout=0.1),
+    Long("mask_soft_cap_sinks", mask="B1TS", soft_cap=30.0, sinks=True),
+    Long("packed", segments="sorted", causal=True, key_lengths=(9,), query_lengths=(9,)),
+    Long("window", window=(200, 0)),
+    Long("one_query", queries=1, keys=4096, heads=8, kv_heads=2),
+]
+REFUSED = {"l4": ("float32_512", "tf32_512")}
+# Both algorithms have the same backward.
+CALLS = {
+    "widths": [
+        *((case, direction, "flash") for case in WIDTHS for direction in ("forward", "backward")),
+        *((case, "forward", "chunked") for case in WIDTHS if case.causal),
+    ],
+    "features": [
+        (case, direction, "flash") for case in FEATURES for direction in ("forward", "backward")
+    ],
+}
+
+
+def arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Floating arrays, other arrays, and what is static, of jattn's functions."""
+    b, t, s, dtype = case.batch, case.queries, case.keys, jnp.dtype(case.dtype)
+    of = jax.ShapeDtypeStruct
+    floats = {
+        "query": of((b, t, case.heads, case.head_dim), dtype),
+        "key": of((b, s, case.kv_heads, case.head_dim), dtype),
+        "value": of((b, s, case.kv_heads, case.value_dim or case.head_dim), dtype),
+    }
+    rest: dict[str, Any] = {}
+    if case.bias:
+        floats["bias"] = of(case.shape_of(case.bias), dtype)
+    if case.sinks:
+        floats["sinks"] = of((case.heads,), dtype)
+    if case.mask:
+        rest["mask"] = of(case.shape_of(case.mask), jnp.bool_)
+    if case.query_lengths:
+        rest["query_seq_lengths"] = rest["key_value_seq_lengths"] = of((b,), jnp.int32)
+    if case.segments:
+        rest["query_segment_ids"] = of((b, t), jnp.int32)
+        rest["key_value_segment_ids"] = of((b, s), jnp.int32)
+    if case.dropout:
+        rest["dropout_rng"] = of((2,), jnp.uint32)
+    static = {
+        "is_causal": case.causal,
+        "local_window_size": case.window,
+        "logits_soft_cap": case.soft_cap,
+        "dropout_rate": case.dropout,
+        "return_residual": True,
+    }
+    return floats, rest, static
+
+
+def compiled(
+    case: Case, direction: str, algorithm: str, place: Callable[[str, Any], NamedSharding]
+) -> Any:
+    """The executable of one direction of a call, arrays placed by name."""
+    floats, rest, static = arguments(case)
+
+    def attend(floats: Any, rest: Any) -> Any:
+        with only("portable"):
+            return ALGORITHMS[algorithm](**floats, **rest, **static)
+
+    def placed(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        name = path[-1].key if path and hasattr(path[-1], "key") else ""
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name, x))
+
+    with jax.default_matmul_precision("tensorfloat32" if "tf32" in case.name else None):
+        function, shapes = of_direction(direction, attend, (floats, rest))
+        return jax.jit(function).lower(*jax.tree_util.tree_map_with_path(placed, shapes)).compile()
+
+
+def spills(said: str) -> int:
+    """Bytes that the kernels of a call spill."""
+    return sum(map(int, re.findall(r"frame, (\d+) bytes spill stores", said)))
+
+
+def main(device: str, which: str) -> None:
+    """One line for each call: spilled bytes, and bytes held beside arguments and results."""
+    with gpus(device, 1) as mesh:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        for case, direction, algorithm in CALLS[which]:
+            if case.name in REFUSED.get(device, ()):
+                continue
+            found = {"jax": jax.__version__, "call": case.name, "direction": direction}
+            found |= {"device": device, "algorithm": algorithm}
+            try:
+                with standard_error() as said:
+                    made = compiled(case, direction, algorithm, lambda name, x: everywhere)
+            except Exception as error:  # the others are still to be seen
+                found["error"] = f"{type(error).__name__}: {error}"[:400]
+            else:
+                sizes = made.memory_analysis()
+                operands = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+                found |= {
+                    "spilled": spills(said()),
+                    "kernels": made.as_text().count("xla.gpu.triton"),
+                }
+                found |= {"operands": operands, "temporary": sizes.temp_size_in_bytes}
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,93 @@
+"""For absent GPUs, H200, A100 and L4: every block of the table compiles and nothing more spills.
+
+It runs as tests/hopper/test_compile.py does. What does not fit in shared memory does not compile.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.hopper.test_compile import VERSIONS, environment
+
+HERE = pathlib.Path(__file__).parent
+# Bytes that a call spills all the same, by device, algorithm and direction.
+KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
+    ("a100", "flash", "forward"): {"causal_192": 8},
+    ("l4", "flash", "forward"): {"causal_192": 16},
+    ("l4", "flash", "backward"): {"causal_256": 12},
+    ("h200", "chunked", "forward"): {"causal_512": 44},
+    ("h200", "flash", "backward"): {
+        "causal_256": 208,
+        "causal_512": 584,
+        "ragged": 24,
+        "bias": 16,
+        "mask_soft_cap_sinks": 36,
+        "packed": 8,
+        "one_query": 36,
+    },
+}
+
+
+def compiled(version: str, program: str, *arguments: object) -> list[dict[str, Any]]:
+    """The lines that a program of this folder prints."""
+    run = subprocess.run(
+        [sys.executable, HERE / program, *map(str, arguments)],
+        env=environment(version),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert all(call["jax"] == version for call in found)
+    return found
+
+
+def check(found: list[dict[str, Any]]) -> None:
+    """Every call compiled, spills no more than is known, and holds no scores."""
+    assert len(found) >= 20
+    bad = [call for call in found if not is_good(call)]
+    assert not bad, "\n".join(map(str, bad))
+
+
+def is_good(call: dict[str, Any]) -> bool:
+    if "error" in call or not call["kernels"]:
+        return False
+    known = KNOWN_SPILLS.get((call["device"], call["algorithm"], call["direction"]), {})
+    # Parts of the output, where keys are split; scores would be tens of times the operands.
+    is_linear = call["temporary"] <= 4 * call["operands"]
+    return is_linear and call["spilled"] <= known.get(call["call"], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["a100", "h200", "l4"])
+def test_every_row_of_the_tables_compiles(device: str) -> None:
+    check(compiled(VERSIONS[0], "compile_calls.py", device, "widths"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("device", "version"), [("a100", VERSIONS[0]), ("h200", VERSIONS[-1])])
+def test_every_feature_compiles(device: str, version: str) -> None:
+    check(compiled(version, "compile_calls.py", device, "features"))
+
+
+def test_a_spill_would_be_seen() -> None:
+    (found,) = compiled(VERSIONS[0], "compile_spill.py")
+    assert found["spilled"] > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_sharded_over_rows_and_heads_nothing_is_gathered(version: str) -> None:
+    found = compiled(version, "compile_sharded.py")
+    assert {(call["algorithm"], call["by"]) for call in found} == {
+        (algorithm, by) for algorithm in ("flash", "chunked") for by in ("partitioner", "shard_map")
+    }
+    assert all(call["kernels"] and not call["gathers"] for call in found), found
