@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -131,6 +132,8 @@ def facts() -> Mapping[str, Any]:
             found["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    if os.environ.get("XLA_FLAGS"):
+        found["versions"]["XLA_FLAGS"] = os.environ["XLA_FLAGS"]
     if device.platform == "gpu":
         found["versions"]["cuda"] = " ".join(device.client.platform_version.split())
     return found

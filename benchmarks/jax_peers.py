@@ -6,6 +6,7 @@ import importlib
 import sys
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import pairwise
 from typing import Any, cast
@@ -17,6 +18,7 @@ from jax import Array
 
 import jattn
 from benchmarks.cells import Cell
+from jattn import kernels
 
 __all__ = ["PEERS", "Arrays", "arrays_of", "attend_with", "refusal"]
 
@@ -62,12 +64,38 @@ def _call(attention: Callable[..., Any], options: dict[str, Any], implementation
     return lambda arrays: cast(Array, attention(**arrays, **options, implementation=implementation))
 
 
-def _jattn(implementation: str) -> Callable[[Cell], Attend]:
+# What may follow the name of a backend of jattn: a context that its calls are made in.
+_CONTEXTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "": nullcontext,
+    "portable": lambda: kernels.only("portable"),
+    "deterministic": jattn.deterministic_gradients,
+}
+
+
+def _jattn(implementation: str, context: str = "") -> Callable[[Cell], Attend]:
+    """A backend of jattn, in one of the contexts."""
+
     def of(cell: Cell) -> Attend:
         options = {**_options(cell), "dropout_rate": cell.dropout}
-        return _call(jattn.dot_product_attention, options, implementation)
+
+        def attend(*args: Any, **options: Any) -> Any:
+            with _CONTEXTS[context]():
+                return jattn.dot_product_attention(*args, **options)
+
+        return _call(attend, options, implementation)
 
     return of
+
+
+def _jattn_xla(cell: Cell) -> Attend:
+    """The form of memory_efficient that any device runs, in its own chunks of a GPU."""
+    options = {**_options(cell), "dropout_rate": cell.dropout, "query_chunk_size": 1024}
+    attention: Callable[..., Any] = jattn.memory_efficient_attention
+
+    def attend(arrays: Arrays) -> Array:
+        return cast(Array, attention(**arrays, **options))
+
+    return attend
 
 
 def _jax_nn(implementation: str) -> Callable[[Cell], Attend]:
@@ -101,7 +129,10 @@ def _tokamax_packed(cell: Cell, implementation: str) -> Attend:
 
 PEERS: dict[str, Callable[[Cell], Attend]] = {
     "jattn/flash": _jattn("flash"),
+    "jattn/flash-portable": _jattn("flash", "portable"),
+    "jattn/flash-deterministic": _jattn("flash", "deterministic"),
     "jattn/memory_efficient": _jattn("memory_efficient"),
+    "jattn/memory_efficient-xla": _jattn_xla,
     "jattn/eager": _jattn("eager"),
     "jattn/cudnn": _jattn("cudnn"),
     "jax.nn/xla": _jax_nn("xla"),
@@ -131,9 +162,11 @@ def refusal(peer: str, cell: Cell) -> str | None:
     return None
 
 
-def _jattn_refusal(backend: str, cell: Cell) -> str | None:
+def _jattn_refusal(peer: str, cell: Cell) -> str | None:
+    backend, _, context = peer.partition("-")
     shapes = jax.eval_shape(lambda: arrays_of(cell))
-    report = jattn.explain(**shapes, **_options(cell), dropout_rate=cell.dropout)
+    with _CONTEXTS.get(context, nullcontext)():
+        report = jattn.explain(**shapes, **_options(cell), dropout_rate=cell.dropout)
     (found,) = [each for each in report.reports if each.name == backend]
     return "; ".join(found.refusals) or None
 

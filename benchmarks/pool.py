@@ -151,6 +151,8 @@ class Pool:
                 worker = started.pop() if started else None
                 serve = partial(self._serve, family, waiting, worker)
                 threads.append(threading.Thread(target=serve, daemon=True))
+        # A process that finds its device disturbs what another measures there.
+        self._started = threading.Barrier(max(len(threads), 1))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -159,6 +161,9 @@ class Pool:
     def _serve(self, family: str, waiting: deque[Job], worker: Worker | None) -> None:
         broken: str | None = None
         try:
+            if worker is None:
+                worker, broken = self._start(family)
+            self._started.wait()
             while True:
                 try:
                     job = waiting.popleft()
@@ -168,13 +173,7 @@ class Pool:
                     self._give_up(job, "not run: the time limit had passed")
                     continue
                 if worker is None and broken is None:
-                    try:
-                        worker = Worker(family, self.lock, self.timeout_s)
-                    except BrokenFamilyError as error:
-                        broken = f"cannot be imported: {error}"
-                    else:
-                        with self._one_at_a_time:
-                            self.on_facts(worker.facts)
+                    worker, broken = self._start(family)
                 if worker is None:
                     self._give_up(job, broken or "")
                     continue
@@ -186,6 +185,16 @@ class Pool:
         finally:
             if worker is not None:
                 worker.stop()
+
+    def _start(self, family: str) -> tuple[Worker | None, str | None]:
+        """A worker, or why there can be none."""
+        try:
+            worker = Worker(family, self.lock, self.timeout_s)
+        except BrokenFamilyError as error:
+            return None, f"cannot be imported: {error}"
+        with self._one_at_a_time:
+            self.on_facts(worker.facts)
+        return worker, None
 
     def _report(self, cell: Cell, measurement: Measurement) -> None:
         with self._one_at_a_time:

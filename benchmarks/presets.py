@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
 from benchmarks.cells import Cell, Mask, Pass
-from benchmarks.targets import Growth, Memory, Speed, Target
+from benchmarks.targets import Growth, Memory, Rate, Speed, Target, Time
 
 __all__ = ["PRESETS", "Plan", "Preset", "custom"]
 
@@ -23,6 +23,15 @@ SLOW_PEERS = (
     "tokamax/xla_chunked",
     "torch/efficient",
 )
+PORTABLE_PEERS = (
+    "jattn/flash-portable",
+    "jattn/memory_efficient",
+    "torch/flash",
+    "torch/efficient",
+    "tokamax/triton",
+    "tokamax/xla_chunked",
+)
+DETERMINISTIC = "jattn/flash-deterministic"
 RIVALS = ("jax.nn/cudnn", "tokamax/mosaic")
 
 
@@ -113,7 +122,10 @@ def _hopper(passes: tuple[Pass, ...], judged: Pass, tokens: int, width: int) -> 
     for head_dim, mask, length in product((128, 64, 256), ("causal", "full"), lengths):
         shown = cell(head_dim, mask, length)
         compared_with_all = head_dim == 128 and length == tokens // 4
-        peers = FAST_PEERS + SLOW_PEERS if compared_with_all else FAST_PEERS
+        peers: tuple[str, ...] = FAST_PEERS + SLOW_PEERS if compared_with_all else FAST_PEERS
+        if judged == "backward" and head_dim <= 128:  # wider heads' gradients always repeat
+            peers += (DETERMINISTIC,)
+            targets.append(Speed(shown.name, judged, DETERMINISTIC, 0.8, ("jattn/flash",)))
         plans.append(Plan(shown, passes, peers))
         targets.append(Speed(shown.name, judged, "jattn/flash", 1.0, RIVALS))
     window, packed = (
@@ -124,7 +136,49 @@ def _hopper(passes: tuple[Pass, ...], judged: Pass, tokens: int, width: int) -> 
     targets.append(Speed(window.name, judged, "jattn/flash", 1.0, ("jax.nn/cudnn",)))
     causal = cell(128, "causal", tokens).name
     targets.append(Speed(packed.name, judged, "jattn/flash", 5.0, ("jattn/flash",), causal))
-    return Preset(tuple(plans), FAST_PEERS + SLOW_PEERS, tuple(targets))
+    every_peer = dict.fromkeys(peer for plan in plans for peer in plan.peers)
+    return Preset(tuple(plans), tuple(every_peer), tuple(targets))
+
+
+def portable(*, tokens: int = 16384, width: int = 2048) -> Preset:
+    """The portable kernels on one GPU, bf16, T = `tokens` / 4, beside kernels of their own kind."""
+    length = tokens // 4
+
+    def cell(head_dim: int, mask: str) -> Cell:
+        heads, batch = max(width // head_dim, 1), tokens // length
+        return Cell(batch, length, length, heads, heads, head_dim, Mask.parse(mask))
+
+    both: tuple[Pass, ...] = ("forward", "gradient")
+    flash, chunked = "jattn/flash-portable", "jattn/memory_efficient"
+    rates = {128: (320, 240), 64: (270, 215), 256: (220, 120)}  # TFLOP/s on an H200
+    plans: list[Plan] = []
+    targets: list[Target] = []
+    for head_dim, mask in product(rates, ("causal", "full")):
+        shown = cell(head_dim, mask)
+        plans.append(Plan(shown, both, PORTABLE_PEERS))
+        judged: tuple[tuple[Pass, int], ...] = tuple(
+            zip(("forward", "backward"), rates[head_dim], strict=True)
+        )
+        for which, rate in judged:
+            targets.append(Rate(shown.name, which, flash, rate))
+            if head_dim == 128:
+                targets.append(Speed(shown.name, which, chunked, 1.2, ("torch/efficient",)))
+                targets.append(Speed(shown.name, which, chunked, 5.0, ("tokamax/xla_chunked",)))
+    plain = cell(128, "full")
+    biased, dropped = replace(plain, bias=True), replace(plain, dropout=0.1)
+    plans.append(Plan(biased, both, (*PORTABLE_PEERS, *RIVALS)))
+    targets.append(Time(biased.name, "gradient", flash, 10.0))
+    # The bias and its gradient, which are not counted, take 2 N T² bytes each.
+    linear = 4 * 2 * biased.elements / 2**20
+    targets.append(Memory(biased.name, "gradient", flash, linear))
+    plans.append(Plan(dropped, both, PORTABLE_PEERS))
+    for which in both:
+        targets.append(Speed(dropped.name, which, flash, 1 / 1.2, (flash,), plain.name))
+    # For information: in full precision float32 has no matrix instruction, only cuBLAS.
+    in_xla = ("jattn/memory_efficient-xla", "jax.nn/xla")
+    single = replace(plain, dtype="float32")
+    plans.append(Plan(single, both, (flash, chunked, *in_xla), repeats=3))
+    return Preset(tuple(plans), (*PORTABLE_PEERS, *RIVALS, *in_xla), tuple(targets))
 
 
 def custom(
@@ -173,4 +227,5 @@ PRESETS: dict[str, Callable[..., Preset]] = {
     "cpu": cpu,
     "hopper-forward": hopper_forward,
     "hopper-backward": hopper_backward,
+    "portable": portable,
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.cells import Pass
 from benchmarks.results import Run, Verdict
 
-__all__ = ["Growth", "Memory", "Speed", "Target", "verdicts"]
+__all__ = ["Growth", "Memory", "Rate", "Speed", "Target", "Time", "verdicts"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,48 @@ class Speed:
         others = " or ".join(self.against)
         text = f"{self.cell} {self.which}: speed of {self.peer} over {others}{where}"
         return Verdict(text, self.at_least, ratio, ratio is not None and ratio >= self.at_least)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`peer` does at least so many TFLOP/s, as `Cell.flops` counts them."""
+
+    cell: str
+    which: Pass
+    peer: str
+    at_least: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.cell,)
+
+    def verdict(self, run: Run) -> Verdict:
+        own = run.get(self.cell, self.peer, self.which)
+        rate = None
+        if own is not None and own.ms:
+            rate = run.cells[self.cell].flops(self.which) / own.ms / 1e9
+        text = f"{self.cell} {self.which}: TFLOP/s of {self.peer}"
+        return Verdict(text, self.at_least, rate, rate is not None and rate >= self.at_least)
+
+
+@dataclass(frozen=True)
+class Time:
+    """`peer` takes at most so many milliseconds."""
+
+    cell: str
+    which: Pass
+    peer: str
+    at_most_ms: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.cell,)
+
+    def verdict(self, run: Run) -> Verdict:
+        own = run.get(self.cell, self.peer, self.which)
+        ms = None if own is None else own.ms
+        text = f"{self.cell} {self.which}: milliseconds of {self.peer}, at most"
+        return Verdict(text, self.at_most_ms, ms, ms is not None and ms <= self.at_most_ms)
 
 
 @dataclass(frozen=True)
@@ -83,7 +125,7 @@ class Growth:
         return Verdict(text, self.at_most, growth, growth is not None and growth <= self.at_most)
 
 
-type Target = Speed | Memory | Growth
+type Target = Speed | Rate | Time | Memory | Growth
 
 
 def verdicts(targets: Iterable[Target], run: Run, cells: Iterable[str]) -> list[Verdict]:

@@ -94,6 +94,31 @@ def test_the_forward_preset_is_the_bar_table() -> None:
     ]
 
 
+PLAIN = {"bias": False, "dropout": 0.0, "dtype": "bfloat16"}
+
+
+def test_the_portable_preset_judges_the_issues_bars() -> None:
+    preset = presets.portable()
+    cells = {plan.cell.name: plan.cell for plan in preset.plans}
+    square = [c for c in cells.values() if c == dataclasses.replace(c, **PLAIN)]
+    assert {(c.head_dim, c.mask.kind) for c in square} == {
+        (h, m) for h in (64, 128, 256) for m in ("full", "causal")
+    }
+    assert all((c.batch, c.queries, c.heads * c.head_dim) == (4, 4096, 2048) for c in square)
+    bars = {(t.cell, t.which): t.at_least for t in preset.targets if isinstance(t, targets.Rate)}
+    for c in square:
+        forward, backward = {64: (270, 215), 128: (320, 240), 256: (220, 120)}[c.head_dim]
+        assert (bars[c.name, "forward"], bars[c.name, "backward"]) == (forward, backward)
+    (time,) = [t for t in preset.targets if isinstance(t, targets.Time)]
+    assert cells[time.cell].bias
+    assert (time.which, time.at_most_ms) == ("gradient", 10.0)
+    (memory,) = [t for t in preset.targets if isinstance(t, targets.Memory)]
+    table = 2 * cells[memory.cell].heads * 4096**2 / 2**20
+    assert memory.at_most_mib < table
+    dropped = [t for t in preset.targets if cells[t.cell].dropout]
+    assert [(t.which, 1 / t.at_least) for t in dropped] == [("forward", 1.2), ("gradient", 1.2)]
+
+
 def test_the_cpu_preset_doubles_lengths_and_compiles_the_longest_alone() -> None:
     plans = [p for p in presets.cpu().plans if p.cell.dtype == "float32"]
     lengths = {p.cell.queries: p.timed for p in plans if p.cell.mask.kind == "causal"}
@@ -138,6 +163,22 @@ def test_speed_is_judged_against_the_best_peer_that_has_a_time() -> None:
     assert verdict(1.0, "out") == (None, False)
     elsewhere = targets.Speed("another cell", "forward", "own", 1.0, ("fast",))
     assert targets.verdicts([elsewhere], run, run.cells) == []
+
+
+def test_rates_and_times_are_judged_by_themselves() -> None:
+    run = run_with((SMALL, Measurement("own", "forward", ms=2.0)))
+    rate = SMALL.flops("forward") / 2e9
+    asked = [
+        targets.Rate(SMALL.name, "forward", "own", rate),
+        targets.Rate(SMALL.name, "forward", "own", rate * 1.01),
+        targets.Rate(SMALL.name, "forward", "other", 0.0),
+        targets.Time(SMALL.name, "forward", "own", 2.0),
+        targets.Time(SMALL.name, "forward", "own", 1.9),
+        targets.Time(SMALL.name, "gradient", "own", 9.0),
+    ]
+    found = targets.verdicts(asked, run, run.cells)
+    assert [v.met for v in found] == [True, False, False, True, False, False]
+    assert [v.measured for v in found] == [rate, rate, None, 2.0, 2.0, None]
 
 
 def test_memory_is_judged_by_size_and_growth() -> None:
@@ -195,6 +236,7 @@ def test_calls_take_turns_and_one_that_raises_is_left_out() -> None:
         ("jattn/eager", "causal"),
         ("jattn/eager", "window:5"),
         ("jattn/eager", "packed:3"),
+        ("jattn/memory_efficient-xla", "causal"),
         ("jax.nn/xla", "window:5"),
         ("jax.nn/xla", "packed:3"),
     ],
