@@ -127,7 +127,7 @@ def test_a_terminal_gets_a_bar_and_a_pipe_lines_alone() -> None:
     shown = {}
     for terminal in (True, False):
         output = io.StringIO()
-        console = Console(file=output, force_terminal=terminal, width=120)
+        console = Console(file=output, force_terminal=terminal, width=120, _environ={})
         with TrainingProgress(console, total=8, done=0) as progress:
             progress.advance(4, 2.5)
             progress.line("step 4/8  [not markup]")
