@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from benchmarks.cells import Cell, Pass
 from benchmarks.results import Measurement
 from benchmarks.row_check import TOLERANCE
 
-__all__ = ["Family", "Job", "Measuring", "Ready", "Reporter", "interleave", "reason_of"]
+__all__ = ["Device", "Family", "Job", "Measuring", "Ready", "Reporter", "interleave", "reason_of"]
 
 
 class Ready(Protocol):
@@ -34,6 +34,12 @@ class Family(Protocol):
     def facts(self) -> dict[str, Any]: ...
     def refusal(self, peer: str, cell: Cell) -> str | None: ...
     def prepare(self, peer: str, cell: Cell, which: Pass) -> Ready: ...
+
+
+class Device(Protocol):
+    """Waits for the device, and has it alone or beside others until the context ends."""
+
+    def __call__(self, *, alone: bool) -> AbstractContextManager[Any]: ...
 
 
 class Reporter(Protocol):
@@ -80,7 +86,7 @@ class Measuring:
         job: Job,
         family: Family,
         report: Reporter,
-        device: Callable[[], AbstractContextManager[Any]],
+        device: Device,
     ) -> None:
         self._job, self._family, self._report, self._device = job, family, report, device
         self._stopped: dict[str, str] = {}
@@ -110,12 +116,12 @@ class Measuring:
         known = Measurement(peer, which)
         if peer in self._stopped:
             return None, replace(known, reason=self._stopped[peer])
-        self._report.stage(peer, "compile")
         try:
-            reason = self._family.refusal(peer, self._job.cell)
-            if reason is not None:
-                return None, replace(known, reason=reason)
-            call = self._family.prepare(peer, self._job.cell, which)
+            with self._stage(peer, "compile", alone=False):
+                reason = self._family.refusal(peer, self._job.cell)
+                if reason is not None:
+                    return None, replace(known, reason=reason)
+                call = self._family.prepare(peer, self._job.cell, which)
         except Exception as error:  # a peer may fail in any way; the others go on
             return None, replace(known, reason=reason_of(error))
         known = replace(known, temp_bytes=call.temp_bytes, compile_s=round(call.compile_s, 3))
@@ -147,14 +153,19 @@ class Measuring:
         return _with_times(known, times, timer)
 
     def _on_device[R](self, peer: str, work: Callable[[], R]) -> R:
-        self._report.stage(peer, "wait")
-        with self._device():
-            self._report.stage(peer, "run")
+        with self._stage(peer, "run", alone=True):
             try:
                 return work()
             except Exception:
                 self.spent = self._job.on_gpu
                 raise
+
+    @contextmanager
+    def _stage(self, peer: str, stage: str, *, alone: bool) -> Generator[None]:
+        self._report.stage(peer, "wait")
+        with self._device(alone=alone):
+            self._report.stage(peer, stage)
+            yield
 
     def _take_turns(self, ready: dict[str, tuple[Ready, Measurement]]) -> None:
         calls = {peer: call for peer, (call, _) in ready.items()}

@@ -1,7 +1,8 @@
 """The process that runs peers: jobs come in as lines of JSON, stages and measurements go out.
 
 Run as `python -m benchmarks.worker FAMILY LOCK`. FAMILY is the module that prepares calls. LOCK is
-a file that a worker holds while it uses the device, so that several may compile at the same time.
+a file that a worker holds alone while it measures, and shares with others while it compiles: XLA
+tries products and fills arrays on the device then, beside which nothing is to be timed.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def main(family_name: str, lock_path: str) -> None:
     with open(lock_path, "w") as lock:
 
         @contextlib.contextmanager
-        def device() -> Generator[None]:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        def device(*, alone: bool) -> Generator[None]:
+            fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             try:
                 yield
             finally:

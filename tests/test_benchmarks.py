@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -295,8 +296,16 @@ class Collected:
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], Measurement] = {}
+        self.stages: list[str] = []
 
-    def stage(self, peer: str, stage: str) -> None: ...
+    def stage(self, peer: str, stage: str) -> None:
+        self.stages.append(stage)
+
+    @contextlib.contextmanager
+    def device(self, *, alone: bool) -> Generator[None]:
+        """What a worker would wait for."""
+        self.stages.append("alone" if alone else "shared")
+        yield
 
     def result(self, measurement: Measurement) -> None:
         self.found[measurement.peer, measurement.which] = measurement
@@ -307,7 +316,7 @@ def test_peers_that_refuse_raise_or_err_are_reported_and_the_rest_timed(on_gpu: 
     peers = ("refuses", "raises", "breaks", "wrong", "NaN", "works")
     told = Collected()
     job = Job(SMALL, peers, ("forward", "gradient"), timed=True, repeats=3, on_gpu=on_gpu)
-    measuring = Measuring(job, FakeFamily(), told, contextlib.nullcontext)
+    measuring = Measuring(job, FakeFamily(), told, told.device)
     measuring.run()
     for which in job.passes:
         reasons = {peer: told.found[peer, which].reason for peer in peers}
@@ -324,6 +333,14 @@ def test_peers_that_refuse_raise_or_err_are_reported_and_the_rest_timed(on_gpu: 
     assert (works.samples, works.temp_bytes, works.compile_s) == (3, 2**20, 0.25)
     if on_gpu:
         assert (works.ms, works.min_ms, works.max_ms, works.timer) == (2.0, 1.0, 3.0, "fake")
+
+
+def test_what_runs_has_the_device_alone_and_what_compiles_does_not() -> None:
+    told = Collected()
+    job = Job(SMALL, ("works",), ("forward",), timed=True, repeats=3, on_gpu=True)
+    Measuring(job, FakeFamily(), told, told.device).run()
+    run = ["wait", "alone", "run"]
+    assert told.stages == ["wait", "shared", "compile", *run, *run]
 
 
 FAMILY = """
