@@ -78,7 +78,8 @@ def dot_product_attention(
       logits_soft_cap: cap * tanh(logits / cap), after the bias (Gemma 2, section 2.2).
       sinks: (N,) a learnable logit that joins each row's softmax and has no value (StreamingLLM;
         gpt-oss).
-      dropout_rate: the share of weights dropped, in [0, 1); the rest grow by 1 / (1 - rate).
+      dropout_rate: the share of weights dropped, in [0, 1), in steps of 2^-16; the rest grow by
+        1 / (1 - rate).
       dropout_rng: a `jax.random` key. The mask is a fixed function of it and of the position, the
         same on every backend.
       broadcast_dropout: one dropout mask for all batch rows and heads (Flax's).

@@ -1,10 +1,19 @@
 """The dropout mask: a fixed function of (key, batch row, head, query, key position).
 
-Each element's 32 bits come from a counter-based hash: a row of the logits has two words, derived
-from the random key, the batch row, the head and the query; the key position is mixed into them
-with two multiplications. Nothing is stored: forward, backward and every backend, whatever its
-blocks, compute the same bits. The mixer is the "lowbias32" integer hash of C. Wellons,
-"Prospecting for Hash Functions" (2018), whose two multipliers were found by search.
+A counter-based hash: a row of the logits has two words, derived from the random key, the batch row,
+the head and the query; the key position is mixed into them with two multiplications. Nothing is
+stored: forward, backward and every backend, whatever its blocks, compute the same bits. The mixer
+is the "lowbias32" integer hash of C. Wellons, "Prospecting for Hash Functions" (2018), whose two
+multipliers were found by search.
+
+The 32 bits are for two keys, 16 for each, so a rate is a multiple of 2^-16. The two are 8 apart:
+
+    key          0 1 2 3 4 5 6 7   8 9 10 11 12 13 14 15   16 17 ..
+    hash of      0 1 2 3 4 5 6 7   0 1  2  3  4  5  6  7   16 17 ..
+    half           the lower             the upper         the lower
+
+A thread of a GPU's matrix instructions holds both, whether keys lie across or down the tile, and
+so makes their hash once (PTX ISA, "wgmma": accumulator fragments).
 """
 
 from __future__ import annotations
@@ -14,13 +23,13 @@ import jax.numpy as jnp
 from jax import Array
 
 __all__ = [
+    "element_bits",
     "keep",
-    "keep_of_words",
-    "key_words",
+    "limit",
+    "pairs",
     "row_words",
     "seeds",
     "seeds_from_head",
-    "threshold",
 ]
 
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive counters over the range
@@ -41,17 +50,19 @@ def seeds_from_head(seeds: Array, head: Array) -> Array:
     return seeds + _word(head) * jnp.array([_GOLDEN, _SECOND], jnp.uint32)
 
 
-def threshold(rate: float) -> int:
-    """An element is dropped when its 32 bits, as a number, are below this."""
-    return min(round(rate * 2**32), 2**32 - 1)
-
-
 def keep(seed: tuple[Array, Array], head: Array, query: Array, key: Array, rate: float) -> Array:
     """True where the element stays. Everything broadcasts; indices are integers.
 
     seed: the two words of the batch row, from `seeds`; head, query, key: absolute positions.
     """
-    return keep_of_words(row_words(seed, head, query), key_words(key), rate)
+    bits = element_bits(row_words(seed, head, query), *pairs(key))
+    kept: Array = bits >= jnp.uint32(limit(rate))
+    return kept
+
+
+def limit(rate: float) -> int:
+    """An element is dropped when its bits, as a number, are below this."""
+    return min(round(rate * 2**16), 2**16 - 1) << 16
 
 
 def row_words(seed: tuple[Array, Array], head: Array, query: Array) -> tuple[Array, Array]:
@@ -59,32 +70,24 @@ def row_words(seed: tuple[Array, Array], head: Array, query: Array) -> tuple[Arr
     head, query = _word(head), _word(query)
     first = _mix(_mix(seed[0] + head * jnp.uint32(_GOLDEN)) ^ query * jnp.uint32(_SECOND))
     second = _mix(_mix(seed[1] + head * jnp.uint32(_SECOND)) + query * jnp.uint32(_GOLDEN))
-    return _shifted(first), second
+    return first, second
 
 
-def key_words(key: Array) -> Array:
-    """What `keep_of_words` needs of a key."""
-    return _shifted(_word(key) * jnp.uint32(_GOLDEN))
+def pairs(key: Array) -> tuple[Array, Array]:
+    """Of each key the one whose hash it has, itself or 8 before, and whether it is the latter."""
+    return key & jnp.full_like(key, ~8), (key & 8) != 0
 
 
-def keep_of_words(row: tuple[Array, Array], key: Array, rate: float) -> Array:
-    """`keep`, of words made once for each row and each key: both had the mixer's first shift."""
-    x = (row[0] ^ key) * jnp.uint32(0x7FEB352D) + row[1]
-    x = x ^ (x >> 15)
-    x = x * jnp.uint32(0x846CA68B)
-    # The last matters only where the upper half is equal to the limit's, and is then known.
-    limit = threshold(rate)
-    kept: Array = (x ^ jnp.uint32(limit >> 16)) >= jnp.uint32(limit)
-    return kept
+def element_bits(row: tuple[Array, Array], pair: Array, is_second: Array) -> Array:
+    """Uint32 of which the upper 16 bits count, from a row's words and `pairs` of its keys."""
+    x = (row[0] ^ _word(pair) * jnp.uint32(_GOLDEN)) * jnp.uint32(0x7FEB352D) + row[1]
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return jnp.where(is_second, x, x << 16)
 
 
 def _mix(x: Array) -> Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def _shifted(x: Array) -> Array:
     return x ^ (x >> 16)
 
 

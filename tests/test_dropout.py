@@ -76,6 +76,15 @@ def test_neighbours_are_independent(axis: int, step: int) -> None:
     assert abs(correlation) < 5 / np.sqrt(left.size)
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.1])
+def test_keys_that_share_a_hash_are_independent(rate: float) -> None:
+    mask = keep_mask(rate, **SHAPE).reshape(-1, SHAPE["keys"] // 16, 2, 8)
+    first, second = (mask[:, :, i].astype(np.float64) - (1 - rate) for i in (0, 1))
+    for pair in range(8):
+        correlation = (first[..., pair] * second[..., pair]).mean() / (rate * (1 - rate))
+        assert abs(correlation) < 5 / np.sqrt(first[..., pair].size)
+
+
 def test_no_two_rows_and_no_two_columns_are_equal() -> None:
     mask = keep_mask(0.5, **SHAPE)
     rows = mask.reshape(-1, mask.shape[-1])

@@ -75,7 +75,14 @@ def _kernel(
         queries = span(first_query, tiles.queries, limits[0])
         keys = span(first_key, tiles.keys, limits[1])
         at = Place(
-            batch, head, queries.down, keys.across, queries.exists_down, keys.exists_across, masked
+            batch,
+            head,
+            queries.down,
+            keys.across,
+            first_key,
+            queries.exists_down,
+            keys.exists_across,
+            masked,
         )
         row = (batch, queries.down, head, queries.exists_down)
         q = columns.read(refs.q, spec.head_dim, *row)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jattn import dropout
-from pallas_kernels.portable.triton import LOG2E, Index, Mask, load
+from pallas_kernels.portable.triton import LOG2E, Index, Mask, load, zero_below
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec, Shape4
@@ -37,6 +37,7 @@ class Place:
     head: Array
     query: Array
     key: Array
+    first_key: Array
     queries_inside: Mask = None
     keys_inside: Mask = None
     masked: bool = True
@@ -96,8 +97,10 @@ def dropped(spec: AttentionSpec, refs: SimpleNamespace, at: Place, p: Array) -> 
         load(refs.row_words, index, at.queries_inside),
         load(refs.more_words, index, at.queries_inside),
     )
-    key = load(refs.key_words, (at.key,), at.keys_inside)
-    return jnp.where(dropout.keep_of_words(row, key, spec.dropout_rate), p, 0.0)
+    # Within the block, so that the compiler sees which elements of a thread share a hash.
+    pair, is_second = dropout.pairs(at.key - at.first_key)
+    bits = dropout.element_bits(row, at.first_key + pair, is_second)
+    return zero_below(p, bits, dropout.limit(spec.dropout_rate))
 
 
 def may_hide(spec: AttentionSpec) -> bool:

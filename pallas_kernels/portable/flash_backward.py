@@ -107,7 +107,14 @@ def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNames
             q = columns.read(refs.q, spec.head_dim, *rows)
             d_out = columns.read(refs.d_out, spec.value_dim, *rows)
             at = Place(
-                batch, head, queries.across, keys.down, queries.exists_across, exists, masked
+                batch,
+                head,
+                queries.across,
+                keys.down,
+                tile * tiles.keys,
+                queries.exists_across,
+                exists,
+                masked,
             )
             s = columns.against(k, q, spec.precision)
             dp = columns.against(v, d_out, spec.precision)
@@ -203,7 +210,14 @@ def _query_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNam
         dq, row = state
         keys = span(j * tiles.keys, tiles.keys, present if masked else None)
         at = Place(
-            batch, head, queries.down, keys.across, queries.exists_down, keys.exists_across, masked
+            batch,
+            head,
+            queries.down,
+            keys.across,
+            j * tiles.keys,
+            queries.exists_down,
+            keys.exists_across,
+            masked,
         )
         k = columns.read(refs.k, spec.head_dim, batch, keys.down, kv_head, keys.exists_down)
         v = columns.read(refs.v, spec.value_dim, batch, keys.down, kv_head, keys.exists_down)

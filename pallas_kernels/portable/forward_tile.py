@@ -96,7 +96,14 @@ class ForwardTile:
         # A bias may be anything past the query lengths, NaN too.
         inside = rows.exists if self.spec.bias_shape is None else rows.real
         at = Place(
-            self.batch, rows.head, rows.query, keys.across, inside, keys.exists_across, masked
+            self.batch,
+            rows.head,
+            rows.query,
+            keys.across,
+            j * size,
+            inside,
+            keys.exists_across,
+            masked,
         )
         return keys, at
 

@@ -17,10 +17,10 @@ __all__ = ["backward_inputs", "forward_inputs"]
 
 
 def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
-    """q, k, v and what else the call has, as it is; of dropout, the words of rows and keys.
+    """q, k, v and what else the call has, as it is; of dropout, the two words of each row.
 
-    Those are two of each row, (B, N, T), or (B, 1, T) where heads share the mask, and one of each
-    key, (S,). A kernel would make them again for each block of a row.
+    Those are (B, N, T), or (B, 1, T) where heads share the mask. A kernel would make them again for
+    each block of a row.
     """
     inputs = {
         "q": operands.query,
@@ -39,7 +39,6 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
         inputs["row_words"], inputs["more_words"] = dropout.row_words(
             (seeds[:, 0], seeds[:, 1]), heads, jnp.arange(spec.queries)
         )
-        inputs["key_words"] = dropout.key_words(jnp.arange(spec.keys))
     return {name: x for name, x in inputs.items() if x is not None}
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "place_in",
     "product",
     "store",
+    "zero_below",
 ]
 
 type Ref = Any
@@ -77,6 +78,23 @@ def exp2(x: Array, c: float, shift: Array) -> Array:
         f"{{ .reg .f32 t; fma.rn.ftz.f32 t, $1, 0f{factor:08X}, $2; ex2.approx.ftz.f32 $0, t; }}",
         args=[x, jnp.broadcast_to(-shift, x.shape)],
         constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def zero_below(x: Array, bits: Array, limit: int) -> Array:
+    """x, float32, with zeros where `bits`, uint32, are below the limit.
+
+    A choice that the compiler sees it moves behind the rounding to two bytes, and packs those anew.
+    """
+    if _interpreting.get():
+        return jnp.where(bits < jnp.uint32(limit), 0.0, x)
+    (result,) = plgpu.elementwise_inline_asm(
+        f"{{ .reg .pred p; setp.lo.u32 p, $2, {limit}; selp.f32 $0, 0f00000000, $1, p; }}",
+        args=[x, bits],
+        constraints="=f,f,r",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
