@@ -36,7 +36,6 @@ class Form:
 
     lacks: what a device lacks to run it; None if nothing.
     refusals: why it cannot do a call, with the values, on a device that lacks nothing.
-    slow: why forms after it are faster for a call, which then come before it.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Form:
     gradient_bytes: Callable[[AttentionSpec, Target], int]
     lacks: Callable[[Target], str | None] = lambda target: None
     refusals: Callable[[AttentionSpec, Target], list[str]] = lambda spec, target: []
-    slow: Callable[[AttentionSpec], str | None] = lambda spec: None
     automatic: bool = True
 
     def reasons(self, spec: AttentionSpec, target: Target) -> list[str]:
@@ -82,7 +80,6 @@ FORMS = (
         gradient_bytes=flash_attention.portable_gradient_bytes,
         lacks=lambda target: kernels.lacks("portable", target),
         refusals=lambda spec, target: portable.refusals(spec),
-        slow=portable.why_slow,
     ),
     Form(
         name="memory_efficient",
@@ -91,7 +88,6 @@ FORMS = (
         gradient_bytes=flash_attention.portable_gradient_bytes,
         lacks=lambda target: kernels.lacks("portable", target),
         refusals=lambda spec, target: portable.refusals(spec),
-        slow=portable.why_slow,
     ),
     Form(
         name="memory_efficient",
@@ -132,28 +128,22 @@ def attention_backend(implementation: Implementation) -> Generator[None]:
         yield
 
 
-def candidates(implementation: Implementation | None, spec: AttentionSpec) -> tuple[Form, ...]:
+def candidates(implementation: Implementation | None) -> tuple[Form, ...]:
     """The forms that may run a call, in the order to try: as named, as forced, or automatic."""
     names = _forced.value if implementation is None else _names(implementation)
     if names is None:
-        return _fast_first([form for form in FORMS if form.automatic], spec)
-    return tuple(form for name in names for form in forms_of(name, spec))
+        return tuple(form for form in FORMS if form.automatic)
+    return tuple(form for name in names for form in forms_of(name))
 
 
-def forms_of(name: str, spec: AttentionSpec) -> tuple[Form, ...]:
-    """Those of one backend, in the order to try for a call."""
-    return _fast_first([form for form in FORMS if form.name == name], spec)
-
-
-def _fast_first(forms: Sequence[Form], spec: AttentionSpec) -> tuple[Form, ...]:
-    if kernels.is_one_left():
-        return tuple(forms)
-    return tuple(sorted(forms, key=lambda form: form.slow(spec) is not None))
+def forms_of(name: str) -> tuple[Form, ...]:
+    """Those of one backend, in the order to try."""
+    return tuple(form for form in FORMS if form.name == name)
 
 
 def choose(spec: AttentionSpec, target: Target, implementation: Implementation | None) -> Form:
     """The first candidate that refuses nothing; raises with every reason if there is none."""
-    tried = candidates(implementation, spec)
+    tried = candidates(implementation)
     reasons: list[str] = []
     for form in tried:
         refusals = form.reasons(spec, target)

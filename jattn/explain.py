@@ -24,8 +24,7 @@ class BackendReport:
     """One backend and one call.
 
     refusals: why it cannot run; then kernel and gradient_bytes are None.
-    passed_over: why another kernel of its own, made for this device, does not run, or why the one
-      that runs is slow.
+    passed_over: why another kernel of its own, made for this device, does not run.
     gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
       arguments, results and their gradients.
     """
@@ -95,7 +94,7 @@ def explain(
     """
     spec = _spec(dict(query=query, key=key, value=value, bias=bias, mask=mask, **options))
     target = current_target()
-    candidates = backends.candidates(implementation, spec)
+    candidates = backends.candidates(implementation)
     reports = [_report(name, spec, target, candidates) for name in NAMES]
     runs = (form.name for form in candidates if not form.reasons(spec, target))
     chosen = next(runs, None)
@@ -123,11 +122,8 @@ def _report(
     refusals: list[str] = []
     passed_over: list[str] = []
     runs: Form | None = None
-    for form in backends.forms_of(name, spec):
+    for form in backends.forms_of(name):
         reasons = form.reasons(spec, target)
-        slow = form.slow(spec)
-        if not reasons and slow is not None:
-            passed_over.append(slow)
         if runs is None and not reasons:
             runs = form
         elif runs is None:

@@ -17,6 +17,7 @@ from jattn.kernels import Family
 from jattn.spec import AttentionSpec, Operands
 from jattn.target import Target
 from pallas_kernels.hopper import limits
+from pallas_kernels.portable.precision import term_count
 
 __all__ = [
     "attend_on_hopper",
@@ -54,4 +55,9 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the portable kernels."""
-    return spec.batch * spec.queries * spec.heads * 4 * 3  # log-sum-exp and row term of each row
+    rows = spec.batch * spec.queries * spec.heads
+    held = rows * 4 * 3  # log-sum-exp, in two bases, and row term of each row
+    if (terms := term_count(spec)) > 1:
+        width = spec.head_dim + spec.value_dim
+        held += (rows + spec.batch * spec.keys * spec.kv_heads) * width * 2 * terms
+    return held

@@ -14,7 +14,7 @@ from jattn.determinism import is_deterministic
 from jattn.spec import AttentionSpec, Operands
 from jattn.target import Target
 
-__all__ = ["Family", "Kernels", "is_one_left", "kernels_of", "lacks", "only"]
+__all__ = ["Family", "Kernels", "kernels_of", "lacks", "only"]
 
 Family = Literal["hopper", "portable"]
 
@@ -35,11 +35,6 @@ def only(family: Family, *, interpret: bool = False) -> Generator[None]:
     """
     with _only(_Only(family, interpret)):
         yield
-
-
-def is_one_left() -> bool:
-    """Whether calls are inside `only`."""
-    return _only.value is not None
 
 
 def lacks(family: Family, target: Target) -> str | None:

@@ -95,8 +95,8 @@ def _kernel(
             load(refs.lse, index, queries.exists_down, math.inf),
             load(refs.row_term, index, queries.exists_down),
         )
-        s = columns.against(q, k, spec.precision)
-        dp = columns.against(d_out, v, spec.precision)
+        s = columns.against(q, k)
+        dp = columns.against(d_out, v)
         _, dz = gradients(spec, refs, at, numbers, s, dp)
         return d_bias + dz
 

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.portable.elements import both
-from pallas_kernels.portable.triton import Mask, Ref, load, product, store
+from pallas_kernels.portable.precision import terms
+from pallas_kernels.portable.triton import Factor, Mask, Ref, load, product, store
 
-__all__ = ["Matrix", "Part", "against", "parts", "read", "times", "write", "zeros"]
+__all__ = ["Matrix", "Part", "Sums", "against", "parts", "plus", "read", "times", "write", "zeros"]
 
 LEAST = 16  # columns of a product's operand
 
-type Matrix = tuple[Array, ...]  # (rows, width) of each part
+type Matrix = tuple[Factor, ...]  # (rows, width) of each part
+type Sums = tuple[Array, ...]  # the same in float32
 
 
 class Part(NamedTuple):
@@ -43,12 +45,16 @@ def parts(size: int) -> tuple[Part, ...]:
 def read(ref: Ref, size: int, batch: Array, row: Array, head: Array, inside: Mask) -> Matrix:
     """Rows of an array (B, rows, heads, size), zeros where they do not exist.
 
-    row: (rows, 1); head: a scalar, or shaped as `row`; inside: shaped as `row`.
+    ref: the array, or its terms, (terms, B, rows, heads, size); row: (rows, 1); head: a scalar, or
+      shaped as `row`; inside: shaped as `row`.
     """
 
-    def one(part: Part) -> Array:
+    def one(part: Part) -> Factor:
         column, exists = _columns(part)
-        return load(ref, (batch, row, head, column), both(inside, exists))
+        index, mask = (batch, row, head, column), both(inside, exists)
+        if len(ref.shape) == len(index):
+            return (load(ref, index, mask),)
+        return tuple(load(ref, (term, *index), mask) for term in range(ref.shape[0]))
 
     return tuple(map(one, parts(size)))
 
@@ -59,7 +65,7 @@ def write(
     before: tuple[Array, ...],
     row: Array,
     head: Array,
-    x: Matrix,
+    x: Sums,
     inside: Mask,
 ) -> None:
     """Writes rows of an array (..., rows, heads, size), as `read` reads them."""
@@ -68,24 +74,31 @@ def write(
         store(ref, (*before, row, head, column), value, both(inside, exists))
 
 
-def zeros(rows: int, size: int) -> Matrix:
+def zeros(rows: int, size: int) -> Sums:
     """Sums before anything is added, in float32."""
     return tuple(jnp.zeros((rows, part.width), jnp.float32) for part in parts(size))
 
 
-def against(a: Matrix, b: Matrix, precision: str | None) -> Array:
+def plus(a: Sums, b: Sums) -> Sums:
+    """A + B, part by part."""
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def against(a: Matrix, b: Matrix) -> Array:
     """A Bᵀ, summed over the parts of both."""
     total = None
     for x, y in zip(a, b, strict=True):
-        term = product(x, y.T, precision)
-        total = term if total is None else total + term
+        one = product(x, tuple(term.T for term in y))
+        total = one if total is None else total + one
     assert total is not None
     return total
 
 
-def times(p: Array, b: Matrix, precision: str | None) -> Matrix:
-    """P B, part by part, P rounded to B's dtype."""
-    return tuple(product(p.astype(y.dtype), y, precision) for y in b)
+def times(p: Array, b: Matrix) -> Sums:
+    """P B, part by part, P as B is: rounded to its dtype, or in terms."""
+    count = len(b[0])
+    factor = terms(p, count) if count > 1 else (p.astype(b[0][0].dtype),)
+    return tuple(product(factor, y) for y in b)
 
 
 def _columns(part: Part) -> tuple[Array, Mask]:

@@ -11,7 +11,6 @@ from pallas_kernels.portable import flash_forward
 from pallas_kernels.portable.bias_gradient import bias_gradient
 from pallas_kernels.portable.flash_backward import key_gradients, query_gradients
 from pallas_kernels.portable.inputs import backward_inputs
-from pallas_kernels.portable.precision import with_precision
 from pallas_kernels.portable.tiles import Tiles, bias_tiles, key_tiles, query_tiles
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def backward(
       tiles: tile shapes to use instead of the tables'.
       interpret: run on a CPU.
     """
-    spec = with_precision(spec)
     tiles = tiles or backward_tiles(spec)
     inputs = backward_inputs(spec, operands, lse, row_term, d_out)
     way = _way(spec) if wants_bias else None

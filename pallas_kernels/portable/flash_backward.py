@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["key_gradients", "query_gradients"]
 
 type Inputs = dict[str, Array]
-type Gradients = tuple[columns.Matrix, columns.Matrix]  # dK and dV
+type Gradients = tuple[columns.Sums, columns.Sums]  # dK and dV
 type KeyState = tuple[Gradients, Array | None]  # and a bias's, summed over queries
-type QueryState = tuple[columns.Matrix, Array | None]  # dQ, and a bias's, summed over keys
+type QueryState = tuple[columns.Sums, Array | None]  # dQ, and a bias's, summed over keys
 
 
 def key_gradients(
@@ -116,12 +116,12 @@ def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNames
                 exists,
                 masked,
             )
-            s = columns.against(k, q, spec.precision)
-            dp = columns.against(v, d_out, spec.precision)
+            s = columns.against(k, q)
+            dp = columns.against(v, d_out)
             numbers = _numbers(refs, batch, head, queries.across, queries.exists_across)
             p, dz = gradients(spec, refs, at, numbers, s, dp)
-            dv = _plus(dv, columns.times(p, d_out, spec.precision))
-            dk = _plus(dk, columns.times(dz, q, spec.precision))
+            dv = columns.plus(dv, columns.times(p, d_out))
+            dk = columns.plus(dk, columns.times(dz, q))
             if column is not None:
                 column = column + dz.sum(axis=1, keepdims=True)
             return (dk, dv), column
@@ -221,10 +221,10 @@ def _query_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNam
         )
         k = columns.read(refs.k, spec.head_dim, batch, keys.down, kv_head, keys.exists_down)
         v = columns.read(refs.v, spec.value_dim, batch, keys.down, kv_head, keys.exists_down)
-        s = columns.against(q, k, spec.precision)
-        dp = columns.against(d_out, v, spec.precision)
+        s = columns.against(q, k)
+        dp = columns.against(d_out, v)
         _, dz = gradients(spec, refs, at, numbers, s, dp)
-        dq = _plus(dq, columns.times(dz, k, spec.precision))
+        dq = columns.plus(dq, columns.times(dz, k))
         if d_bias is not None:
             index, inside = placed(d_bias.shape, at)
             store(d_bias, index, dz * factor, inside)
@@ -248,10 +248,6 @@ def _numbers(
     """Those of rows that do not exist give them no weight."""
     index = (batch, head, query)
     return load(refs.lse, index, inside, math.inf), load(refs.row_term, index, inside)
-
-
-def _plus(a: columns.Matrix, b: columns.Matrix) -> columns.Matrix:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _present(x: Array, exists: Mask) -> Array:

@@ -26,8 +26,7 @@ from pallas_kernels.combine import combine
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import may_hide
 from pallas_kernels.portable.forward_tile import ForwardTile, Plan, launch, make_plan
-from pallas_kernels.portable.precision import with_precision
-from pallas_kernels.portable.softmax import Softmax
+from pallas_kernels.portable.softmax import APART, Softmax
 from pallas_kernels.portable.tiles import forward_tiles
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["forward"]
 
-type State = tuple[Softmax, columns.Matrix]
+type State = tuple[Softmax, columns.Sums]
 
 
 def forward(
@@ -49,7 +48,6 @@ def forward(
       plan: the launch, instead of the one made from the table of tiles.
       interpret: run on a CPU.
     """
-    spec = with_precision(spec)
     plan = plan or make_plan(spec, forward_tiles(spec))
     sinks = None
     if operands.sinks is not None:
@@ -74,8 +72,8 @@ def _kernel(tile: ForwardTile) -> None:
         return softmax, tuple(a * correction + b for a, b in zip(o, added, strict=True))
 
     rows = tile.plan.tiles.queries
-    start = Softmax.start(rows), columns.zeros(rows, tile.spec.value_dim)
+    start = Softmax.start(rows, maxima=1, sums=APART), columns.zeros(rows, tile.spec.value_dim)
     softmax, o = tile.visit(step, start)
-    softmax, correction = tile.join_sink(softmax)
+    softmax, correction = tile.join_sink(softmax.whole())
     normalise, lse = softmax.finish(tile.real)
     tile.write(o, correction * normalise, lse)

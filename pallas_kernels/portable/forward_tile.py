@@ -113,16 +113,16 @@ class ForwardTile:
             self.refs.k, self.spec.head_dim, self.batch, keys.down, self.rows.kv_head,
             keys.exists_down,
         )  # fmt: skip
-        return logits(self.spec, self.refs, at, columns.against(self.q, k, self.spec.precision))
+        return logits(self.spec, self.refs, at, columns.against(self.q, k))
 
-    def values(self, p: Array, keys: Span, at: Place) -> columns.Matrix:
+    def values(self, p: Array, keys: Span, at: Place) -> columns.Sums:
         """P V, with dropout."""
         spec = self.spec
         p = dropped(spec, self.refs, at, p)
         v = columns.read(
             self.refs.v, spec.value_dim, self.batch, keys.down, self.rows.kv_head, keys.exists_down
         )
-        return columns.times(p, v, spec.precision)
+        return columns.times(p, v)
 
     def join_sink(self, softmax: Softmax) -> tuple[Softmax, Array | float]:
         """The softmax with the call's sink, and the correction of the output; as it is if none."""
@@ -138,7 +138,7 @@ class ForwardTile:
         """Which rows are within the query lengths; None if there are none."""
         return self.rows.real if self.spec.has_query_lengths else None
 
-    def write(self, o: columns.Matrix, factor: Array | float, lse: Array) -> None:
+    def write(self, o: columns.Sums, factor: Array | float, lse: Array) -> None:
         """The output, O times `factor`, and the log-sum-exp."""
         spec, rows, splits = self.spec, self.rows, self.plan.splits
         factor = factor * (1 / (1 - spec.dropout_rate))

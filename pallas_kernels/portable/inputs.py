@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jattn import dropout
+from pallas_kernels.portable.precision import factor
 from pallas_kernels.portable.triton import LOG2E
 
 if TYPE_CHECKING:
@@ -17,15 +18,15 @@ __all__ = ["backward_inputs", "forward_inputs"]
 
 
 def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
-    """q, k, v and what else the call has, as it is; of dropout, the two words of each row.
+    """q, k, v as products take them, what else the call has, and of dropout two words of each row.
 
     Those are (B, N, T), or (B, 1, T) where heads share the mask. A kernel would make them again for
     each block of a row.
     """
     inputs = {
-        "q": operands.query,
-        "k": operands.key,
-        "v": operands.value,
+        "q": factor(spec, operands.query),
+        "k": factor(spec, operands.key),
+        "v": factor(spec, operands.value),
         "bias": operands.bias,
         "mask": operands.mask,
         "query_lengths": operands.query_lengths,
@@ -53,5 +54,5 @@ def backward_inputs(
     return forward_inputs(spec, operands) | {
         "lse": jnp.swapaxes(lse, 1, 2),
         "row_term": jnp.swapaxes(row_term, 1, 2),
-        "d_out": d_out,
+        "d_out": factor(spec, d_out),
     }

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 import jax
 
 from jattn.target import current_target
-from pallas_kernels.portable.precision import is_full, with_precision
+from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.tiles import shared_kib
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec
 
-__all__ = ["refusals", "why_slow"]
+__all__ = ["refusals"]
 
 MOST_HEAD_DIM = 512
+# Of float32, by its terms and KiB of shared memory, which a backward tile of 16 by 16 must fit.
+MOST_OF_TERMS = {(3, 163): 256, (3, 99): 128, (2, 99): 256}
 DTYPES = ("bfloat16", "float16", "float32")
 # An array of more than 2^32 bytes is indexed with 64 bits, else with 32, one of them a sign.
 INDEXED = 1 << 31
@@ -37,10 +39,12 @@ def refusals(spec: AttentionSpec) -> list[str]:
             reasons.append(f"its portable kernel takes a {name} up to {MOST_HEAD_DIM}, not {size}")
     kib = shared_kib(current_target().compute_capability)
     size = max(spec.head_dim, spec.value_dim)
-    if spec.dtype.name == "float32" and 256 < size <= MOST_HEAD_DIM and kib < 130:
+    terms = term_count(spec)
+    most = MOST_OF_TERMS.get((terms, kib), MOST_HEAD_DIM)
+    if most < size <= MOST_HEAD_DIM:
         reasons.append(
-            f"its portable kernel takes float32 up to a head dim of 256, not {size}, where a "
-            f"program has {kib} KiB of shared memory"
+            f"its portable kernel takes float32 in {terms} terms up to a head dim of {most}, not "
+            f"{size}, where a program has {kib} KiB of shared memory"
         )
     if spec.bias_dtype is not None and spec.bias_dtype.name not in DTYPES:
         reasons.append(
@@ -51,17 +55,6 @@ def refusals(spec: AttentionSpec) -> list[str]:
             f"its portable kernel takes no mask of 2^31 to 2^32 elements, given {spec.mask_shape}"
         )
     return reasons
-
-
-def why_slow(spec: AttentionSpec) -> str | None:
-    """Why XLA's products are faster for the call, as they are without tensor cores."""
-    # TFLOP/s on an H200, head dim 128, T = 2k, forward and backward: 6, 4; TF32 78, 35.
-    if spec.dtype.name == "float32" and is_full(with_precision(spec).precision):
-        return (
-            "its portable kernel is slow for float32 in full precision, which tensor cores do not "
-            "have (jax_default_matmul_precision='tensorfloat32' rounds it)"
-        )
-    return None
 
 
 def _has_triton() -> bool:

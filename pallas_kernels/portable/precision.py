@@ -1,28 +1,56 @@
-"""Whether products of float32 are of full precision."""
+"""How products are made of float32 on tensor cores: of terms in bfloat16.
+
+A float32 is the sum of three bfloat16s, each what the ones before leave, rounded:
+
+    x = x0 + x1 + x2        24 bits = 8 + 8 + 8
+    x y = x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0) + ..
+
+Six products keep what float32 does, as what is left out is below 2^-24 of the result. Where float32
+may be rounded to TF32, with its 11 bits, two terms and three products keep 16 (Henry, Tang and
+Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
+Computations", 2019, section III).
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array, lax
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec
 
-__all__ = ["is_full", "with_precision"]
-
-MOST_ROUNDED = 256  # head dim; over it a tile's parts in TF32 need more registers than there are
+__all__ = ["factor", "term_count", "terms"]
 
 # jax's names of it, in small letters; any other lets float32 be rounded to TF32.
-_FULL = ("highest", "float32", "f32_f32_f32")
+_FULL = ("highest", "float32", "f32_f32_f32", "bf16_bf16_f32_x6", "bf16_bf16_f32_x9")
 
 
-def is_full(precision: str | None) -> bool:
-    """Whether this one of jax's names of precisions is that of float32 itself; None is."""
-    return precision is None or precision.lower() in _FULL
+def term_count(spec: AttentionSpec) -> int:
+    """Of each operand of a product; 1 of floats of two bytes, which are their only term."""
+    if spec.dtype.name != "float32":
+        return 1
+    return 3 if spec.precision is None or spec.precision.lower() in _FULL else 2
 
 
-def with_precision(spec: AttentionSpec) -> AttentionSpec:
-    """The call at the precision that it is computed in."""
-    if spec.dtype.name != "float32" or max(spec.head_dim, spec.value_dim) <= MOST_ROUNDED:
-        return spec
-    return replace(spec, precision="highest")
+def factor(spec: AttentionSpec, x: Array) -> Array:
+    """A whole array as products take it: its terms in a first axis, if it has several."""
+    count = term_count(spec)
+    return x if count == 1 else jnp.stack(terms(x, count))
+
+
+def terms(x: Array, count: int) -> tuple[Array, ...]:
+    """Several of bfloat16 whose sum is x, float32, to the bits that they have."""
+    found = []
+    for _ in range(count - 1):
+        found.append(_rounded(x))
+        x = x - found[-1]
+    return tuple(term.astype(jnp.bfloat16) for term in (*found, x))
+
+
+def _rounded(x: Array) -> Array:
+    """To the eight bits of bfloat16, as float32: a conversion there and back XLA may leave out."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -3,7 +3,13 @@
     m' = max(m, rowmax x c)    P = 2^(x c - m')    l' = l 2^(m - m') + rowsum P
 
 (Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1.) A row that has seen no key has
-m = -inf and l = 0. Columns, (rows, 1).
+m = -inf and l = 0.
+
+A row's elements are in several threads, and each exchange between these costs as much as some
+steps of the sum itself. So what need not be known yet is kept apart, by key modulo `APART`:
+
+    key       0  1 .. 7 | 8  9 .. 15 | 16 ..        a thread of a matrix product's result has
+    kept in   0  1 .. 7 | 0  1 .. 7  | 0  ..        2i and 2i + 1 of every eight
 """
 
 from __future__ import annotations
@@ -16,38 +22,53 @@ from jax import Array
 from pallas_kernels.portable.elements import Logits
 from pallas_kernels.portable.triton import LN2, LOG2E, exp2
 
-__all__ = ["Softmax"]
+__all__ = ["APART", "Softmax"]
+
+APART = 8
 
 
 class Softmax(NamedTuple):
-    """The rows' maximum and sum so far."""
+    """The rows' maximum and sum so far, each (rows, 1) or (rows, APART)."""
 
     m: Array
     l: Array
 
     @staticmethod
-    def start(rows: int) -> Softmax:
-        """Of rows that have seen nothing."""
+    def start(rows: int, *, maxima: int, sums: int) -> Softmax:
+        """Of rows that have seen nothing, with so many columns of each: 1 or APART."""
         return Softmax(
-            jnp.full((rows, 1), -jnp.inf, jnp.float32), jnp.zeros((rows, 1), jnp.float32)
+            jnp.full((rows, maxima), -jnp.inf, jnp.float32), jnp.zeros((rows, sums), jnp.float32)
         )
 
     def update(self, logits: Logits, *, may_hide: bool) -> tuple[Array, Softmax, Array]:
         """P of a block, the softmax that includes it, and the correction of what came before.
 
-        may_hide: whether a row may have seen nothing yet.
+        For one maximum a row. may_hide: whether a row may have seen nothing yet.
         """
         x, c, _ = logits
         m = jnp.maximum(self.m, x.max(axis=1, keepdims=True) * c)
         shift = jnp.where(m == -jnp.inf, 0.0, m) if may_hide else m
         p = exp2(x, c, shift)
         correction = jnp.exp2(self.m - shift)
-        total = self.l * correction + p.sum(axis=1, keepdims=True)
-        return p, Softmax(m, total), correction
+        added = p.sum(axis=1, keepdims=True) if self.l.shape[1] == 1 else _apart(p).sum(axis=1)
+        return p, Softmax(m, self.l * correction + added), correction
 
     def add(self, logits: Logits, *, may_hide: bool) -> Softmax:
         """The softmax that includes a block, where P is not needed."""
-        return self.update(logits, may_hide=may_hide)[1]
+        if self.m.shape[1] == 1:
+            return self.update(logits, may_hide=may_hide)[1]
+        x, c, _ = logits
+        x = _apart(x)
+        m = jnp.maximum(self.m, x.max(axis=1) * c)
+        shift = jnp.where(m == -jnp.inf, 0.0, m) if may_hide else m
+        p = exp2(x, c, shift[:, None, :])
+        return Softmax(m, self.l * jnp.exp2(self.m - shift) + p.sum(axis=1))
+
+    def whole(self) -> Softmax:
+        """The same with one maximum and sum a row."""
+        m = self.m.max(axis=1, keepdims=True)
+        shift = jnp.where(m == -jnp.inf, 0.0, m)
+        return Softmax(m, (self.l * jnp.exp2(self.m - shift)).sum(axis=1, keepdims=True))
 
     def join(self, sink: Array) -> tuple[Softmax, Array]:
         """The softmax with one more logit, which has no value; and the correction of the output."""
@@ -68,3 +89,7 @@ class Softmax(NamedTuple):
             none = none | ~real
         l = jnp.where(none, 1.0, self.l)
         return jnp.where(none, 0.0, 1.0 / l), jnp.where(none, -jnp.inf, self.m * LN2 + jnp.log(l))
+
+
+def _apart(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1, APART)

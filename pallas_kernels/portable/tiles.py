@@ -3,8 +3,6 @@
 Shared memory a program may use: 227 KiB on data-centre Hopper and Blackwell, 163 on an A100, 99 on
 workstation GPUs. Only an H200 was there to time them: see docs/kernels.md. For the others a tile is
 what fits the least of these and spills no register.
-
-Full-precision float32 has no matrix instruction: products are unrolled in full, so tiles are small.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jattn.masking import hides_some
 from jattn.target import current_target
-from pallas_kernels.portable.precision import is_full, with_precision
+from pallas_kernels.portable.precision import term_count
 
 if TYPE_CHECKING:
     from jattn.spec import AttentionSpec
@@ -65,15 +63,15 @@ def _table(*rows: tuple[int, int, int, int]) -> Table:
 LARGE = {
     64: _table(
         (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3),
-        (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2),
+        (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2),
     ),
     128: _table(
         (128, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3),
-        (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2),
+        (128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2),
     ),
     256: _table(
         (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2),
-        (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 1),
+        (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 1),
     ),
     512: _table(
         (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2),
@@ -99,19 +97,31 @@ OTHERS = {
         (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 2),
     ),
 }  # fmt: skip
-# Of float32, by head dim, on any GPU: rounded to TF32, then of full precision.
-ROUNDED = {
-    64: _table(
-        *[(128, 64, 8, 2)] * 3, (128, 32, 8, 3), (32, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)
-    ),
-    128: _table(*[(64, 32, 8, 2)] * 4, *[(32, 32, 8, 2)] * 3),
-    256: _table(*[(32, 16, 8, 1)] * 4, (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 2)),
+# Of float32 in three terms, and in two, as many times the shared memory.
+THREE_TERMS = {
+    64: _table(*[(64, 32, 4, 2)] * 4, (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
+    128: _table(*[(64, 64, 4, 1)] * 4, (32, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)),
+    256: _table(*[(64, 32, 4, 1)] * 4, (16, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+    512: _table(*[(16, 32, 4, 1)] * 4, *[(16, 16, 4, 1)] * 3),
 }
-FULL = {
-    64: _table(*[(32, 32, 4, 1)] * 7),
-    128: _table(*[(32, 32, 8, 1)] * 7),
-    256: _table(*[(32, 16, 8, 1)] * 4, (16, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-    512: _table(*[(16, 16, 8, 1)] * 7),  # 130 KiB
+TWO_TERMS = {
+    64: _table(
+        *[(64, 32, 4, 3)] * 3, (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)
+    ),
+    128: _table(*[(64, 64, 4, 1)] * 4, (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1)),
+    256: _table(*[(64, 32, 4, 1)] * 4, (32, 32, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1)),
+    512: _table(*[(16, 32, 4, 1)] * 4, (16, 16, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+}
+OTHERS_THREE_TERMS = {
+    64: _table(*[(64, 32, 4, 2)] * 4, *[(32, 32, 4, 1)] * 3),
+    128: _table(*[(32, 32, 4, 1)] * 4, (16, 32, 4, 1), (32, 16, 8, 1), (16, 32, 4, 1)),
+    256: _table(*[(16, 16, 8, 1)] * 7),
+}
+OTHERS_TWO_TERMS = {
+    64: _table(*[(64, 32, 4, 2)] * 4, *[(32, 32, 4, 1)] * 3),
+    128: _table(*[(32, 32, 4, 1)] * 4, (16, 32, 4, 1), (32, 16, 8, 1), (16, 32, 4, 1)),
+    256: _table(*[(16, 16, 8, 1)] * 7),
+    512: _table(*[(16, 16, 8, 1)] * 7),
 }
 
 
@@ -125,17 +135,16 @@ def shared_kib(capability: tuple[int, int] | None) -> int:
     return 163 if capability in ((8, 0), (8, 7)) else 99
 
 
-def tables(capability: tuple[int, int] | None) -> dict[int, Table]:
-    """The table of two-byte floats, by compute capability."""
-    return LARGE if shared_kib(capability) == 227 else OTHERS
+def tables(spec: AttentionSpec, capability: tuple[int, int] | None) -> dict[int, Table]:
+    """The table of a call's dtype and precision, by compute capability."""
+    if shared_kib(capability) == 227:
+        return (LARGE, TWO_TERMS, THREE_TERMS)[term_count(spec) - 1]
+    return (OTHERS, OTHERS_TWO_TERMS, OTHERS_THREE_TERMS)[term_count(spec) - 1]
 
 
 def table_of(spec: AttentionSpec) -> Table:
     """The tiles of a call, on the GPU that it is traced for."""
-    if spec.dtype.name == "float32":
-        found = FULL if is_full(with_precision(spec).precision) else ROUNDED
-    else:
-        found = tables(current_target().compute_capability)
+    found = tables(spec, current_target().compute_capability)
     size = max(spec.head_dim, spec.value_dim)
     return found[min(width for width in found if width >= size)]
 
@@ -152,8 +161,9 @@ def forward_tiles(spec: AttentionSpec) -> Tiles:
 def chunked_tiles(spec: AttentionSpec) -> Tiles:
     """Those of query-chunked forward."""
     table = table_of(spec)
-    has_pairs = spec.bias_shape is not None or spec.mask_shape is not None
-    return table.biased if has_pairs else table.chunked
+    if spec.bias_shape is not None or spec.mask_shape is not None:
+        return table.biased
+    return table.masked if spec.dropout_rate > 0 else table.chunked
 
 
 def key_tiles(spec: AttentionSpec) -> Tiles:

@@ -19,11 +19,10 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.portable.precision import is_full
-
 __all__ = [
     "LN2",
     "LOG2E",
+    "Factor",
     "Index",
     "Mask",
     "Ref",
@@ -40,6 +39,7 @@ __all__ = [
 type Ref = Any
 type Mask = Array | None
 type Index = tuple[Array | int, ...]
+type Factor = tuple[Array, ...]  # a matrix as the sum of these
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -123,11 +123,15 @@ def _arrays(index: Index) -> tuple[Array, ...]:
     return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
 
 
-def product(a: Array, b: Array, precision: str | None) -> Array:
-    """The matrix product in float32. Float32 operands are rounded to TF32 unless it is full."""
-    whole = a.dtype == jnp.float32 and is_full(precision)
-    chosen = lax.Precision.HIGHEST if whole else lax.Precision.DEFAULT
-    return jnp.dot(a, b, precision=chosen, preferred_element_type=jnp.float32)
+def product(a: Factor, b: Factor) -> Array:
+    """The matrix product in float32 of matrices in terms, less what is below their last terms."""
+    total = None
+    for order in range(len(a) - 1, -1, -1):  # the smallest first
+        for j in range(order + 1):
+            one = jnp.dot(a[order - j], b[j], preferred_element_type=jnp.float32)
+            total = one if total is None else total + one
+    assert total is not None
+    return total
 
 
 def call(

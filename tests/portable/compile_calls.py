@@ -38,7 +38,7 @@ Long = partial(
 WIDTHS = [
     *(Long(f"causal_{h}", head_dim=h, causal=True) for h in (64, 128, 192, 256, 512)),
     *(Long(f"float32_{h}", head_dim=h, dtype="float32") for h in (64, 128, 256, 512)),
-    *(Long(f"tf32_{h}", head_dim=h, dtype="float32") for h in (64, 512)),
+    *(Long(f"tf32_{h}", head_dim=h, dtype="float32") for h in (64, 128, 256, 512)),
 ]
 FEATURES = [
     Long("full_128"),
@@ -52,7 +52,10 @@ FEATURES = [
     Long("window", window=(200, 0)),
     Long("one_query", queries=1, keys=4096, heads=8, kv_heads=2),
 ]
-REFUSED = {"l4": ("float32_512", "tf32_512")}
+REFUSED = {
+    "a100": ("float32_512",),
+    "l4": ("float32_256", "float32_512", "tf32_512"),
+}
 # Both algorithms have the same backward.
 CALLS = {
     "widths": [

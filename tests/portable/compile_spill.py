@@ -25,7 +25,7 @@ def main() -> None:
     def kernel(x: Any, y: Any) -> None:
         rows, columns = jnp.arange(128)[:, None], jnp.arange(128)[None]
         tile = triton.load(x, (rows, columns))
-        product = triton.product(tile, tile.T, None)
+        product = triton.product((tile,), (tile.T,))
         triton.store(y, (rows, columns), tile + product.sum(axis=1, keepdims=True))
 
     def call(x: Any) -> Any:
