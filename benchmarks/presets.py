@@ -174,10 +174,12 @@ def portable(*, tokens: int = 16384, width: int = 2048) -> Preset:
     plans.append(Plan(dropped, both, PORTABLE_PEERS))
     for which in both:
         targets.append(Speed(dropped.name, which, flash, 1 / 1.2, (flash,), plain.name))
-    # For information: in full precision float32 has no matrix instruction, only cuBLAS.
+    # For information: float32 in full precision.
     in_xla = ("jattn/memory_efficient-xla", "jax.nn/xla")
-    single = replace(plain, dtype="float32")
-    plans.append(Plan(single, both, (flash, chunked, *in_xla), repeats=3))
+    peers = (flash, chunked, "torch/efficient", *in_xla)
+    for mask in ("causal", "full"):
+        single = replace(cell(128, mask), dtype="float32")
+        plans.append(Plan(single, both, peers, repeats=3))
     return Preset(tuple(plans), (*PORTABLE_PEERS, *RIVALS, *in_xla), tuple(targets))
 
 
