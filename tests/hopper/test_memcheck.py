@@ -15,7 +15,8 @@ from tests.hopper.exact import hopper
 
 __all__ = ["hopper"]
 
-PROGRAM = pathlib.Path(__file__).with_name("memcheck.py")
+HERE = pathlib.Path(__file__).parent
+MOSAIC = ("--kernel-name", "kernel_substring=mosaic_gpu")
 ERRORS = 86  # an exit status that nothing else gives
 
 
@@ -30,13 +31,13 @@ def checker() -> str:
     return found
 
 
-def check(what: str) -> subprocess.CompletedProcess[str]:
-    """Runs the program under the checker; only Mosaic's kernels are looked at, as that is slow."""
+def check(folder: pathlib.Path, what: str, *filters: str) -> subprocess.CompletedProcess[str]:
+    """Runs a folder's memcheck.py under the checker, which is slow; filters choose kernels."""
     command = [
         *(checker(), "--tool", "memcheck", "--error-exitcode", str(ERRORS)),
         *("--target-processes", "application-only", "--report-api-errors", "no"),
-        *("--kernel-name", "kernel_substring=mosaic_gpu"),
-        *(sys.executable, str(PROGRAM), what),
+        *filters,
+        *(sys.executable, str(folder / "memcheck.py"), what),
     ]
     # Each array is an allocation of its own, or the checker would see one that all of them share.
     env = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
@@ -46,17 +47,23 @@ def check(what: str) -> subprocess.CompletedProcess[str]:
     return run
 
 
+def assert_found(run: subprocess.CompletedProcess[str]) -> None:
+    assert run.returncode == ERRORS, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "Invalid __global__ write" in run.stdout, run.stdout[-2000:]
+
+
+def assert_clean(run: subprocess.CompletedProcess[str]) -> None:
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in run.stdout, run.stdout[-2000:]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
 def test_the_checker_finds_a_write_past_the_end() -> None:
-    run = check("overrun")
-    assert run.returncode == ERRORS, run.stdout[-2000:] + run.stderr[-2000:]
-    assert "Invalid __global__ write" in run.stdout, run.stdout[-2000:]
+    assert_found(check(HERE, "overrun", *MOSAIC))
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
 def test_the_kernels_stay_inside_their_arrays() -> None:
-    run = check("calls")
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert "ERROR SUMMARY: 0 errors" in run.stdout, run.stdout[-2000:]
+    assert_clean(check(HERE, "calls", *MOSAIC))
