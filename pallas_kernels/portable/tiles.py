@@ -1,8 +1,8 @@
 """Block sizes by kernel, head dim, dtype and what a multiprocessor of the GPU has.
 
 Shared memory a program may use: 227 KiB on data-centre Hopper and Blackwell, 163 on an A100, 99 on
-workstation GPUs. Only an H200 was there to time them: see docs/kernels.md. For the others a tile is
-what fits the least of these and spills no register.
+workstation GPUs. Only an H200 was there to time them: see docs/kernels.md. For all others a tile is
+what fits the least of these, where it can, and spills no register.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _table(*rows: tuple[int, int, int, int]) -> Table:
     return Table(forward, masked, biased, chunked, keys, queries, bias)
 
 
-# By the larger head dim, up to. Of two-byte floats on GPUs with 227 KiB, whose matrix instructions
-# take 64 rows of four warps and read operands from shared memory:
-LARGE = {
+# By the larger head dim, up to. Of two-byte floats on Hopper, where matrix instructions take 64
+# rows of four warps and read operands from shared memory:
+HOPPER = {
     64: _table(
         (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3),
         (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2),
@@ -78,7 +78,7 @@ LARGE = {
         (64, 32, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1),
     ),
 }  # fmt: skip
-# And on all others: what fits 99 KiB.
+# And on all others:
 OTHERS = {
     64: _table(
         (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3),
@@ -98,13 +98,13 @@ OTHERS = {
     ),
 }  # fmt: skip
 # Of float32 in three terms, and in two, as many times the shared memory.
-THREE_TERMS = {
+HOPPER_THREE_TERMS = {
     64: _table(*[(64, 32, 4, 2)] * 4, (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     128: _table(*[(64, 64, 4, 1)] * 4, (32, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)),
     256: _table(*[(64, 32, 4, 1)] * 4, (16, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     512: _table(*[(16, 32, 4, 1)] * 4, *[(16, 16, 4, 1)] * 3),
 }
-TWO_TERMS = {
+HOPPER_TWO_TERMS = {
     64: _table(
         *[(64, 32, 4, 3)] * 3, (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)
     ),
@@ -116,6 +116,7 @@ OTHERS_THREE_TERMS = {
     64: _table(*[(64, 32, 4, 2)] * 4, *[(32, 32, 4, 1)] * 3),
     128: _table(*[(32, 32, 4, 1)] * 4, (16, 32, 4, 1), (32, 16, 8, 1), (16, 32, 4, 1)),
     256: _table(*[(16, 16, 8, 1)] * 7),
+    512: _table(*[(16, 16, 8, 1)] * 7),
 }
 OTHERS_TWO_TERMS = {
     64: _table(*[(64, 32, 4, 2)] * 4, *[(32, 32, 4, 1)] * 3),
@@ -137,9 +138,10 @@ def shared_kib(capability: tuple[int, int] | None) -> int:
 
 def tables(spec: AttentionSpec, capability: tuple[int, int] | None) -> dict[int, Table]:
     """The table of a call's dtype and precision, by compute capability."""
-    if shared_kib(capability) == 227:
-        return (LARGE, TWO_TERMS, THREE_TERMS)[term_count(spec) - 1]
-    return (OTHERS, OTHERS_TWO_TERMS, OTHERS_THREE_TERMS)[term_count(spec) - 1]
+    found = (OTHERS, OTHERS_TWO_TERMS, OTHERS_THREE_TERMS)
+    if capability in (None, (9, 0)):
+        found = (HOPPER, HOPPER_TWO_TERMS, HOPPER_THREE_TERMS)
+    return found[term_count(spec) - 1]
 
 
 def table_of(spec: AttentionSpec) -> Table:

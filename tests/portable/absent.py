@@ -23,6 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 DEVICES = {
     "h200": ("NVIDIA H200", HERE.parent / "hopper" / "h200.txtpb"),
     "a100": ("NVIDIA A100-SXM4-80GB", HERE / "a100.txtpb"),
+    "b200": ("NVIDIA B200", HERE / "b200.txtpb"),
     "l4": ("NVIDIA L4", HERE / "l4.txtpb"),  # the shared memory of a workstation's GPU
 }
 

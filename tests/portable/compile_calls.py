@@ -2,7 +2,7 @@
 
     compile_calls.py DEVICE WHICH
 
-DEVICE is h200, a100 or l4, WHICH widths or features. A program of its own: see
+DEVICE is h200, a100, b200 or l4, WHICH widths or features. A program of its own: see
 tests/hopper/compile_tiles.py.
 """
 
