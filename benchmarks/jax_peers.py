@@ -18,7 +18,7 @@ from jax import Array
 
 import jattn
 from benchmarks.cells import Cell
-from jattn import kernels
+from jattn.backends import kernels
 
 __all__ = ["PEERS", "Arrays", "arrays_of", "attend_with", "refusal"]
 

@@ -43,7 +43,7 @@ def measure(cell: Cell, change: Change, repeats: int) -> tuple[Cell, Change, str
     import jax
     from jax.experimental.mosaic.gpu import profiler
 
-    from jattn.arguments import attention_call
+    from jattn.call.arguments import attention_call
     from pallas_kernels.hopper.forward import forward
     from pallas_kernels.hopper.plan import make_plan
 

@@ -3,13 +3,13 @@
 from jattn.attention import (
     dot_product_attention,
     eager_attention,
-    flash_attention,
     memory_efficient_attention,
 )
-from jattn.backends import attention_backend
-from jattn.determinism import deterministic_gradients
-from jattn.errors import UnsupportedAttentionError
+from jattn.backends.table import attention_backend
+from jattn.call.determinism import deterministic_gradients
+from jattn.call.errors import UnsupportedAttentionError
 from jattn.explain import explain
+from jattn.flash_attention import flash_attention
 
 __all__ = [
     "UnsupportedAttentionError",

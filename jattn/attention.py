@@ -9,10 +9,10 @@ from typing import Unpack
 from jax import Array
 from jax.typing import ArrayLike
 
-from jattn import backends, memory_efficient
-from jattn.arguments import Alignment, AttentionCall, AttentionOptions, Window, attention_call
-from jattn.backends import Implementation
-from jattn.target import current_target
+from jattn.backends import memory_efficient, table
+from jattn.backends.table import Implementation
+from jattn.call.arguments import Alignment, AttentionCall, AttentionOptions, Window, attention_call
+from jattn.call.target import current_target
 
 __all__ = [
     "dot_product_attention",
@@ -220,5 +220,5 @@ def memory_efficient_attention(
 
 def _run(call: AttentionCall, implementation: Implementation | None) -> Array | tuple[Array, Array]:
     target = current_target()
-    form = backends.choose(call.spec, target, implementation)
+    form = table.choose(call.spec, target, implementation)
     return call.result(*form.attend(call.spec, call.operands, target))

@@ -8,11 +8,11 @@ from typing import Any, Unpack
 import jax
 from jax.typing import ArrayLike
 
-from jattn import backends
-from jattn.arguments import AttentionOptions, attention_call
-from jattn.backends import NAMES, Form, Implementation
-from jattn.spec import AttentionSpec
-from jattn.target import Target, current_target
+from jattn.backends import table
+from jattn.backends.table import NAMES, Form, Implementation
+from jattn.call.arguments import AttentionOptions, attention_call
+from jattn.call.spec import AttentionSpec
+from jattn.call.target import Target, current_target
 
 __all__ = ["BackendReport", "Explanation", "explain"]
 
@@ -94,7 +94,7 @@ def explain(
     """
     spec = _spec(dict(query=query, key=key, value=value, bias=bias, mask=mask, **options))
     target = current_target()
-    candidates = backends.candidates(implementation)
+    candidates = table.candidates(implementation)
     reports = [_report(name, spec, target, candidates) for name in NAMES]
     runs = (form.name for form in candidates if not form.reasons(spec, target))
     chosen = next(runs, None)
@@ -122,7 +122,7 @@ def _report(
     refusals: list[str] = []
     passed_over: list[str] = []
     runs: Form | None = None
-    for form in backends.forms_of(name):
+    for form in table.forms_of(name):
         reasons = form.reasons(spec, target)
         if runs is None and not reasons:
             runs = form

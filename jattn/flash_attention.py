@@ -1,63 +1,6 @@
-"""The `flash` backend: blocked online-softmax attention in Pallas GPU kernels.
+"""`jattn.flash_attention`, which is also the name of a function: both can be imported."""
 
-Two families of kernels, forward and backward: for Hopper GPUs (`pallas_kernels.hopper`), and
-portable ones for every NVIDIA GPU from Ampere on (`pallas_kernels.portable`), which do what
-Hopper's do not. `backends` has the order in which they are tried.
-"""
+from jattn.attention import flash_attention
+from jattn.backends.flash import interpreted
 
-from __future__ import annotations
-
-from contextlib import AbstractContextManager
-
-from jax import Array
-
-from jattn import kernels, recomputed
-from jattn.determinism import is_deterministic
-from jattn.kernels import Family
-from jattn.spec import AttentionSpec, Operands
-from jattn.target import Target
-from pallas_kernels.hopper import limits
-from pallas_kernels.portable.precision import term_count
-
-__all__ = [
-    "attend_on_hopper",
-    "attend_portably",
-    "hopper_gradient_bytes",
-    "interpreted",
-    "portable_gradient_bytes",
-]
-
-
-def interpreted(family: Family = "hopper") -> AbstractContextManager[None]:
-    """Runs the kernels' text on a CPU: slow, and only to test it."""
-    return kernels.only(family, interpret=True)
-
-
-def attend_on_hopper(
-    spec: AttentionSpec, operands: Operands, target: Target
-) -> tuple[Array, Array]:
-    """Output (B, T, N, D) and log-sum-exp (B, T, N), by the Hopper kernels."""
-    return recomputed.attend(kernels.kernels_of("hopper", "flash"), spec, operands)
-
-
-def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> tuple[Array, Array]:
-    """The same by the portable kernels."""
-    return recomputed.attend(kernels.kernels_of("portable", "flash"), spec, operands)
-
-
-def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
-    """Bytes that the gradient's computation holds, by the Hopper kernels."""
-    # dQ in float32 where thread blocks add to it; log-sum-exp, in two bases, and row term of a row.
-    apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
-    columns = 0 if apart else -(-spec.head_dim // 64) * 64
-    return spec.batch * spec.queries * spec.heads * 4 * (columns + 3)
-
-
-def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
-    """Bytes that the gradient's computation holds, by the portable kernels."""
-    rows = spec.batch * spec.queries * spec.heads
-    held = rows * 4 * 3  # log-sum-exp, in two bases, and row term of each row
-    if (terms := term_count(spec)) > 1:
-        width = spec.head_dim + spec.value_dim
-        held += (rows + spec.batch * spec.keys * spec.kv_heads) * width * 2 * terms
-    return held
+__all__ = ["flash_attention", "interpreted"]

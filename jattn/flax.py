@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jattn.arguments import AttentionOptions
 from jattn.attention import dot_product_attention
-from jattn.backends import Implementation
-from jattn.errors import UnsupportedAttentionError
+from jattn.backends.table import Implementation
+from jattn.call.arguments import AttentionOptions
+from jattn.call.errors import UnsupportedAttentionError
 
 __all__ = ["attention_fn"]
 

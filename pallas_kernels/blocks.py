@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 if TYPE_CHECKING:
-    from jattn.masking import KeyIntervals
+    from jattn.call.masking import KeyIntervals
 
 __all__ = ["Range", "key_blocks", "query_blocks", "unmasked_key_blocks", "unmasked_query_blocks"]
 

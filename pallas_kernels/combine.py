@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["combine"]
 

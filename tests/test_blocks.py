@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jattn.masking import Band, KeyIntervals
+from jattn.call.band import Band
+from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
 from tests.reference import Bools
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jattn
-from jattn.determinism import is_deterministic
+from jattn.call.determinism import is_deterministic
 
 
 @pytest.mark.parametrize(

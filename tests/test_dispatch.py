@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import backends, kernels
+from jattn.backends import kernels, table
 from tests.backends import computed_by, largest_array
 
 pytestmark = pytest.mark.skipif(
@@ -360,11 +360,11 @@ class TestForms:
         assert "pallas_call" not in traced(key_chunk_size=64)
 
     def test_cudnn_comes_after_hoppers_kernels_and_before_portable_ones(self) -> None:
-        automatic = [form.name for form in backends.candidates(None)]
+        automatic = [form.name for form in table.candidates(None)]
         assert automatic == ["flash", "cudnn", "flash", "memory_efficient", "memory_efficient"]
-        named = [form.name for form in backends.candidates(("cudnn", "flash"))]
+        named = [form.name for form in table.candidates(("cudnn", "flash"))]
         assert named == ["cudnn", "flash", "flash"]
-        hopper, _, portable = backends.candidates(None)[:3]
+        hopper, _, portable = table.candidates(None)[:3]
         assert "Hopper" in hopper.kernel(None, None)
         assert "portable" in portable.kernel(None, None)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from jattn.masking import past_zeroed
+from jattn.call.masking import past_zeroed
 from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, choose_backward_tiles
 from pallas_kernels.hopper.seam import Ref
@@ -21,7 +21,7 @@ from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import edge_padded, visits
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["backward", "padded_columns"]
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jattn.masking import hides_some
+from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import Visits
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["WGMMA", "Block", "banded", "each"]
 

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jattn.masking import hides_some
+from jattn.call.masking import hides_some
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
@@ -44,7 +44,7 @@ from pallas_kernels.hopper.softmax import across, logits
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY, Tiles
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["QueryTiles", "choose_query_tiles", "launch", "plan_of"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jattn.masking import hides_some
+from jattn.call.masking import hides_some
 from pallas_kernels.hopper.limits import has_dq_apart
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["BackwardTiles", "choose_backward_tiles"]
 

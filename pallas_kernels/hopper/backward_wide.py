@@ -40,7 +40,7 @@ from pallas_kernels.hopper.softmax import logits
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["launch"]
 

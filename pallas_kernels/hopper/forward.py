@@ -50,7 +50,7 @@ from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.tiles import ROWS, Tiles
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["forward"]
 

@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jattn.masking import KeyIntervals
+from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.tiles import ROWS

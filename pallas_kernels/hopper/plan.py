@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jax import Array, lax
 
-from jattn.masking import KeyIntervals
+from jattn.call.masking import KeyIntervals
 from pallas_kernels.blocks import key_blocks, unmasked_key_blocks
 from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles, fit
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
     from pallas_kernels.hopper.seam import Ref
 
 __all__ = ["Plan", "Work", "make_plan"]
@@ -89,7 +89,7 @@ class Plan:
     @property
     def masked(self) -> bool:
         """Whether some block of keys needs an element mask."""
-        from jattn.masking import hides_some
+        from jattn.call.masking import hides_some
 
         return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
 

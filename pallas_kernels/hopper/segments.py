@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import Array
 
-from jattn.masking import KeyIntervals
+from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
 from pallas_kernels.hopper.visits import edge_padded
 
 if TYPE_CHECKING:
-    from jattn.spec import Operands
+    from jattn.call.spec import Operands
     from pallas_kernels.hopper.plan import Plan
 
 __all__ = ["segment_arrays"]

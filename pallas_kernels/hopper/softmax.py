@@ -19,7 +19,7 @@ from pallas_kernels.hopper.seam import Seam
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["LOG2E", "Softmax", "across", "logits"]
 

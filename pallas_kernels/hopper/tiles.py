@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pallas_kernels.hopper.seam import padded_width
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["ROWS", "SHARED_MEMORY", "Tiles", "choose_tiles", "fit"]
 

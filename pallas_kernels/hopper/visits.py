@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jattn.masking import KeyIntervals
+from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["Visits", "edge_padded", "visits"]
 

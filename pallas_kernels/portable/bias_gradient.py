@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jattn.masking import KeyIntervals, hides_some
+from jattn.call.masking import KeyIntervals, hides_some
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import Place, both
 from pallas_kernels.portable.rows import key_limit, past, query_limit
@@ -27,7 +27,7 @@ from pallas_kernels.portable.triton import Ref, call, divided, load, place_in, s
 from pallas_kernels.portable.weights import dropout_factor, gradients
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["bias_gradient"]
 

@@ -29,7 +29,7 @@ from pallas_kernels.portable.tiles import Tiles, chunked_tiles
 from pallas_kernels.portable.triton import LOG2E, exp2
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["forward"]
 

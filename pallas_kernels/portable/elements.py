@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jattn import dropout
+from jattn.call import dropout
 from pallas_kernels.portable.triton import LOG2E, Index, Mask, load, zero_below
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Shape4
+    from jattn.call.spec import AttentionSpec, Shape4
 
 __all__ = ["Logits", "Place", "both", "dropped", "logits", "may_hide", "placed"]
 

@@ -14,7 +14,7 @@ from pallas_kernels.portable.inputs import backward_inputs
 from pallas_kernels.portable.tiles import Tiles, bias_tiles, key_tiles, query_tiles
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["BackwardTiles", "backward", "backward_tiles", "forward"]
 

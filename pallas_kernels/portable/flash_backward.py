@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jattn.masking import hides_some
+from jattn.call.masking import hides_some
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import Place, placed
 from pallas_kernels.portable.grid import Grid, grid_of
@@ -40,7 +40,7 @@ from pallas_kernels.portable.triton import Mask, Ref, call, divided, load, store
 from pallas_kernels.portable.weights import Numbers, dropout_factor, gradients
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["key_gradients", "query_gradients"]
 

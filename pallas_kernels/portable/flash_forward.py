@@ -30,7 +30,7 @@ from pallas_kernels.portable.softmax import APART, Softmax
 from pallas_kernels.portable.tiles import forward_tiles
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["forward"]
 

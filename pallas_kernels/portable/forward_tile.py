@@ -23,7 +23,7 @@ from pallas_kernels.portable.tiles import Tiles
 from pallas_kernels.portable.triton import Ref, call, divided, load, store
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["ForwardTile", "Plan", "launch", "make_plan"]
 

@@ -10,7 +10,7 @@ from jax import Array
 from pallas_kernels.portable.triton import place_in
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["Grid", "grid_of"]
 

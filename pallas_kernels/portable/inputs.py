@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import Array
 
-from jattn import dropout
+from jattn.call import dropout
 from pallas_kernels.portable.precision import factor
 from pallas_kernels.portable.triton import LOG2E
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["backward_inputs", "forward_inputs"]
 

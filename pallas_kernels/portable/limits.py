@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jattn.target import current_target
+from jattn.call.target import current_target
 from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.tiles import shared_kib
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["refusals"]
 

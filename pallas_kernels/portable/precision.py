@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["factor", "term_count", "terms"]
 

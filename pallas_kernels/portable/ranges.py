@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jattn.masking import KeyIntervals
+from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["Sides", "key_ranges", "key_sides", "query_ranges", "query_sides"]
 

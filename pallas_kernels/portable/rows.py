@@ -21,7 +21,7 @@ from pallas_kernels.portable.elements import both
 from pallas_kernels.portable.triton import Mask, divided, load
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["Rows", "key_limit", "past", "query_limit", "rows_of"]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from jattn.masking import hides_some
-from jattn.target import current_target
+from jattn.call.masking import hides_some
+from jattn.call.target import current_target
 from pallas_kernels.portable.precision import term_count
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = [
     "Table",

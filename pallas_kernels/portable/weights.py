@@ -16,7 +16,7 @@ from pallas_kernels.portable.elements import Place, dropped, logits
 from pallas_kernels.portable.triton import exp2
 
 if TYPE_CHECKING:
-    from jattn.spec import AttentionSpec
+    from jattn.call.spec import AttentionSpec
 
 __all__ = ["Numbers", "dropout_factor", "gradients"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.arguments import attention_call
-from jattn.spec import AttentionSpec
+from jattn.call.arguments import attention_call
+from jattn.call.spec import AttentionSpec
 from tests.cases import FLOAT32, Case
 
 Shapes = dict[str, jax.ShapeDtypeStruct]

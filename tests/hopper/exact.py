@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.flash_attention import interpreted
+from jattn.backends.flash import interpreted
 from tests.backends import Backend, Results, call
 from tests.cases import Case, operands
 from tests.test_padding import planted

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.flash_attention import interpreted
+from jattn.backends.flash import interpreted
 
 
 @pytest.fixture
@@ -85,10 +85,10 @@ SHARDED = """
 import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jattn import eager
-from jattn.arguments import attention_call
-from jattn.per_shard import GRADIENTS, RESULTS, per_shard
-from jattn.spec import Operands
+from jattn.backends import eager
+from jattn.call.arguments import attention_call
+from jattn.transforms.per_shard import GRADIENTS, RESULTS, per_shard
+from jattn.call.spec import Operands
 
 mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 seen = []

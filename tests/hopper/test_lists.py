@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import pytest
 
-from jattn.spec import Operands
+from jattn.call.spec import Operands
 from pallas_kernels.hopper.forward import forward
 from pallas_kernels.hopper.plan import make_plan
 from pallas_kernels.hopper.tiles import choose_tiles

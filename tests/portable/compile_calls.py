@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jattn
-from jattn.kernels import only
+from jattn.backends.kernels import only
 from tests.cases import Case
 from tests.hopper.compile_tiles import of_direction
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.arguments import attention_call
-from jattn.kernels import only
-from jattn.spec import AttentionSpec
+from jattn.backends.kernels import only
+from jattn.call.arguments import attention_call
+from jattn.call.spec import AttentionSpec
 from tests.backends import Backend, Results, call, quick_jit
 from tests.cases import Case, operands
 from tests.test_padding import planted

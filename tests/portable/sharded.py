@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jattn
-from jattn.kernels import only
+from jattn.backends.kernels import only
 from tests.backends import quick_jit
 
 B, T, S, N, H = 4, 24, 20, 4, 8

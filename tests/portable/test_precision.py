@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import kernels
-from jattn.arguments import attention_call
+from jattn.backends import kernels
+from jattn.call.arguments import attention_call
 from pallas_kernels.portable.precision import term_count, terms
 
 

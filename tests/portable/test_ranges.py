@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.arguments import attention_call
+from jattn.call.arguments import attention_call
 from pallas_kernels.portable.columns import parts
 from pallas_kernels.portable.ranges import key_ranges, key_sides, query_ranges, query_sides
 from tests import reference

@@ -9,22 +9,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jattn import sharding
-from jattn.folding import Arrays, Kernel, folds_into_batch
-from jattn.kernels import Kernels
-from jattn.masking import past_zeroed
-from jattn.per_shard import GRADIENTS, RESULTS, per_explicit_shard, per_shard
-from jattn.reverse_only import first_order_only, naming_eager, reverse_only
-from jattn.spec import AttentionSpec, Operands
+from jattn.call.masking import past_zeroed
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.transforms import sharding
+from jattn.transforms.folding import Arrays, Kernel, folds_into_batch
+from jattn.transforms.per_shard import GRADIENTS, RESULTS, per_explicit_shard, per_shard
+from jattn.transforms.reverse_only import first_order_only, naming_eager, reverse_only
 
-__all__ = ["attend"]
+__all__ = ["Kernels", "attend"]
+
+
+class Kernels(Protocol):
+    """A pair of kernels, forward and backward, hashable; `backends.kernels` explains arguments."""
+
+    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]: ...
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        lse: Array,
+        row_term: Array,
+        d_out: Array,
+        *,
+        wants_bias: bool,
+    ) -> tuple[Array, ...]: ...
+
+    @property
+    def can_partition(self) -> bool:
+        """Whether the partitioner may cut a call."""
 
 
 def attend(kernels: Kernels, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
@@ -123,9 +143,7 @@ def _run(
     places: tuple[Any, ...],
 ) -> tuple[Array, ...]:
     """The kernel's call: vmap folded into the batch, sharded arrays where they are."""
-    # The effects of Mosaic's interpreter cannot be partitioned.
-    is_whole = kernels.interpret and kernels.family == "hopper"
-    each = kernel if is_whole else per_shard(kernel, results)
+    each = per_shard(kernel, results) if kernels.can_partition else kernel
     folding = folds_into_batch(each, sums_bias="bias" in results)
     found = per_explicit_shard(folding, results)(spec, arrays)
     placed = (sharding.placed(x, place) for x, place in zip(found, places, strict=True))

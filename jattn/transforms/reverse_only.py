@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad, batching, mlir
 
-from jattn.errors import UnsupportedAttentionError
+from jattn.call.errors import UnsupportedAttentionError
 
 __all__ = ["first_order_only", "naming_eager", "reverse_only"]
 

@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jattn import dropout
-from jattn.masking import Band
-from jattn.spec import AttentionSpec, Operands, Shape4
+from jattn.call import dropout
+from jattn.call.band import Band
+from jattn.call.spec import AttentionSpec, Operands, Shape4
 
 __all__ = ["Alignment", "AttentionCall", "AttentionOptions", "Window", "attention_call"]
 

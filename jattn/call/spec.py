@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jattn.masking import Band
+from jattn.call.band import Band
 
 __all__ = ["AttentionSpec", "Operands", "Shape4"]
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jattn import dropout, masking
-from jattn.spec import AttentionSpec, Operands
-from jattn.target import Target
+from jattn.call import dropout, masking
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.target import Target
 
 __all__ = ["attend", "gradient_bytes"]
 

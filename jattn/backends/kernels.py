@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import Array
 
-from jattn.determinism import is_deterministic
-from jattn.spec import AttentionSpec, Operands
-from jattn.target import Target
+from jattn.call.determinism import is_deterministic
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.target import Target
 
 __all__ = ["Family", "Kernels", "kernels_of", "lacks", "only"]
 
@@ -64,6 +64,11 @@ class Kernels:
     algorithm: Literal["flash", "chunked"]
     deterministic: bool
     interpret: bool
+
+    @property
+    def can_partition(self) -> bool:
+        """Whether the partitioner may cut a call: not the effects of Mosaic's interpreter."""
+        return not (self.interpret and self.family == "hopper")
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         """Output (B, T, N, D) and log-sum-exp (B, T, N) float32."""

@@ -20,9 +20,9 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jattn import dropout
-from jattn.masking import KeyIntervals, hides_some
-from jattn.spec import AttentionSpec, Operands
+from jattn.call import dropout
+from jattn.call.masking import KeyIntervals, hides_some
+from jattn.call.spec import AttentionSpec, Operands
 from pallas_kernels import blocks
 
 __all__ = ["Chunks", "HeadMajor", "Tile"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import jax
 from jax import Array
 
-from jattn import cudnn, eager, flash_attention, kernels, memory_efficient
-from jattn.errors import UnsupportedAttentionError
-from jattn.spec import AttentionSpec, Operands
-from jattn.target import Target
+from jattn.backends import cudnn, eager, flash, kernels, memory_efficient
+from jattn.call.errors import UnsupportedAttentionError
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.target import Target
 from pallas_kernels.hopper import limits as hopper
 from pallas_kernels.portable import limits as portable
 
@@ -59,9 +59,9 @@ class Form:
 FORMS = (
     Form(
         name="flash",
-        attend=flash_attention.attend_on_hopper,
+        attend=flash.attend_on_hopper,
         kernel=lambda spec, target: "Pallas Mosaic GPU, Hopper",
-        gradient_bytes=flash_attention.hopper_gradient_bytes,
+        gradient_bytes=flash.hopper_gradient_bytes,
         lacks=lambda target: kernels.lacks("hopper", target),
         refusals=lambda spec, target: hopper.refusals(spec),
     ),
@@ -69,15 +69,15 @@ FORMS = (
         name="cudnn",
         attend=lambda spec, operands, target: cudnn.attend(spec, operands),
         kernel=lambda spec, target: "cuDNN fused attention",
-        gradient_bytes=flash_attention.hopper_gradient_bytes,
+        gradient_bytes=flash.hopper_gradient_bytes,
         lacks=cudnn.lacks,
         refusals=cudnn.refusals,
     ),
     Form(
         name="flash",
-        attend=flash_attention.attend_portably,
+        attend=flash.attend_portably,
         kernel=lambda spec, target: "Pallas, portable",
-        gradient_bytes=flash_attention.portable_gradient_bytes,
+        gradient_bytes=flash.portable_gradient_bytes,
         lacks=lambda target: kernels.lacks("portable", target),
         refusals=lambda spec, target: portable.refusals(spec),
     ),
@@ -85,7 +85,7 @@ FORMS = (
         name="memory_efficient",
         attend=memory_efficient.attend_in_kernels,
         kernel=lambda spec, target: "Pallas, portable, query-chunked",
-        gradient_bytes=flash_attention.portable_gradient_bytes,
+        gradient_bytes=flash.portable_gradient_bytes,
         lacks=lambda target: kernels.lacks("portable", target),
         refusals=lambda spec, target: portable.refusals(spec),
     ),

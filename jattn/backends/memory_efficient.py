@@ -14,11 +14,12 @@ from functools import partial
 import jax
 from jax import Array
 
-from jattn import kernels, query_chunks, recomputed, sharding
-from jattn.reverse_only import first_order_only, naming_eager, reverse_only
-from jattn.spec import AttentionSpec, Operands
-from jattn.target import Target
-from jattn.tiles import Chunks
+from jattn.backends import kernels, query_chunks
+from jattn.backends.tiles import Chunks
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.target import Target
+from jattn.transforms import derivatives, sharding
+from jattn.transforms.reverse_only import first_order_only, naming_eager, reverse_only
 
 __all__ = [
     "attend",
@@ -39,7 +40,7 @@ def attend_in_kernels(
     spec: AttentionSpec, operands: Operands, target: Target
 ) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N), by the Pallas kernels."""
-    return recomputed.attend(kernels.kernels_of("portable", "chunked"), spec, operands)
+    return derivatives.attend(kernels.kernels_of("portable", "chunked"), spec, operands)
 
 
 def attend(spec: AttentionSpec, operands: Operands, target: Target) -> tuple[Array, Array]:

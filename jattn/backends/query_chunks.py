@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jattn.sharding import in_auto_mode, partition, varying_as
-from jattn.spec import AttentionSpec, Operands
-from jattn.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
+from jattn.backends.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.transforms.sharding import in_auto_mode, partition, varying_as
 
 __all__ = ["Gradients", "backward", "forward"]
 

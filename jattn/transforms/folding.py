@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jattn.spec import AttentionSpec
+from jattn.call.spec import AttentionSpec
 
 __all__ = ["Arrays", "Kernel", "folds_into_batch"]
 

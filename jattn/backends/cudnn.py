@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jattn.masking import Band
-from jattn.spec import AttentionSpec, Operands
-from jattn.target import Target
+from jattn.call.band import Band
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.target import Target
 
 __all__ = ["attend", "lacks", "refusals"]
 

@@ -20,10 +20,10 @@ from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jattn import sharding
-from jattn.dropout import seeds_from_head
-from jattn.folding import Arrays, Kernel
-from jattn.spec import AttentionSpec
+from jattn.call.dropout import seeds_from_head
+from jattn.call.spec import AttentionSpec
+from jattn.transforms import sharding
+from jattn.transforms.folding import Arrays, Kernel
 
 __all__ = ["GRADIENTS", "RESULTS", "per_explicit_shard", "per_shard"]
 

@@ -1,0 +1,1 @@
+"""The backends: ways to compute one attention call, and the choice among them."""

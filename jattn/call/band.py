@@ -1,0 +1,41 @@
+"""The band of keys that causal masks and windows leave a query: one idea, two offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Band"]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Query i may see keys i + lower to i + upper, both inclusive; None leaves that side open."""
+
+    lower: int | None = None
+    upper: int | None = None
+
+    @staticmethod
+    def of(*, is_causal: bool, window: tuple[int | None, int | None] | None, diagonal: int) -> Band:
+        """The band of a causal mask and a (left, right) window around key `i + diagonal`."""
+        left, right = window if window is not None else (None, None)
+        if is_causal:
+            right = 0 if right is None else min(right, 0)
+        return Band(
+            lower=None if left is None else diagonal - left,
+            upper=None if right is None else diagonal + right,
+        )
+
+    @property
+    def width(self) -> int | None:
+        """How many keys a query may see, at least 0; None if a side is open."""
+        if self.lower is None or self.upper is None:
+            return None
+        return max(self.upper - self.lower + 1, 0)
+
+    def describe(self) -> str:
+        """The band in words, with the offsets that make it."""
+        if self.lower is None and self.upper is None:
+            return "no band"
+        low = "" if self.lower is None else f"i{self.lower:+d} <= "
+        high = "" if self.upper is None else f" <= i{self.upper:+d}"
+        return f"{low}key{high}"

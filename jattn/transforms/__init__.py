@@ -1,0 +1,1 @@
+"""What JAX asks of a function: derivatives, vmap, sharding."""
