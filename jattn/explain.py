@@ -42,12 +42,14 @@ class Explanation:
     """What a call would run. `str()` of it is a table.
 
     chosen: the name of the backend that would run; None if none can, and the call would raise.
+    hints: what about the call may be another than was meant.
     """
 
     call: str
     target: str
     chosen: str | None
     reports: tuple[BackendReport, ...]
+    hints: tuple[str, ...] = ()
 
     @property
     def kernel(self) -> str | None:
@@ -70,7 +72,8 @@ class Explanation:
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
             for row in [head, *body]
         ]
-        return "\n".join([f"attention: {self.call}", f"on: {self.target}", *lines])
+        hints = [f"hint: {hint}" for hint in self.hints]
+        return "\n".join([f"attention: {self.call}", f"on: {self.target}", *lines, *hints])
 
 
 def explain(
@@ -98,7 +101,7 @@ def explain(
     reports = [_report(name, spec, target, candidates) for name in NAMES]
     runs = (form.name for form in candidates if not form.reasons(spec, target))
     chosen = next(runs, None)
-    return Explanation(spec.describe(), str(target), chosen, tuple(reports))
+    return Explanation(spec.describe(), str(target), chosen, tuple(reports), _hints(spec))
 
 
 _ARRAYS = {
@@ -137,6 +140,18 @@ def _report(
         kernel=None if runs is None else runs.kernel(spec, target),
         gradient_bytes=None if runs is None else runs.gradient_bytes(spec, target),
     )
+
+
+def _hints(spec: AttentionSpec) -> tuple[str, ...]:
+    """What a call with these facts is often meant to be instead."""
+    found = {
+        f"heads (query {spec.heads}, key {spec.kv_heads}) outnumber queries or keys "
+        f"(T {spec.queries}, S {spec.keys}): arrays are read as (B, T, N, H); if these are "
+        "(B, N, T, H), give jnp.swapaxes(x, 1, 2)": (
+            spec.heads > spec.queries and (spec.queries > 1 or spec.kv_heads > spec.keys)
+        ),
+    }
+    return tuple(hint for hint, applies in found.items() if applies)
 
 
 def _why(report: BackendReport, chosen: str | None) -> str:

@@ -1,0 +1,56 @@
+"""jattn's function in the place of another library's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jattn
+from jattn.backends import cudnn
+from jattn.call.arguments import attention_call
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((1, 16, 2, 8)), jnp.float32)
+
+
+def test_cudnn_calls_jax_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def recursion(*arguments: Any, **options: Any) -> Any:
+        raise RecursionError("jattn called what stands in the place of jax.nn's function")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recursion)
+    x = X.astype(jnp.bfloat16)
+    call = attention_call(x, x, x, is_causal=True)
+    attend = partial(cudnn.attend, call.spec)
+    if jax.default_backend() == "gpu":
+        assert attend(call.operands)[0].shape == x.shape
+    else:  # JAX itself says what is missing
+        with pytest.raises(Exception, match=r"(?i)cudnn"):
+            jax.eval_shape(attend, call.operands)
+
+
+@pytest.mark.parametrize("implementation", [None, "memory_efficient", "eager"])
+def test_in_the_place_of_jaxs(implementation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = jattn.eager_attention(X, X, X, is_causal=True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", jattn.dot_product_attention)
+    found = jax.nn.dot_product_attention(X, X, X, is_causal=True, implementation=implementation)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    inside_flax = nnx.dot_product_attention(X, X, X, is_causal=True)
+    np.testing.assert_allclose(inside_flax, expected, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("implementation", [None, "flash", "cudnn"])
+def test_in_the_place_of_jaxs_on_a_gpu(
+    implementation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 128, 4, 64), jnp.bfloat16)
+    theirs = jax.nn.dot_product_attention(x, x, x, is_causal=True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", jattn.dot_product_attention)
+    found = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation=implementation)
+    np.testing.assert_allclose(np.float32(found), np.float32(theirs), atol=2**-6)
