@@ -1,7 +1,7 @@
 # One command for each thing a newcomer does; the environment is made on first use. `make help` lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench environment clean
+.PHONY: help train test compile lint bench environment clean
 
 PYTHON := .venv/bin/python
 ARGS ?=
@@ -18,11 +18,13 @@ train: environment ## train on real text; on a CPU also report how memory grows 
 
 # The workers share one GPU where there is one: none may take its memory in advance.
 test: export XLA_PYTHON_CLIENT_PREALLOCATE := false
-# Without the compilers only the tests that need them fail, and say so.
-test: export JATTN_COMPILERS := required
-test: environment ## run the tests (those that need a GPU skip themselves without one)
-	-@sh scripts/compilers.sh
+test: environment ## run the tests (those that need a GPU are left out without one)
 	$(PYTHON) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+compile: export JATTN_COMPILERS := required
+compile: environment ## compile the GPU kernels for GPUs that are not there, and check what comes out
+	@sh scripts/compilers.sh
+	$(PYTHON) -m pytest -n auto --maxprocesses 8 -m compile $(ARGS)
 
 lint: environment ## check style, format and types
 	$(PYTHON) -m ruff check .

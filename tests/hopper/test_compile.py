@@ -1,7 +1,7 @@
 """For an absent H200: every shape of tiles compiles, spills what is known, lets no product wait.
 
-It runs with jax's CUDA plugin and ptxas, which `make test` puts in .compilers for each version of
-jax: they do not belong in an environment without CUDA's libraries.
+It runs with jax's CUDA plugin and ptxas, which `make compile` puts in .compilers for each version
+of jax: they do not belong in an environment without CUDA's libraries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from typing import Any
 
 import pytest
+
+pytestmark = pytest.mark.compile
 
 HERE = pathlib.Path(__file__).parent
 COMPILERS = HERE.parents[1] / ".compilers"
@@ -71,7 +73,6 @@ def compiled(version: str, program: str, *arguments: object) -> list[dict[str, A
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("version", VERSIONS)
 def test_nothing_more_spills_or_waits_or_is_moved(version: str, part: int) -> None:
@@ -92,7 +93,6 @@ def is_good(call: dict[str, Any]) -> bool:
     return is_linear and not (spilled > 0 or call["notes"] or moved)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_sharded_over_rows_and_heads_nothing_is_gathered(version: str) -> None:
     found = compiled(version, "compile_sharded.py")

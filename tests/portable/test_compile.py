@@ -15,6 +15,8 @@ import pytest
 
 from tests.hopper.test_compile import VERSIONS, environment
 
+pytestmark = pytest.mark.compile
+
 HERE = pathlib.Path(__file__).parent
 # Bytes that a call spills all the same, by device, algorithm and direction.
 KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
@@ -86,13 +88,11 @@ def is_good(call: dict[str, Any]) -> bool:
     return is_linear and call["spilled"] <= known.get(call["call"], 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", ["a100", "b200", "h200", "l4"])
 def test_every_row_of_the_tables_compiles(device: str) -> None:
     check(compiled(VERSIONS[0], "compile_calls.py", device, "widths"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("device", "version"), [("a100", VERSIONS[0]), ("h200", VERSIONS[-1])])
 def test_every_feature_compiles(device: str, version: str) -> None:
     check(compiled(version, "compile_calls.py", device, "features"))
@@ -103,7 +103,6 @@ def test_a_spill_would_be_seen() -> None:
     assert found["spilled"] > 100
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_sharded_over_rows_and_heads_nothing_is_gathered(version: str) -> None:
     found = compiled(version, "compile_sharded.py")
