@@ -10,8 +10,10 @@ from jattn.call.determinism import deterministic_gradients
 from jattn.call.errors import UnsupportedAttentionError
 from jattn.explain import explain
 from jattn.flash_attention import flash_attention
+from jattn.transforms.rematerialisation import CHECKPOINT_NAMES
 
 __all__ = [
+    "CHECKPOINT_NAMES",
     "UnsupportedAttentionError",
     "attention_backend",
     "deterministic_gradients",

@@ -8,13 +8,14 @@ B batch, T positions, D width of the residual stream, N query heads, K key/value
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jattn import dot_product_attention
+from jattn import CHECKPOINT_NAMES, dot_product_attention
 
 VOCABULARY = 256  # one token per byte value
 
@@ -73,6 +74,10 @@ class TransformerConfig:
 
     rematerialize: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+
+    rematerialize_attention: bool = False
+    """With rematerialize: recompute attention too, the dearest part of a long block. Else a layer
+    keeps its output and log-sum-exp, which takes H elements and 8 bytes a query head and token."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of activations and matrix products; sums inside norms and logits stay float32."""
@@ -247,7 +252,7 @@ class TransformerLM(nnx.Module):
         else:
             positions = document_positions(segment_ids)
         table = rotary_table(positions, self.config)
-        block = nnx.remat(Block.__call__) if self.config.rematerialize else Block.__call__
+        block = _rematerialized(self.config) if self.config.rematerialize else Block.__call__
 
         dtype = jnp.dtype(self.config.dtype)
         # A product rather than a gather: on a GPU a gather's gradient adds in no fixed order.
@@ -259,6 +264,14 @@ class TransformerLM(nnx.Module):
         return jnp.matmul(
             self.norm(x), head[...].astype(dtype).T, preferred_element_type=jnp.float32
         )
+
+
+def _rematerialized(config: TransformerConfig) -> Callable[..., jax.Array]:
+    """A block of which backward finds its input, and what attention's backward needs."""
+    if config.rematerialize_attention:
+        return nnx.remat(Block.__call__)
+    keep = jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)
+    return nnx.remat(Block.__call__, policy=keep)
 
 
 def _linear(

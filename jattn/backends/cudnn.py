@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 # By its own name from now on: a user may put jattn's function in its place in jax.nn.
 from jax.nn import dot_product_attention as jax_attention
@@ -12,6 +16,7 @@ from jax.nn import dot_product_attention as jax_attention
 from jattn.call.band import Band
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
+from jattn.transforms.rematerialisation import LOG_SUM_EXP, named
 
 __all__ = ["attend", "lacks", "refusals"]
 
@@ -56,18 +61,53 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
 
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """Output (B, T, N, D); the log-sum-exp is never asked of cuDNN and comes as NaN."""
+    out = _attend(spec, operands.query, operands.key, operands.value, operands.bias)
+    return out, jnp.full(out.shape[:-1], jnp.nan, spec.accumulator)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    spec: AttentionSpec, query: Array, key: Array, value: Array, bias: Array | None
+) -> Array:
+    return _cudnn(spec, query, key, value, bias)
+
+
+def _cudnn(
+    spec: AttentionSpec, query: Array, key: Array, value: Array, bias: Array | None
+) -> Array:
     window = None if spec.band.lower is None else (-spec.band.lower, 0)
-    out = jax_attention(
-        operands.query,
-        operands.key,
-        operands.value,
-        operands.bias,
+    out: Array = jax_attention(
+        query,
+        key,
+        value,
+        bias,
         scale=spec.scale,
         is_causal=spec.band.upper is not None,
         local_window_size=window,
         implementation="cudnn",
     )
-    return out, jnp.full(out.shape[:-1], jnp.nan, spec.accumulator)
+    return out
+
+
+def _attend_forward(spec: AttentionSpec, *inputs: Array | None) -> tuple[Array, Any]:
+    """jax's own rule, with names on what it saves beside the inputs."""
+    out, backward = jax.vjp(partial(_cudnn, spec), *inputs)
+    named_out, _ = named(out, None)
+    rows = (out.size // spec.value_dim, spec.accumulator)
+
+    def keep(x: Any) -> Any:
+        if x is out:
+            return named_out
+        return checkpoint_name(x, LOG_SUM_EXP) if (x.size, x.dtype) == rows else x
+
+    return named_out, jax.tree.map(keep, backward)
+
+
+def _attend_backward(spec: AttentionSpec, backward: Any, d_out: Array) -> Any:
+    return backward(d_out)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _head_dim(spec: AttentionSpec, target: Target) -> dict[str, bool]:

@@ -15,6 +15,7 @@ from jax import Array
 from jattn.call import dropout, masking
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
+from jattn.transforms.rematerialisation import named
 
 __all__ = ["attend", "gradient_bytes"]
 
@@ -63,7 +64,7 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     out = out.reshape(spec.batch, spec.queries, spec.heads, spec.value_dim)
     lse = jnp.where(sees_none, -jnp.inf, top + jnp.log(total))[..., 0]
     lse = jnp.moveaxis(lse, -1, 1).reshape(spec.batch, spec.queries, spec.heads)
-    return out, lse
+    return named(out, lse)
 
 
 def gradient_bytes(spec: AttentionSpec, target: Target) -> int:

@@ -19,6 +19,7 @@ from jattn.backends.tiles import Chunks
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives, sharding
+from jattn.transforms.rematerialisation import named
 from jattn.transforms.reverse_only import first_order_only, naming_eager, reverse_only
 
 __all__ = [
@@ -111,7 +112,7 @@ type _Saved = tuple[Operands, Array, Array]
 def _attend_forward(
     spec: AttentionSpec, chunks: Chunks, operands: Operands
 ) -> tuple[tuple[Array, Array], _Saved]:
-    out, lse = query_chunks.forward(spec, chunks, operands)
+    out, lse = named(*query_chunks.forward(spec, chunks, operands))
     return (out, lse), (operands, out, lse)
 
 

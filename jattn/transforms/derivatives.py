@@ -21,6 +21,7 @@ from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms import sharding
 from jattn.transforms.folding import Arrays, Kernel, folds_into_batch
 from jattn.transforms.per_shard import GRADIENTS, RESULTS, per_explicit_shard, per_shard
+from jattn.transforms.rematerialisation import named
 from jattn.transforms.reverse_only import first_order_only, naming_eager, reverse_only
 
 __all__ = ["Kernels", "attend"]
@@ -81,7 +82,7 @@ def _attend_forward(
 ) -> tuple[tuple[Array, Array], _Saved]:
     operands: Operands = jax.tree.map(lambda x: x.value, marked)
     wants_bias = marked.bias is not None and marked.bias.perturbed  # type: ignore[attr-defined]
-    out, lse = _attend(spec, kernels, operands)
+    out, lse = named(*_attend(spec, kernels, operands))
     return (out, lse), (operands, out, lse, _Wanted(bool(wants_bias)))
 
 
