@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Unpack
+from typing import Never, Unpack
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jattn.backends import memory_efficient, table
 from jattn.backends.table import Implementation
 from jattn.call.arguments import Alignment, AttentionCall, AttentionOptions, Window, attention_call
+from jattn.call.keywords import check_keywords
 from jattn.call.target import current_target
 
 __all__ = [
@@ -22,6 +23,19 @@ __all__ = [
 ]
 
 
+def with_full_signature[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Shows `help` and inspection the keywords that `**options` stands for, and no `**unknown`."""
+    own = inspect.signature(function)
+    named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if "options" in own.parameters:
+        names = {p.name for p in named} | {"implementation"}
+        full = inspect.signature(dot_product_attention)
+        named += [p for p in full.parameters.values() if p.name not in names]
+    function.__signature__ = own.replace(parameters=named)  # type: ignore[attr-defined]
+    return function
+
+
+@with_full_signature
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -44,6 +58,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: ArrayLike | None = None,
     broadcast_dropout: bool = False,
+    **unknown: Never,
 ) -> Array | tuple[Array, Array]:
     """Exact attention, softmax(Q Kᵀ * scale + bias) V, on the best backend that can do the call.
 
@@ -97,6 +112,7 @@ def dot_product_attention(
     >>> jattn.dot_product_attention(x, x, x, is_causal=True).shape
     (1, 4, 2, 8)
     """
+    check_keywords("dot_product_attention", unknown)
     call = attention_call(
         query,
         key,
@@ -121,18 +137,7 @@ def dot_product_attention(
     return _run(call, implementation)
 
 
-def _with_full_signature[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """Shows `help` and inspection the keywords that `**options` stands for."""
-    own = inspect.signature(function).parameters.values()
-    full = inspect.signature(dot_product_attention)
-    names = {parameter.name for parameter in own} | {"implementation"}
-    options = [p for p in full.parameters.values() if p.name not in names]
-    named = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    function.__signature__ = full.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
-    return function
-
-
-@_with_full_signature
+@with_full_signature
 def flash_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -151,10 +156,11 @@ def flash_attention(
     >>> if jax.default_backend() == "gpu":
     ...     out = jattn.flash_attention(x, x, x, is_causal=True)
     """
+    check_keywords("flash_attention", options)
     return _run(attention_call(query, key, value, bias, mask, **options), "flash")
 
 
-@_with_full_signature
+@with_full_signature
 def eager_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -174,10 +180,11 @@ def eager_attention(
     >>> tangent.shape
     (1, 4, 2, 8)
     """
+    check_keywords("eager_attention", options)
     return _run(attention_call(query, key, value, bias, mask, **options), "eager")
 
 
-@_with_full_signature
+@with_full_signature
 def memory_efficient_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -209,6 +216,7 @@ def memory_efficient_attention(
     >>> jattn.memory_efficient_attention(x, x, x, is_causal=True, query_chunk_size=2).shape
     (1, 5, 2, 8)
     """
+    check_keywords("memory_efficient_attention", options)
     call = attention_call(query, key, value, bias, mask, **options)
     if query_chunk_size is None and key_chunk_size is None:
         return _run(call, "memory_efficient")

@@ -8,9 +8,11 @@ from typing import Any, Unpack
 import jax
 from jax.typing import ArrayLike
 
+from jattn.attention import with_full_signature
 from jattn.backends import table
 from jattn.backends.table import NAMES, Form, Implementation
 from jattn.call.arguments import AttentionOptions, attention_call
+from jattn.call.keywords import check_keywords
 from jattn.call.spec import AttentionSpec
 from jattn.call.target import Target, current_target
 
@@ -76,6 +78,7 @@ class Explanation:
         return "\n".join([f"attention: {self.call}", f"on: {self.target}", *lines, *hints])
 
 
+@with_full_signature
 def explain(
     query: Shaped,
     key: Shaped,
@@ -95,6 +98,7 @@ def explain(
     >>> jattn.explain(x, x, x, is_causal=True, implementation="memory_efficient").chosen
     'memory_efficient'
     """
+    check_keywords("explain", options)
     spec = _spec(dict(query=query, key=key, value=value, bias=bias, mask=mask, **options))
     target = current_target()
     candidates = table.candidates(implementation)

@@ -10,6 +10,7 @@ import jax
 from jax import Array
 
 from jattn.backends import cudnn, eager, flash, kernels, memory_efficient
+from jattn.backends.names import nearest
 from jattn.call.errors import UnsupportedAttentionError
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
@@ -163,8 +164,9 @@ def _names(implementation: Implementation) -> tuple[str, ...]:
     unknown = [name for name in names if not isinstance(name, str) or name not in NAMES]
     if unknown or not names:
         allowed = ", ".join(map(repr, NAMES))
+        advice = (nearest(name, NAMES) for name in unknown)
         raise ValueError(
             f"implementation must be one of {allowed}, a sequence of them, or None; "
-            f"got {implementation!r}"
+            + "; ".join([f"got {implementation!r}", *dict.fromkeys(filter(None, advice))])
         )
     return names

@@ -91,7 +91,9 @@ def attention_call(
     }
     for name, flag in flags.items():
         if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"{name} must be True or False when traced, got {_kind(flag)}")
+            raise TypeError(
+                f"{name} must be True or False when traced, got {_kind(flag)}{_with_cond(flag)}"
+            )
     if causal_alignment not in get_args(Alignment):
         allowed = " or ".join(map(repr, get_args(Alignment)))
         raise ValueError(f"causal_alignment must be {allowed}, got {causal_alignment!r}")
@@ -197,15 +199,36 @@ def _mask(mask: ArrayLike | None, logits_shape: Shape4) -> Array | None:
         return None
     x = jnp.asarray(mask)
     if x.dtype != bool:
-        raise TypeError(f"mask must be bool (True: may attend), got {x.dtype}; add numbers as bias")
+        raise TypeError(
+            f"mask must be bool (True: may attend), got {x.dtype}: mask.astype(bool) if it holds 0 "
+            "and 1; if it holds 0 and -inf (or the like) to add, pass it as bias"
+        )
     return _broadcastable("mask", x, logits_shape)
 
 
 def _broadcastable(name: str, x: Array, logits_shape: Shape4) -> Array:
     full = x[(None,) * (4 - x.ndim)] if x.ndim < 4 else x
     if full.ndim > 4 or any(d not in (1, n) for d, n in zip(full.shape, logits_shape, strict=True)):
-        raise ValueError(f"{name} must broadcast to (B, N, T, S) = {logits_shape}, got {x.shape}")
+        raise ValueError(
+            f"{name} must broadcast to (B, N, T, S) = {logits_shape}, got {x.shape}"
+            + _made_4d(name, x.shape, logits_shape)
+        )
     return full
+
+
+def _made_4d(name: str, shape: tuple[int, ...], logits_shape: Shape4) -> str:
+    """How to index what has one of the shapes that others take, so that it broadcasts."""
+    b, n, t, s = logits_shape
+    ways = (
+        ((b, s), f"as (B, S), {name}[:, None, None, :]"),
+        ((b, t), f"as (B, T), {name}[:, None, :, None]"),
+        ((b, t, s), f"as (B, T, S), {name}[:, None]"),
+        ((b, 1, s), f"as (B, 1, S), {name}[:, None]"),
+        ((b, n, s), f"as (B, N, S), {name}[:, :, None]"),
+        ((s, t), f"as (S, T), {name}.T"),
+        ((b * n, t, s), f"as (B * N, T, S), {name}.reshape({b}, {n}, {t}, {s})"),
+    )
+    return next((f": {way}" for given, way in ways if given == shape), "")
 
 
 def _lengths(name: str, lengths: ArrayLike | None, batch: int, has_batch: bool) -> Array | None:
@@ -246,10 +269,18 @@ def _dropout_seeds(rate: float, rng: ArrayLike | None, batch: int, *, shared: bo
         return None
     if rng is None:
         raise ValueError(f"dropout_rng must be given when dropout_rate ({rate}) is above 0")
+    source = type(rng).__name__
+    if source in ("Rngs", "RngStream"):  # Flax's, which is not imported here
+        raise TypeError(
+            f"dropout_rng must be one jax.random key, got an nnx.{source}: rngs.dropout() draws one"
+        )
     key = jnp.asarray(rng)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not (typed and key.ndim == 0) and not (key.dtype == jnp.uint32 and key.ndim == 1):
-        raise TypeError(f"dropout_rng must be one jax.random key, got {key.dtype}{list(key.shape)}")
+        hint = ": jax.random.key(seed) makes one" if key.ndim == 0 else ""
+        raise TypeError(
+            f"dropout_rng must be one jax.random key, got {key.dtype}{list(key.shape)}{hint}"
+        )
     return jnp.tile(dropout.seeds(key, 1), (batch, 1)) if shared else dropout.seeds(key, batch)
 
 
@@ -260,6 +291,11 @@ def _window(window: object) -> tuple[int | None, int | None] | None:
     if isinstance(sides, tuple | list) and len(sides) == 2 and all(map(_is_window_side, sides)):
         left, right = sides
         return None if left is None else int(left), None if right is None else int(right)
+    for side in jax.tree.leaves(window):
+        if isinstance(side, jax.core.Tracer):
+            raise TypeError(
+                f"local_window_size must be known when traced, got {_kind(side)}{_with_cond(side)}"
+            )
     raise ValueError(
         "local_window_size must be an int or a (left, right) pair, each at least 0, "
         f"or None for no bound on that side; got {window!r}"
@@ -283,7 +319,7 @@ def _soft_cap(cap: float | None) -> float | None:
 
 def _number(name: str, x: object) -> float:
     if isinstance(x, jax.core.Tracer | bool):
-        hint = "; fold a learned scale into query" if name == "scale" else ""
+        hint = "; fold a learned scale into query" if name == "scale" else _with_cond(x)
         raise TypeError(f"{name} must be a number known when traced, got {_kind(x)}{hint}")
     try:
         number = float(x)  # type: ignore[arg-type]
@@ -312,3 +348,8 @@ def _shape4(x: Array | None) -> Shape4 | None:
 
 def _kind(x: object) -> str:
     return "a traced array" if isinstance(x, jax.core.Tracer) else f"{x!r} ({type(x).__name__})"
+
+
+def _with_cond(x: object) -> str:
+    traced = isinstance(x, jax.core.Tracer)
+    return "; where layers of a scan differ in it, jax.lax.cond chooses the call" if traced else ""
