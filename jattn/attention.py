@@ -53,6 +53,7 @@ def dot_product_attention(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     causal_alignment: Alignment = "top_left",
+    query_offset: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     dropout_rate: float = 0.0,
@@ -79,17 +80,24 @@ def dot_product_attention(
       mask: bool, True where a query may see a key; broadcastable to (B, N, T, S).
       scale: a number that multiplies Q Kᵀ; 1 / sqrt(H) if None.
       is_causal: query i sees keys up to its own position (see `causal_alignment`).
-      query_seq_lengths: (B,) integers; queries past them are padding.
-      key_value_seq_lengths: (B,) integers; keys past them are padding.
+      query_seq_lengths: (B,) integers, not negative (traced negative ones are 0); queries past them
+        are padding.
+      key_value_seq_lengths: likewise; keys past them are padding.
       local_window_size: (left, right), query i sees keys from i - left to i + right, inclusive; an
-        int is both; None on a side leaves it open.
+        int is both; None on a side leaves it open. Any int from 0 on.
       implementation: a backend's name ("flash", "cudnn", "memory_efficient", "eager"), several to
         be tried in order, or None for the best that can; see `explain` and `attention_backend`.
       return_residual: also return the log-sum-exp of each row's logits.
-      query_segment_ids: (B, T) integers; a query sees the keys of its own segment.
-      key_value_segment_ids: (B, S) integers. Sorted ids (packed documents) are skipped by block.
-      causal_alignment: "top_left" puts query i at key i; "bottom_right" at key i + S - T, so that
-        the last query meets the last key (flash-attn's); for causal and window alike.
+      query_segment_ids: (B, T) integers of 32 bits; a query sees the keys of its own segment.
+      key_value_segment_ids: (B, S), likewise. Sorted ids (packed documents) are skipped by block.
+      causal_alignment: "top_left" puts query i at key i; "bottom_right" puts the last query at the
+        last key (flash-attn's): query i at key i + S - T, or with lengths at i + key length - query
+        length of its row. For causal and window alike.
+      query_offset: an int, or int32 () or (B,), traced too: the key position of query 0, from which
+        causal and window count, query i being at query_offset + i (a cache's length so far, the
+        start of a chunk or shard). May be negative, or past the keys. Positions in bias, mask,
+        lengths and dropout stay those of the arrays. A Python or NumPy int is part of the compiled
+        program, an array is not.
       logits_soft_cap: cap * tanh(logits / cap), after the bias (Gemma 2, section 2.2).
       sinks: (N,) a learnable logit that joins each row's softmax and has no value (StreamingLLM;
         gpt-oss).
@@ -128,6 +136,7 @@ def dot_product_attention(
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
         causal_alignment=causal_alignment,
+        query_offset=query_offset,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         dropout_rate=dropout_rate,

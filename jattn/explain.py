@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
 
 from jattn.attention import with_full_signature
@@ -105,19 +106,23 @@ def explain(
     reports = [_report(name, spec, target, candidates) for name in NAMES]
     runs = (form.name for form in candidates if not form.reasons(spec, target))
     chosen = next(runs, None)
-    return Explanation(spec.describe(), str(target), chosen, tuple(reports), _hints(spec))
+    return Explanation(spec.describe(), str(target), chosen, tuple(reports), _hints(spec, options))
 
 
 _ARRAYS = {
     "query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths",
-    "query_segment_ids", "key_value_segment_ids", "sinks", "dropout_rng",
+    "query_segment_ids", "key_value_segment_ids", "query_offset", "sinks", "dropout_rng",
 }  # fmt: skip
 
 
 def _spec(arguments: dict[str, Any]) -> AttentionSpec:
     """The spec that a call with these arguments has, from their shapes alone."""
-    arrays = {name: x for name, x in arguments.items() if name in _ARRAYS}
-    static = {name: x for name, x in arguments.items() if name not in _ARRAYS}
+    arrays = {
+        name: x
+        for name, x in arguments.items()
+        if name in _ARRAYS and not isinstance(x, int | np.integer)  # those are part of the spec
+    }
+    static = {name: x for name, x in arguments.items() if name not in arrays}
     found: list[AttentionSpec] = []
     jax.eval_shape(lambda arrays: found.append(attention_call(**arrays, **static).spec), arrays)
     return found[0]
@@ -146,9 +151,19 @@ def _report(
     )
 
 
-def _hints(spec: AttentionSpec) -> tuple[str, ...]:
+def _hints(spec: AttentionSpec, options: AttentionOptions) -> tuple[str, ...]:
     """What a call with these facts is often meant to be instead."""
+    places_queries = (
+        options.get("query_offset") is not None or options.get("causal_alignment") == "bottom_right"
+    )
+    names = ("is_causal", "local_window_size")
+    banded = " and ".join(name for name in names if options.get(name) not in (None, False))
     found = {
+        f"{banded} with T {spec.queries} and S {spec.keys}: query i stands at key i, as in jax.nn; "
+        "if the last query belongs at the last key, give causal_alignment='bottom_right'; with a "
+        "cache or chunks give query_offset, the key position of query 0": (
+            bool(banded) and spec.queries != spec.keys and not places_queries
+        ),
         f"heads (query {spec.heads}, key {spec.kv_heads}) outnumber queries or keys "
         f"(T {spec.queries}, S {spec.keys}): arrays are read as (B, T, N, H); if these are "
         "(B, N, T, H), give jnp.swapaxes(x, 1, 2)": (

@@ -11,8 +11,8 @@ and the blocks between its last row's start and its first row's end are wholly v
     q_stop-1  | ....|....#|#####|#####|      unmasked range            = only block 2
 
 A range is a pair (first, stop) of block indices, stop exclusive; an empty one has stop <= first.
-All numbers may be Python integers or traced values; lengths may hold a batch of rows, and the
-ranges then do too.
+All numbers may be Python integers or traced values; lengths and offset may hold a batch of rows,
+and the ranges then do too.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def unmasked_key_blocks(
 
 def query_blocks(intervals: KeyIntervals, k_start: Index, k_stop: Index, block: int) -> Range:
     """The query blocks in which some query sees a key of [k_start, k_stop)."""
-    band = intervals.band
+    lower, upper = intervals.lower, intervals.upper
     last_key = _low(k_stop, intervals.key_length) - 1
-    first = 0 if band.upper is None else _high(k_start - band.upper, 0)
+    first = 0 if upper is None else _high(k_start - upper, 0)
     stop = intervals.query_length
-    if band.lower is not None:
-        stop = _low(stop, last_key - band.lower + 1)
+    if lower is not None:
+        stop = _low(stop, last_key - lower + 1)
     first_block, stop_block = first // block, _ceil(stop, block)
     return first_block, _where((last_key >= k_start) & (stop > first), stop_block, first_block)
 
@@ -64,11 +64,11 @@ def unmasked_query_blocks(
     intervals: KeyIntervals, k_start: Index, k_stop: Index, block: int
 ) -> Range:
     """The query blocks of which every query sees every key of [k_start, k_stop)."""
-    band = intervals.band
-    first = 0 if band.upper is None else _high(k_stop - 1 - band.upper, 0)
+    lower, upper = intervals.lower, intervals.upper
+    first = 0 if upper is None else _high(k_stop - 1 - upper, 0)
     stop = intervals.query_length
-    if band.lower is not None:
-        stop = _low(stop, k_start - band.lower + 1)
+    if lower is not None:
+        stop = _low(stop, k_start - lower + 1)
     first_block, stop_block = _ceil(first, block), stop // block
     return first_block, _where(k_stop <= intervals.key_length, stop_block, first_block)
 

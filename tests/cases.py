@@ -31,7 +31,8 @@ class Case:
     dtype: str = "float32"
     causal: bool = False
     alignment: str = "top_left"
-    window: int | tuple[int, int] | None = None
+    offset: int | tuple[int, ...] | None = None  # a tuple is an array, not known when traced
+    window: int | tuple[int | None, int | None] | None = None
     query_lengths: tuple[int, ...] | None = None
     key_lengths: tuple[int, ...] | None = None
     segments: str | None = None
@@ -117,7 +118,8 @@ class Operands:
         """The keyword arguments that are no functions of the differentiable operands."""
         case = self.case
         lengths = {
-            name: jnp.array(value, jnp.int32)
+            # Of a traced array the values are not known, so that negative ones are no error.
+            name: jnp.array(value, jnp.int32) + jnp.zeros((), jnp.int32)
             for name, value in (
                 ("query_seq_lengths", case.query_lengths),
                 ("key_value_seq_lengths", case.key_lengths),
@@ -147,6 +149,9 @@ class Operands:
             "is_causal": case.causal,
             "local_window_size": case.window,
             "causal_alignment": case.alignment,
+            "query_offset": (
+                jnp.array(case.offset, jnp.int32) if isinstance(case.offset, tuple) else case.offset
+            ),
             "logits_soft_cap": case.soft_cap,
             **lengths,
             **segments,
@@ -162,6 +167,7 @@ class Operands:
             case.keys,
             causal=case.causal,
             alignment=case.alignment,
+            offset=case.offset,
             window=case.window,
             query_lengths=case.query_lengths,
             key_lengths=case.key_lengths,
@@ -261,6 +267,14 @@ INTERVALS = [
         causal=True,
         alignment="bottom_right",
     ),
+    Case("offset_causal", causal=True, offset=13),
+    Case("offset_negative_causal", causal=True, offset=-9),
+    Case("offset_window", queries=24, keys=64, window=(4, 2), offset=30),
+    Case("offset_past_the_keys", window=(30, 0), offset=37),
+    Case("offsets_causal", causal=True, offset=(0, 16)),
+    Case("offsets_each_way", causal=True, offset=(-30, 21), window=(11, None)),
+    Case("offsets_window", queries=40, keys=56, window=(3, 5), offset=(-7, 22)),
+    Case("offsets_lengths", causal=True, offset=(11, 16), key_lengths=(20, 40)),
     Case("key_lengths", key_lengths=(17, 40)),
     Case("key_lengths_none_and_one", key_lengths=(0, 1)),
     Case("query_lengths", query_lengths=(9, 24)),
@@ -290,6 +304,7 @@ SEGMENTS_AND_MASKS = [
     Case("segments_packed", queries=64, keys=64, segments="sorted"),
     Case("segments_packed_causal", queries=64, keys=64, segments="sorted", causal=True),
     Case("segments_packed_cross", segments="sorted"),
+    Case("segments_offsets", queries=24, keys=64, segments="sorted", causal=True, offset=(40, 7)),
     Case("segments_unsorted", queries=40, keys=40, segments="unsorted"),
     Case("segments_unsorted_cross", segments="unsorted"),
     Case(
@@ -336,6 +351,8 @@ BIASES = [
         window=(8, 2),
         key_lengths=(48, 29),
     ),
+    Case("bias_offsets", bias="11TS", causal=True, offset=(0, 16)),
+    Case("bias_offset_heads", bias="B1TS", window=(5, 0), offset=(20, 3)),
     Case("bias_multi_query", kv_heads=1, bias="1N1S"),
     Case("bias_one_query", queries=1, bias="BNTS", mask="BNTS"),
     Case("bias_one_key", keys=1, bias="BNTS", mask="BNTS"),

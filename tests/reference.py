@@ -35,7 +35,8 @@ def visible(
     *,
     causal: bool = False,
     alignment: str = "top_left",
-    window: int | tuple[int, int] | None = None,
+    offset: int | Sequence[int] | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     query_lengths: Sequence[int] | None = None,
     key_lengths: Sequence[int] | None = None,
     query_segments: Any = None,
@@ -43,15 +44,22 @@ def visible(
     mask: Any = None,
 ) -> Bools:
     """The boolean mask (B, 1 or N, T, S) that all the arguments stand for."""
-    shift = keys - queries if alignment == "bottom_right" else 0
     t, s = np.arange(queries)[:, None], np.arange(keys)
-    diagonal = t + shift
+    shift = np.zeros(batch, object)  # integers of Python's, which have no end
+    if alignment == "bottom_right":
+        shift += cut(key_lengths, keys) - cut(query_lengths, queries)
+    elif offset is not None:
+        shift += np.array(offset, object)
+    diagonal = t + shift[:, None, None, None]
     seen = np.ones((batch, 1, queries, keys), bool)
     if causal:
         seen &= s <= diagonal
     if window is not None:
-        left, right = (window, window) if isinstance(window, int) else window
-        seen &= (diagonal - left <= s) & (s <= diagonal + right)
+        left, right = window if isinstance(window, tuple) else (window, window)
+        if left is not None:
+            seen &= diagonal - left <= s
+        if right is not None:
+            seen &= s <= diagonal + right
     for b in range(batch):
         if query_lengths is not None:
             seen[b] &= t < query_lengths[b]
@@ -60,6 +68,11 @@ def visible(
         if query_segments is not None:
             seen[b] &= np.equal.outer(query_segments[b], key_segments[b])
     return seen if mask is None else seen & np.asarray(mask)
+
+
+def cut(lengths: Sequence[int] | None, size: int) -> Any:
+    """Of each row how many of `size` positions there are."""
+    return size if lengths is None else np.clip(lengths, 0, size).astype(object)
 
 
 def sum_to(array: Floats, shape: tuple[int, ...]) -> Floats:

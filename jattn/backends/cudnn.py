@@ -42,6 +42,7 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
         f"an odd length (T {spec.queries}, S {spec.keys}) has no gradient": (
             spec.queries % 2 != 0 or spec.keys % 2 != 0
         ),
+        "query_offset is an array, whose values it cannot see": spec.has_query_offset,
         "segment ids would need a dense mask": spec.has_segments,
         "sequence lengths: rows and keys past them are not promised to be left out": (
             spec.has_query_lengths or spec.has_key_lengths

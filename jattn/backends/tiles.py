@@ -40,9 +40,9 @@ class Chunks:
 class HeadMajor(NamedTuple):
     """A call's arrays with the sequence axis inside the heads, as matrix products want them.
 
-    Shapes: query (B, K, G, T, H), key (B, K, S, H), value (B, K, S, D); bias, mask, lengths and
-    query segments as in `Operands`; key_segment_ranges (B, blocks, 2), the least and the greatest
-    segment id of each block of keys.
+    Shapes: query (B, K, G, T, H), key (B, K, S, H), value (B, K, S, D); bias, mask, lengths,
+    offsets and query segments as in `Operands`; key_segment_ranges (B, blocks, 2), the least and
+    the greatest segment id of each block of keys.
     """
 
     query: Array
@@ -221,14 +221,17 @@ class Tile:
         return x if size is None else lax.dynamic_slice_in_dim(x, start, size, 1)
 
     def _intervals(self, shape: tuple[int, ...]) -> KeyIntervals:
-        """The key intervals of the tile's batch rows, their lengths in this shape."""
+        """The key intervals of the tile's batch rows, their numbers in this shape."""
 
-        def lengths(x: Array | None) -> Array | None:
+        def numbers(x: Array | None) -> Array | None:
             return None if x is None else self._of_rows(x).reshape(shape)
 
         operands = self.arrays.operands
         return KeyIntervals.of(
-            self.spec, lengths(operands.query_lengths), lengths(operands.key_lengths)
+            self.spec,
+            numbers(operands.query_lengths),
+            numbers(operands.key_lengths),
+            numbers(operands.query_offset),
         )
 
     def _window(self, x: Array, j: Array) -> tuple[tuple[Array | int, ...], tuple[int, ...]]:

@@ -12,8 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jattn.call import dropout
-from jattn.call.band import Band
+from jattn.call import dropout, positions
 from jattn.call.spec import AttentionSpec, Operands, Shape4
 
 __all__ = ["Alignment", "AttentionCall", "AttentionOptions", "Window", "attention_call"]
@@ -35,6 +34,7 @@ class AttentionOptions(TypedDict, total=False):
     query_segment_ids: ArrayLike | None
     key_value_segment_ids: ArrayLike | None
     causal_alignment: Alignment
+    query_offset: ArrayLike | None
     logits_soft_cap: float | None
     sinks: ArrayLike | None
     dropout_rate: float
@@ -73,6 +73,7 @@ def attention_call(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     causal_alignment: Alignment = "top_left",
+    query_offset: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     dropout_rate: float = 0.0,
@@ -107,8 +108,12 @@ def attention_call(
         value=v,
         bias=_bias(bias, logits_shape),
         mask=_mask(mask, logits_shape),
-        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch, has_batch),
-        key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch, has_batch),
+        query_lengths=positions.lengths(
+            "query_seq_lengths", query_seq_lengths, queries, batch, has_batch=has_batch
+        ),
+        key_lengths=positions.lengths(
+            "key_value_seq_lengths", key_value_seq_lengths, keys, batch, has_batch=has_batch
+        ),
         query_segments=_segments("query_segment_ids", query_segment_ids, (batch, queries)),
         key_segments=_segments("key_value_segment_ids", key_value_segment_ids, (batch, keys)),
         sinks=_sinks(sinks, heads),
@@ -116,6 +121,17 @@ def attention_call(
     )
     if (operands.query_segments is None) != (operands.key_segments is None):
         raise ValueError("query_segment_ids and key_value_segment_ids must be given together")
+    offset = positions.query_offset(query_offset, batch, has_batch=has_batch)
+    if causal_alignment == "bottom_right":
+        offset = positions.bottom_right(offset, operands)
+    band, offset = positions.band_and_offset(
+        is_causal=bool(is_causal),
+        window=_window(local_window_size),
+        offset=0 if offset is None else offset,
+        queries=queries,
+        keys=keys,
+    )
+    operands = operands._replace(query_offset=offset)
     spec = AttentionSpec(
         batch=batch,
         queries=queries,
@@ -127,11 +143,7 @@ def attention_call(
         dtype=np.dtype(q.dtype),
         precision=_precision(q),
         scale=1 / math.sqrt(head_dim) if scale is None else _number("scale", scale),
-        band=Band.of(
-            is_causal=bool(is_causal),
-            window=_window(local_window_size),
-            diagonal=keys - queries if causal_alignment == "bottom_right" else 0,
-        ),
+        band=band,
         logits_soft_cap=_soft_cap(logits_soft_cap),
         dropout_rate=rate,
         broadcast_dropout=bool(broadcast_dropout),
@@ -141,6 +153,7 @@ def attention_call(
         has_query_lengths=operands.query_lengths is not None,
         has_key_lengths=operands.key_lengths is not None,
         has_segments=operands.query_segments is not None,
+        has_query_offset=operands.query_offset is not None,
         has_sinks=operands.sinks is not None,
         wants_residual=bool(return_residual),
     )
@@ -231,26 +244,13 @@ def _made_4d(name: str, shape: tuple[int, ...], logits_shape: Shape4) -> str:
     return next((f": {way}" for given, way in ways if given == shape), "")
 
 
-def _lengths(name: str, lengths: ArrayLike | None, batch: int, has_batch: bool) -> Array | None:
-    if lengths is None:
-        return None
-    x = jnp.asarray(lengths)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {x.dtype}")
-    if x.shape != (batch,) and (has_batch or x.shape != ()):
-        raise ValueError(f"{name} must have shape (B,) = ({batch},), got {x.shape}")
-    return x.reshape(batch).astype(jnp.int32)
-
-
 def _segments(name: str, ids: ArrayLike | None, shape: tuple[int, int]) -> Array | None:
     if ids is None:
         return None
-    x = jnp.asarray(ids)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {x.dtype}")
+    x = positions.as_integers(name, ids)
     if x.shape != shape and (1, *x.shape) != shape:
         raise ValueError(f"{name} must have shape {shape} (batch, length), got {x.shape}")
-    return x.reshape(shape).astype(jnp.int32)
+    return positions.as_ids(name, x).reshape(shape)
 
 
 def _sinks(sinks: ArrayLike | None, heads: int) -> Array | None:

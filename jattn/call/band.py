@@ -25,6 +25,18 @@ class Band:
             upper=None if right is None else diagonal + right,
         )
 
+    def within(self, queries: int, keys: int) -> Band:
+        """The same band of this many queries and keys: no bound that hides nothing, none far out.
+
+        Of queries 0 to T - 1 and keys 0 to S - 1 a lower bound of S hides as much as any above it,
+        an upper of -T as any below, so that no position plus a bound leaves the integers' range.
+        """
+        lower, upper = self.lower, self.upper
+        return Band(
+            lower=None if lower is None or lower <= 1 - queries else min(lower, keys),
+            upper=None if upper is None or upper >= keys - 1 else max(upper, -queries),
+        )
+
     @property
     def width(self) -> int | None:
         """How many keys a query may see, at least 0; None if a side is open."""

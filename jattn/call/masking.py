@@ -33,16 +33,21 @@ type Index = int | Array
 class KeyIntervals:
     """The interval of keys of each query: the band, clipped to the lengths.
 
-    The lengths are integers, scalars, or arrays that broadcast with the indices asked for.
+    The lengths, and the offset from which the band counts queries, are integers, scalars, or arrays
+    that broadcast with the indices asked for.
     """
 
     band: Band
     query_length: Index
     key_length: Index
+    offset: Index = 0
 
     @staticmethod
     def of(
-        spec: AttentionSpec, query_lengths: Array | None, key_lengths: Array | None
+        spec: AttentionSpec,
+        query_lengths: Array | None,
+        key_lengths: Array | None,
+        query_offset: Array | None,
     ) -> KeyIntervals:
         """The intervals of a call; lengths longer than the sequence are cut to it."""
         return KeyIntervals(
@@ -51,17 +56,42 @@ class KeyIntervals:
                 spec.queries if query_lengths is None else jnp.minimum(query_lengths, spec.queries)
             ),
             key_length=spec.keys if key_lengths is None else jnp.minimum(key_lengths, spec.keys),
+            offset=0 if query_offset is None else query_offset,
         )
+
+    @staticmethod
+    def of_batch(spec: AttentionSpec, operands: Operands, axes: int) -> KeyIntervals:
+        """Those of all batch rows, for indices of `axes` axes that come after the batch's."""
+
+        def column(x: Array | None) -> Array | None:
+            return None if x is None else x.reshape(-1, *(1,) * axes)
+
+        return KeyIntervals.of(
+            spec,
+            column(operands.query_lengths),
+            column(operands.key_lengths),
+            column(operands.query_offset),
+        )
+
+    @property
+    def lower(self) -> Index | None:
+        """Query i may see keys from i + lower; None: from the first."""
+        return None if self.band.lower is None else self.offset + self.band.lower
+
+    @property
+    def upper(self) -> Index | None:
+        """Query i may see keys to i + upper; None: to the last."""
+        return None if self.band.upper is None else self.offset + self.band.upper
 
     def start(self, query: Index) -> Index:
         """The first key that `query` sees."""
-        return 0 if self.band.lower is None else _maximum(query + self.band.lower, 0)
+        lower = self.lower
+        return 0 if lower is None else _maximum(query + lower, 0)
 
     def end(self, query: Index) -> Index:
         """One past the last key that `query` sees."""
-        if self.band.upper is None:
-            return self.key_length
-        return _minimum(query + self.band.upper + 1, self.key_length)
+        upper = self.upper
+        return self.key_length if upper is None else _minimum(query + upper + 1, self.key_length)
 
     def visible(self, query: Array, key: Array) -> Array:
         """Whether each query sees each key; the indices broadcast against each other."""
@@ -90,11 +120,7 @@ def visible(spec: AttentionSpec, operands: Operands) -> Array:
 
     O(T * S) elements: the reference, and what `eager` uses.
     """
-
-    def column(lengths: Array | None) -> Array | None:
-        return None if lengths is None else lengths[:, None, None, None]
-
-    intervals = KeyIntervals.of(spec, column(operands.query_lengths), column(operands.key_lengths))
+    intervals = KeyIntervals.of_batch(spec, operands, 3)
     query = jnp.arange(spec.queries)[None, None, :, None]
     key = jnp.arange(spec.keys)[None, None, None, :]
     mask = intervals.visible(query, key)

@@ -25,7 +25,8 @@ class Operands(NamedTuple):
 
     Shapes: query (B, T, N, H); key (B, S, K, H); value (B, S, K, D); bias and mask rank 4,
     broadcastable to (B, N, T, S); query_lengths and key_lengths (B,) int32; query_segments (B, T)
-    and key_segments (B, S) int32; sinks (N,); dropout_seeds (B, 2) uint32.
+    and key_segments (B, S) int32; sinks (N,); dropout_seeds (B, 2) uint32; query_offset (B,) int32,
+    the key position of query 0 where it is not known when traced.
     """
 
     query: Array
@@ -39,6 +40,7 @@ class Operands(NamedTuple):
     key_segments: Array | None = None
     sinks: Array | None = None
     dropout_seeds: Array | None = None
+    query_offset: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class AttentionSpec:
     has_query_lengths: bool = False
     has_key_lengths: bool = False
     has_segments: bool = False
+    has_query_offset: bool = False
     has_sinks: bool = False
     wants_residual: bool = False
 
@@ -115,6 +118,7 @@ class AttentionSpec:
             "query lengths": self.has_query_lengths,
             "key lengths": self.has_key_lengths,
             "segments": self.has_segments,
+            "query offsets": self.has_query_offset,
             "sinks": self.has_sinks,
             "log-sum-exp": self.wants_residual,
         }

@@ -36,6 +36,7 @@ _AXES = {
     "mask": "b N t s",
     "query_lengths": "b",
     "key_lengths": "b",
+    "query_offset": "b",
     "query_segments": "b t",
     "key_segments": "b s",
     "sinks": "N",

@@ -77,6 +77,8 @@ def backward(
         inputs["key_segments"] = edge_padded(operands.key_segments, ranges.shape[1] * tiles.keys)
     if operands.key_lengths is not None:
         inputs["key_lengths"] = jnp.minimum(operands.key_lengths, spec.keys)
+    if operands.query_offset is not None:
+        inputs["query_offset"] = operands.query_offset
     if tiles.apart:
         kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
         dk, dv = kernel.launch(spec, tiles, inputs, interpret=interpret)

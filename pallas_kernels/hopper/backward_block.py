@@ -58,6 +58,8 @@ class Block:
         key += self.tile * self.tiles.keys + own
         if banded(spec):
             # Comes from memory: of an iota the compiler would keep every element in registers.
+            if spec.has_query_offset:
+                first_query += refs.query_offset[self.batch]
             query = self.row(refs.index_smem) + first_query
             if spec.band.upper is not None:
                 p = jnp.where(key <= query + spec.band.upper, p, 0.0)

@@ -262,7 +262,7 @@ def _step(
     mine = pl.ds(warpgroup * ROWS, ROWS)
     # A zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is kept
     # in two registers, 32 in all, which then spill.
-    hidden = lax.shift_right_logical(n, 24)
+    hidden = lax.shift_right_logical(n, 30)
     k, v = (x.at[pl.ds((warpgroup + hidden) * ROWS, ROWS)] for x in (refs.k_smem, refs.v_smem))
     q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
     first_query = (block.visits.first + i) * tiles.queries

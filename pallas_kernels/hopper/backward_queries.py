@@ -75,7 +75,7 @@ def launch(
         "row_term": jnp.pad(inputs["row_term"], more),
         "zero": jnp.zeros(1, jnp.int32),
     }
-    for name in ("query_lengths", "key_lengths"):
+    for name in ("query_lengths", "key_lengths", "query_offset"):
         if getattr(operands, name) is not None:
             inputs[name] = getattr(operands, name)
     if spec.has_segments:

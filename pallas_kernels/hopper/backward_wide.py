@@ -204,7 +204,7 @@ def _load(block: WideBlock) -> None:
 
 def _hidden_zero(n: Array) -> Array:
     """A zero that the compiler cannot know: what is computed with it stays inside the loop."""
-    return lax.shift_right_logical(n, 24)
+    return lax.shift_right_logical(n, 30)
 
 
 def _start(block: WideBlock) -> None:

@@ -82,6 +82,8 @@ def forward(
         inputs["query_lengths"] = operands.query_lengths
     if spec.has_key_lengths:
         inputs["key_lengths"] = operands.key_lengths
+    if spec.has_query_offset:
+        inputs["query_offset"] = operands.query_offset
     if spec.has_segments:
         inputs |= segment_arrays(plan, operands)
     sinks = None

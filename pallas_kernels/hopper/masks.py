@@ -64,6 +64,7 @@ def intervals_of(plan: Plan, refs: Ref, batch: Array) -> KeyIntervals:
         spec,
         refs.query_lengths[batch] if spec.has_query_lengths else None,
         refs.key_lengths[batch] if spec.has_key_lengths else None,
+        refs.query_offset[batch] if spec.has_query_offset else None,
     )
 
 

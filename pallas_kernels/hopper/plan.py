@@ -103,7 +103,12 @@ class Plan:
     def lengths_known(self) -> bool:
         """Whether every tile's blocks are known when the call is traced."""
         spec = self.spec
-        return not (spec.has_segments or spec.has_query_lengths or spec.has_key_lengths)
+        return not (
+            spec.has_segments
+            or spec.has_query_lengths
+            or spec.has_key_lengths
+            or spec.has_query_offset
+        )
 
     @property
     def masked_later(self) -> bool:

@@ -44,11 +44,7 @@ def segment_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
 
 def _ranges(plan: Plan, operands: Operands, own: Array) -> Array:
     spec, size = plan.spec, plan.tiles.keys
-
-    def column(lengths: Array | None) -> Array | None:
-        return None if lengths is None else lengths[:, None]
-
-    intervals = KeyIntervals.of(spec, column(operands.query_lengths), column(operands.key_lengths))
+    intervals = KeyIntervals.of_batch(spec, operands, 1)
     start = jnp.arange(plan.query_tiles) * plan.queries
     stop = jnp.minimum(start + plan.queries, spec.queries)
     shape = (spec.batch, plan.query_tiles)

@@ -39,11 +39,7 @@ class Visits(NamedTuple):
 def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) -> Array:
     """(B or 1, tiles, 4) int32: the `Visits` of each tile of `keys` keys to blocks of `queries`."""
     tiles, count = -(-spec.keys // keys), -(-spec.queries // queries)
-
-    def column(lengths: Array | None) -> Array | None:
-        return None if lengths is None else lengths[:, None]
-
-    intervals = KeyIntervals.of(spec, column(operands.query_lengths), column(operands.key_lengths))
+    intervals = KeyIntervals.of_batch(spec, operands, 1)
     start = jnp.arange(tiles)[None] * keys
     first, stop = blocks.query_blocks(intervals, start, start + keys, queries)
     clear_first, clear_stop = blocks.unmasked_query_blocks(intervals, start, start + keys, queries)

@@ -10,6 +10,7 @@ the other gradients need; a kernel that made dQ as well would hold it of every b
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,11 @@ def _kernel(
     last_query = jnp.minimum(first_query + tiles.queries, spec.queries) - 1
     last_key = jnp.minimum(first_key + tiles.keys, spec.keys) - 1
     count = shared_rows * shared_heads
-    visited = (band.end(last_query) > first_key) & (band.start(first_query) <= last_key)
+
+    def is_seen(band: KeyIntervals) -> Array:
+        return (band.end(last_query) > first_key) & (band.start(first_query) <= last_key)
+
+    visited = is_seen(band)
     clear = (band.start(last_query) <= first_key) & (band.end(first_query) > last_key)
     varies = spec.has_query_lengths or spec.has_key_lengths or spec.has_segments
     d_bias = jnp.zeros((tiles.queries, tiles.keys), jnp.float32)
@@ -117,7 +122,18 @@ def _kernel(
         )
         return total
 
-    if varies or spec.keys % tiles.keys:
+    def of_row(r: Array, d_bias: Array) -> Array:
+        """All heads of a batch row whose offset says whether the tile is seen."""
+        offset = load(refs.query_offset, (own_row + r,))
+        turns = is_seen(replace(band, offset=offset)).astype(jnp.int32) * shared_heads
+        total: Array = lax.fori_loop(
+            jnp.int32(0), turns, lambda h, x: step(r * shared_heads + h, x, masked=True), d_bias
+        )
+        return total
+
+    if spec.has_query_offset:
+        d_bias = lax.fori_loop(jnp.int32(0), jnp.int32(shared_rows), of_row, d_bias)
+    elif varies or spec.keys % tiles.keys:
         d_bias = run(visited, d_bias, masked=True)
     elif hides_some(spec):
         d_bias = run(visited & ~clear, d_bias, masked=True)

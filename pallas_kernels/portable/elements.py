@@ -113,10 +113,11 @@ def _seen(spec: AttentionSpec, refs: SimpleNamespace, at: Place) -> Mask:
     seen: Mask = None
     if at.masked:
         seen = at.keys_inside
+        offset = load(refs.query_offset, (at.batch,)) if spec.has_query_offset else 0
         if spec.band.lower is not None:
-            seen = both(seen, at.key >= at.query + spec.band.lower)
+            seen = both(seen, at.key >= at.query + (offset + spec.band.lower))
         if spec.band.upper is not None:
-            seen = both(seen, at.key <= at.query + spec.band.upper)
+            seen = both(seen, at.key <= at.query + (offset + spec.band.upper))
         if spec.has_segments:
             query = load(refs.query_segments, (at.batch, at.query), at.queries_inside)
             key = load(refs.key_segments, (at.batch, at.key), at.keys_inside)

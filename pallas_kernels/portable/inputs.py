@@ -33,6 +33,7 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
         "key_lengths": operands.key_lengths,
         "query_segments": operands.query_segments,
         "key_segments": operands.key_segments,
+        "query_offset": operands.query_offset,
     }
     if operands.dropout_seeds is not None:
         seeds = operands.dropout_seeds[:, :, None, None]

@@ -55,7 +55,7 @@ def key_ranges(
 
     splits: shares into which each tile's blocks are cut, as rows one after another.
     """
-    intervals = _intervals(spec, operands)
+    intervals = KeyIntervals.of_batch(spec, operands, 1)
     start = jnp.arange(-(-spec.queries // queries))[None] * queries
     stop = jnp.minimum(start + queries, spec.queries)
     visited = blocks.key_blocks(intervals, start, stop, keys)
@@ -70,7 +70,7 @@ def key_ranges(
 
 def query_ranges(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) -> Array:
     """(B or 1, tiles, 4) int32: the blocks of `queries` queries of each tile of `keys` keys."""
-    intervals = _intervals(spec, operands)
+    intervals = KeyIntervals.of_batch(spec, operands, 1)
     start = jnp.arange(-(-spec.keys // keys))[None] * keys
     stop = jnp.minimum(start + keys, spec.keys)
     visited = blocks.query_blocks(intervals, start, stop, queries)
@@ -81,13 +81,6 @@ def query_ranges(spec: AttentionSpec, operands: Operands, *, queries: int, keys:
     ids = operands.key_segments, operands.query_segments
     left = query_sides(spec, queries).left
     return _table(visited, clear, start, sizes, ids, left=left)
-
-
-def _intervals(spec: AttentionSpec, operands: Operands) -> KeyIntervals:
-    def column(lengths: Array | None) -> Array | None:
-        return None if lengths is None else lengths[:, None]
-
-    return KeyIntervals.of(spec, column(operands.query_lengths), column(operands.key_lengths))
 
 
 def _table(

@@ -25,6 +25,7 @@ SMALL = [
     Half("causal", 1, 200, 200, 2, 1, 64, causal=True),
     Bottom("bottom_right_wider_values", 1, 70, 333, 1, 1, 64, 96),
     Half("lengths", 2, 150, 300, 1, 1, 64, query_lengths=(150, 70), key_lengths=(0, 290)),
+    Half("offsets", 2, 70, 333, 2, 1, 64, causal=True, window=(150, None), offset=(-30, 200)),
     Half("window", 1, 300, 300, 1, 1, 40, window=(70, 20)),
     Half("packed", 1, 300, 300, 1, 1, 64, segments="sorted", causal=True),
     Half("sinks_soft_cap", 1, 130, 130, 2, 2, 64, sinks=True, soft_cap=5.0),
@@ -94,6 +95,8 @@ def arguments(case: Case) -> tuple[Shapes, Shapes, dict[str, Any]]:
         rest["query_seq_lengths"] = jax.ShapeDtypeStruct((b,), jnp.int32)
     if case.key_lengths:
         rest["key_value_seq_lengths"] = jax.ShapeDtypeStruct((b,), jnp.int32)
+    if isinstance(case.offset, tuple):
+        rest["query_offset"] = jax.ShapeDtypeStruct((b,), jnp.int32)
     if case.segments:
         rest["query_segment_ids"] = jax.ShapeDtypeStruct((b, t), jnp.int32)
         rest["key_value_segment_ids"] = jax.ShapeDtypeStruct((b, s), jnp.int32)
@@ -103,6 +106,7 @@ def arguments(case: Case) -> tuple[Shapes, Shapes, dict[str, Any]]:
         "causal_alignment": case.alignment,
         "local_window_size": case.window,
         "logits_soft_cap": case.soft_cap,
+        **({"query_offset": case.offset} if isinstance(case.offset, int) else {}),
     }
     return floats, rest, static
 

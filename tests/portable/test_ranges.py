@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,8 +26,17 @@ QUERIES, KEYS = 8, 16
 
 
 def call(case: Case, seed: int) -> Any:
-    drawn = operands(case, seed)
-    return attention_call(*(jnp.asarray(drawn[name]) for name in "qkv"), **drawn.options)
+    """The call with its arrays, which are traced when it is checked."""
+    drawn, found = operands(case, seed), []
+
+    @jax.jit
+    def checked() -> Any:
+        made = attention_call(*(jnp.asarray(drawn[name]) for name in "qkv"), **drawn.options)
+        found.append(made)
+        return made.operands
+
+    arrays = checked()
+    return replace(found[0], operands=arrays)
 
 
 def seen(case: Case, seed: int) -> reference.Bools:
