@@ -98,7 +98,8 @@ def dot_product_attention(
         start of a chunk or shard). May be negative, or past the keys. Positions in bias, mask,
         lengths and dropout stay those of the arrays. A Python or NumPy int is part of the compiled
         program, an array is not.
-      logits_soft_cap: cap * tanh(logits / cap), after the bias (Gemma 2, section 2.2).
+      logits_soft_cap: cap * tanh(Q Kᵀ scale / cap), to which bias and mask are then added: what
+        they hide no cap shows (Gemma 2, section 2.2).
       sinks: (N,) a learnable logit that joins each row's softmax and has no value (StreamingLLM;
         gpt-oss).
       dropout_rate: the share of weights dropped, in [0, 1), in steps of 2^-16; the rest grow by

@@ -3,7 +3,7 @@
 Nothing here imports jax or jattn. Letters as in `jax.nn`: B batch, T queries, S keys, N query
 heads, K key heads, H head dim, D value head dim. Arrays are BTNH.
 
-    z = scale q k + bias        s = cap tanh(z / cap)        p = exp(s - lse)
+    z = scale q k        s = cap tanh(z / cap) + bias        p = exp(s - lse)
     lse = log(sum_visible exp s + exp sink)                  out = (keep p / (1 - rate)) v
 """
 
@@ -99,6 +99,7 @@ class Attention:
     soft_cap: float | None
     seen: Bools
     z: Floats
+    logits: Floats
     p: Floats
     kept: Floats
     out: Floats
@@ -110,7 +111,8 @@ class Attention:
 
     def magnitudes(self, dout: Any = None, dlse: Any = None) -> dict[str, Floats]:
         v = np.repeat(np.abs(self.v), self._groups, axis=2)
-        logits = np.abs(np.where(self.seen, self.z, 0.0)).max(axis=-1, initial=0.0)
+        logits = np.maximum(np.abs(self.z), np.abs(self.logits), where=self.seen, out=0 * self.p)
+        logits = logits.max(axis=-1, initial=0.0)
         sizes = {
             "out": _einsum("bnts,bsnd->btnd", self.kept * self.p, v),
             "lse": 1.0 + logits.transpose(0, 2, 1),
@@ -144,7 +146,7 @@ class Attention:
             "v": self._sum_groups(_einsum("bnts,btnd->bsnd", self.kept * self.p, dout)),
         }
         if self.bias_shape is not None:
-            grads["bias"] = sum_to(dz, self.bias_shape)
+            grads["bias"] = sum_to(np.where(self.seen, ds, 0.0), self.bias_shape)
         if self.sinks is not None:
             lse = self.lse.transpose(0, 2, 1)[..., None]
             alive = np.isfinite(lse)
@@ -184,9 +186,9 @@ def attention(
     scale = h**-0.5 if scale is None else scale
     groups = n // k.shape[2]
     z = scale * _einsum("btnh,bsnh->bnts", q, np.repeat(k, groups, axis=2))
-    if bias is not None:
-        z = z + float64(bias)
     logits = z if soft_cap is None else soft_cap * np.tanh(z / soft_cap)
+    if bias is not None:
+        logits = logits + float64(bias)
     seen = seen & ~np.isneginf(logits)
     logits = np.where(seen, logits, -np.inf)
     alive = seen.any(axis=-1, keepdims=True)
@@ -212,6 +214,7 @@ def attention(
         soft_cap=soft_cap,
         seen=seen,
         z=z,
+        logits=logits,
         p=p,
         kept=kept,
         out=_einsum("bnts,bsnd->btnd", kept * p, np.repeat(v, groups, axis=2)),

@@ -1,6 +1,6 @@
 """Attention as the formula is written: the reference that all else is held to.
 
-    out = dropout(softmax(soft_cap(Q Kᵀ * scale + bias))) V
+    out = dropout(softmax(soft_cap(Q Kᵀ * scale) + bias)) V
 
 It holds the T x S logits, so its memory is quadratic; it runs only when named. It is plain jnp, so
 it has every derivative: forward, reverse, and of any order.
@@ -29,15 +29,16 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         preferred_element_type=spec.accumulator, precision=spec.precision,
     )  # fmt: skip
     logits = logits * spec.scale
-    if operands.bias is not None:
-        logits = logits + spec.grouped(operands.bias.astype(logits.dtype))
+    seen = None
     if masking.hides_some(spec):
         seen = spec.grouped(masking.visible(spec, operands))
         # Hidden twice: the cap's slope at a NaN, times a gradient of 0, would be NaN.
-        logits = spec.soft_cap(jnp.where(seen, logits, 0))
+        logits = jnp.where(seen, logits, 0)
+    logits = spec.soft_cap(logits)
+    if operands.bias is not None:
+        logits = logits + spec.grouped(operands.bias.astype(logits.dtype))
+    if seen is not None:
         logits = jnp.where(seen, logits, -jnp.inf)
-    else:
-        logits = spec.soft_cap(logits)
 
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     no_maximum = top == -jnp.inf
@@ -45,7 +46,7 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     if operands.sinks is not None:
         sinks = operands.sinks.astype(logits.dtype).reshape(1, spec.kv_heads, spec.group, 1, 1)
         top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
-    top = jnp.where(no_maximum, 0, top)
+    top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
     sees_none = no_maximum & (total == 0)  # a maximum may pass over NaN, a sum does not

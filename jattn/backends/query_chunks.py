@@ -3,14 +3,14 @@
 For each chunk of queries, visit the blocks of keys that some query of it sees, and keep a running
 softmax (Rabe and Staats, 2021, section 2; Milakov and Gimelshein, 2018):
 
-    S = Q Kᵀ * scale + bias          m' = max(m, rowmax S)       P = exp(S - m')
+    S = cap(Q Kᵀ * scale) + bias     m' = max(m, rowmax S)       P = exp(S - m')
     l = l exp(m - m') + rowsum P     O = O exp(m - m') + P V     out = O / l,  lse = m' + log l
 
 Backward visits the same blocks and makes P again from the log-sum-exp (Dao et al., 2022, algorithm
 4), with the row term D = rowsum(O dO) - dlse:
 
-    P = exp(S - lse)      dP = dO Vᵀ           dS = P (dP - D)
-    dQ += dS K * scale    dKᵀ += Qᵀ dS * scale    dVᵀ += dOᵀ P    dbias += dS
+    P = exp(S - lse)      dP = dO Vᵀ              dS = P (dP - D)    dZ = dS cap'(Q Kᵀ * scale)
+    dQ += dZ K * scale    dKᵀ += Qᵀ dZ * scale    dVᵀ += dOᵀ P       dbias += dS
 
 Nothing of size T x S exists unless the caller's own bias or mask is that large; those are read by
 block. No size needs to be a multiple of anything, and nothing is padded (see `tiles`). Key and
@@ -163,10 +163,11 @@ def _backward(
                 scale = 1 / (1 - spec.dropout_rate)
                 kept_weights = jnp.where(kept, weights * scale, 0)
                 d_weights = jnp.where(kept, d_weights * scale, 0)
-            d_logits = weights * (d_weights - term) * slope
+            d_logits = weights * (d_weights - term)
+            d_products = d_logits if slope is None else d_logits * slope
             return _Sums(
-                query=sums.query + _times_keys(spec, d_logits, key),
-                key=tile.add_keys(sums.key, _over_rows(spec, query, d_logits), j),
+                query=sums.query + _times_keys(spec, d_products, key),
+                key=tile.add_keys(sums.key, _over_rows(spec, query, d_products), j),
                 value=tile.add_keys(sums.value, _over_rows(spec, d_rows, kept_weights), j),
                 bias=None if sums.bias is None else tile.add_block(sums.bias, d_logits, j),
             )
@@ -188,18 +189,18 @@ def _backward(
 
 def _logits(
     tile: Tile, query: Array, key: Array, j: Array, *, clear: bool
-) -> tuple[Array, Array | float]:
+) -> tuple[Array, Array | None]:
     """The tile's logits against key block j, -inf where hidden, and the soft cap's slope there."""
     spec, bias = tile.spec, tile.arrays.operands.bias
     seen = None if clear else tile.visible(j)
     logits = _against_keys(spec, query, key) * spec.scale
-    if bias is not None:
-        logits = logits + tile.block(bias, j).astype(logits.dtype)
-    slope: Array | float = 1.0
+    slope = None
     if spec.logits_soft_cap is not None:
         logits = spec.soft_cap(logits)
         slope = 1 - (logits / spec.logits_soft_cap) ** 2
         slope = slope if seen is None else jnp.where(seen, slope, 0)
+    if bias is not None:
+        logits = logits + tile.block(bias, j).astype(logits.dtype)
     return (logits if seen is None else jnp.where(seen, logits, -jnp.inf)), slope
 
 

@@ -91,10 +91,14 @@ class AttentionSpec:
         b, n, t, s = x.shape
         return x.reshape(b, *((1, 1) if n == 1 else (self.kv_heads, self.group)), t, s)
 
-    def soft_cap(self, logits: Array) -> Array:
-        """cap * tanh(logits / cap), where the call asks for it (Gemma 2, section 2.2)."""
+    def soft_cap(self, products: Array) -> Array:
+        """cap * tanh(products / cap), where the call asks for it (Gemma 2, section 2.2).
+
+        Of the scaled products: bias and mask are added to what is capped, as no cap may show what
+        they hide.
+        """
         cap = self.logits_soft_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return products if cap is None else cap * jnp.tanh(products / cap)
 
     def dropout_heads(self) -> Array:
         """The head index that each head's dropout mask is drawn for, (1, K, G, 1, 1)."""

@@ -25,6 +25,7 @@ __all__ = ["LOG2E", "Softmax", "across", "logits"]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
+MOST = float(jnp.finfo(jnp.float32).max)
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -70,8 +71,8 @@ class Softmax(NamedTuple):
 
     def join(self, sink: Array) -> tuple[Softmax, Array]:
         """The softmax with one more logit, which has no value; and the correction of the output."""
-        sink = sink * LOG2E
-        m = jnp.maximum(self.m, sink)
+        sink = jnp.minimum(sink * LOG2E, MOST)
+        m = jnp.maximum(self.m, jnp.maximum(sink, -MOST))  # finite, also of a row without keys
         correction = jnp.exp2(self.m - m)
         l = self.l * correction + jnp.exp2(sink - m)
         none = self.l == 0.0

@@ -98,8 +98,8 @@ def _kernel(
         )
         s = columns.against(q, k)
         dp = columns.against(d_out, v)
-        _, dz = gradients(spec, refs, at, numbers, s, dp)
-        return d_bias + dz
+        _, dx, _ = gradients(spec, refs, at, numbers, s, dp)
+        return d_bias + dx
 
     # Lengths and segments differ by batch row; a band says for all whether the tile is seen.
     band = KeyIntervals(spec.band, spec.queries, spec.keys)

@@ -1,6 +1,6 @@
 """What is done to each element of a tile of logits, alike in every kernel.
 
-    z = Q Kᵀ scale + bias      x = cap tanh(z / cap)      -inf where the query does not see the key
+    z = Q Kᵀ scale      x = cap tanh(z / cap) + bias      -inf where the query does not see the key
 
 A tile is a matrix, queries down and keys across or the other way round; positions come as index
 arrays that broadcast to it. Each part is left out of the kernel's text where the call lacks it.
@@ -44,7 +44,10 @@ class Place:
 
 
 class Logits(NamedTuple):
-    """x and c such that x c are the logits in base 2, and the soft cap's slope at each or None."""
+    """x and c such that x c are the logits in base 2, and the soft cap's slope or None.
+
+    The slope is that of the logits by Q Kᵀ scale.
+    """
 
     x: Array
     c: float
@@ -72,17 +75,17 @@ def logits(spec: AttentionSpec, refs: SimpleNamespace, at: Place, s: Array) -> L
     x, c, slope = s, spec.scale * LOG2E, None
     seen = _seen(spec, refs, at)
     cap = spec.logits_soft_cap
-    if spec.bias_shape is not None or cap is not None or spec.scale <= 0:
-        x, c = s * (spec.scale if cap is not None else c), 1.0
-    if spec.bias_shape is not None:
-        index, inside = placed(spec.bias_shape, at)
-        bias = _matrix(load(refs.bias, index, inside)).astype(jnp.float32)
-        x = x + (bias if cap is not None else bias * LOG2E)
     if cap is not None:
         if seen is not None:
             x = jnp.where(seen, x, 0.0)  # the slope at a NaN, times a gradient of 0, would be NaN
-        y = _tanh(spec, x * (1 / cap))
-        x, c, slope = y, cap * LOG2E, 1 - y * y
+        x = _tanh(spec, x * (spec.scale / cap))
+        c, slope = cap * LOG2E, 1 - x * x
+    if spec.bias_shape is not None:
+        index, inside = placed(spec.bias_shape, at)
+        bias = _matrix(load(refs.bias, index, inside)).astype(jnp.float32)
+        x, c = x * (spec.scale if cap is None else cap) + bias, LOG2E
+    elif spec.scale <= 0 and cap is None:
+        x, c = x * spec.scale, LOG2E
     if seen is not None:
         x = jnp.where(seen, x, -jnp.inf)
     return Logits(x, c, slope)

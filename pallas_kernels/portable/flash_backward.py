@@ -13,9 +13,9 @@ results are bitwise the same each time, at the price of computing S and dP twice
               dQ              |   clear  |  mask    | ...
 
 The first works on Sᵀ, keys down, so that Pᵀ and dSᵀ are left operands of their products. A bias's
-gradient dS is summed where it is made: over queries by the first kernel, over keys by the second,
-which also writes it whole where nothing is summed. The sum over batch rows or heads is
-`bias_gradient`'s.
+gradient dS, less the cap's slope, is summed where it is made: over queries by the first kernel,
+over keys by the second, which also writes it whole where nothing is summed. The
+sum over batch rows or heads is `bias_gradient`'s.
 """
 
 from __future__ import annotations
@@ -119,11 +119,11 @@ def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNames
             s = columns.against(k, q)
             dp = columns.against(v, d_out)
             numbers = _numbers(refs, batch, head, queries.across, queries.exists_across)
-            p, dz = gradients(spec, refs, at, numbers, s, dp)
+            p, dx, dz = gradients(spec, refs, at, numbers, s, dp)
             dv = columns.plus(dv, columns.times(p, d_out))
             dk = columns.plus(dk, columns.times(dz, q))
             if column is not None:
-                column = column + dz.sum(axis=1, keepdims=True)
+                column = column + dx.sum(axis=1, keepdims=True)
             return (dk, dv), column
 
         column = None
@@ -223,13 +223,13 @@ def _query_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNam
         v = columns.read(refs.v, spec.value_dim, batch, keys.down, kv_head, keys.exists_down)
         s = columns.against(q, k)
         dp = columns.against(d_out, v)
-        _, dz = gradients(spec, refs, at, numbers, s, dp)
+        _, dx, dz = gradients(spec, refs, at, numbers, s, dp)
         dq = columns.plus(dq, columns.times(dz, k))
         if d_bias is not None:
             index, inside = placed(d_bias.shape, at)
-            store(d_bias, index, dz * factor, inside)
+            store(d_bias, index, dx * factor, inside)
         if row is not None:
-            row = row + dz.sum(axis=1, keepdims=True)
+            row = row + dx.sum(axis=1, keepdims=True)
         return dq, row
 
     row = None if row_sums is None else jnp.zeros((tiles.queries, 1), jnp.float32)

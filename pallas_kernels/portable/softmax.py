@@ -25,6 +25,7 @@ from pallas_kernels.portable.triton import LN2, LOG2E, exp2
 __all__ = ["APART", "Softmax"]
 
 APART = 8
+MOST = float(jnp.finfo(jnp.float32).max)
 
 
 class Softmax(NamedTuple):
@@ -72,8 +73,8 @@ class Softmax(NamedTuple):
 
     def join(self, sink: Array) -> tuple[Softmax, Array]:
         """The softmax with one more logit, which has no value; and the correction of the output."""
-        sink = sink * LOG2E
-        m = jnp.maximum(self.m, sink)
+        sink = jnp.minimum(sink * LOG2E, MOST)
+        m = jnp.maximum(self.m, jnp.maximum(sink, -MOST))  # finite, also of a row without keys
         correction = jnp.exp2(self.m - m)
         none = self.l == 0.0
         l = self.l * correction + jnp.exp2(sink - m)

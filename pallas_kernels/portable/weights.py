@@ -2,7 +2,8 @@
 
     P = exp(x - lse)     dP = dropout(dO Vᵀ)     dx = P (dP - D)     dz = dx (1 - tanh²(z / cap))
 
-with D = rowsum(O dO) - dlse (Dao et al., 2022, algorithm 4). Works either way up.
+x being the logits and z = Q Kᵀ scale; the bias is added behind the cap, so its gradient is dx; and
+D = rowsum(O dO) - dlse (Dao et al., 2022, algorithm 4). Works either way up.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ type Numbers = tuple[Array, Array]  # log-sum-exp in base 2 and D, shaped as the
 
 def gradients(
     spec: AttentionSpec, refs: SimpleNamespace, at: Place, rows: Numbers, s: Array, dp: Array
-) -> tuple[Array, Array]:
-    """The weights after dropout, and dz, both to be multiplied by `dropout_factor`.
+) -> tuple[Array, Array, Array]:
+    """The weights after dropout, dx and dz, all to be multiplied by `dropout_factor`.
 
     From s = Q Kᵀ and dp = dO Vᵀ.
     """
@@ -35,10 +36,10 @@ def gradients(
     p = exp2(x, c, lse)
     kept = dropped(spec, refs, at, p)
     if spec.dropout_rate > 0:
-        dz = kept * dp - p * (row_term * (1 - spec.dropout_rate))
+        dx = kept * dp - p * (row_term * (1 - spec.dropout_rate))
     else:
-        dz = p * (dp - row_term)
-    return kept, dz if slope is None else dz * slope
+        dx = p * (dp - row_term)
+    return kept, dx, dx if slope is None else dx * slope
 
 
 def dropout_factor(spec: AttentionSpec) -> float:

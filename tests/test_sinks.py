@@ -1,0 +1,74 @@
+"""Sinks of any size, also where a row sees no key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import extremes, reference
+from tests.backends import EAGER, Backend, Results
+
+SINKS = np.array([-np.inf, 0.5, 100.0, -3e4], np.float32)
+LENGTHS = (24, 0)
+
+
+def operands(dtype: Any, *, queries: int = 20, keys: int = 24, size: int = 8) -> Results:
+    rng = np.random.default_rng(4)
+    n = len(SINKS)
+    return {
+        "query": rng.standard_normal((2, queries, n, size)).astype(dtype),
+        "key": rng.standard_normal((2, keys, n, size)).astype(dtype),
+        "value": rng.standard_normal((2, keys, n, size)).astype(dtype),
+        "sinks": SINKS,
+    }
+
+
+def check(backend: Backend, dtype: Any, lengths: tuple[int, int], **sizes: int) -> None:
+    arrays = operands(dtype, **sizes)
+    t, s = arrays["query"].shape[1], arrays["key"].shape[1]
+    seen = reference.visible(2, t, s, key_lengths=lengths)
+    found = extremes.check(
+        backend, arrays, seen=seen, key_value_seq_lengths=jnp.array(lengths, jnp.int32)
+    )
+    for name in ("out", "query", "key", "value"):
+        assert not np.asarray(found[name])[1].any(), name
+
+
+@pytest.mark.parametrize("backend", extremes.EVERY, ids=str)
+def test_any_sink_is_right(backend: Backend) -> None:
+    check(backend, np.float32, LENGTHS)
+
+
+def test_any_sink_is_right_where_keys_are_split() -> None:
+    check(extremes.EVERY[2], np.float32, (600, 0), queries=1, keys=600)
+
+
+def test_any_sink_is_right_in_hopper_kernels() -> None:
+    check(extremes.HOPPER, jnp.bfloat16, LENGTHS, size=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("keys", [24, 3000])
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("backend", [*extremes.EVERY, extremes.HOPPER], ids=str)
+def test_any_sink_is_right_on_a_gpu(backend: Backend, queries: int, keys: int) -> None:
+    check(backend, jnp.bfloat16, (keys, 0), queries=queries, keys=keys, size=64)
+
+
+@pytest.mark.parametrize("backend", extremes.EVERY[1:], ids=str)
+def test_any_sink_is_right_where_each_row_has_its_own(backend: Backend) -> None:
+    arrays = operands(np.float32)
+    q, k, v = (arrays[name][:1, :, :1] for name in ("query", "key", "value"))
+
+    def all_of(backend: Backend) -> jax.Array:
+        def one(sink: jax.Array) -> jax.Array:
+            return jax.grad(lambda s: (backend(q, k, v, sinks=s) * v.mean()).sum())(sink)
+
+        return jax.jit(jax.vmap(one))(jnp.asarray(SINKS)[:, None])
+
+    np.testing.assert_allclose(all_of(backend), all_of(EAGER), rtol=1e-4, atol=1e-6)
