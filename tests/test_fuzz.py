@@ -64,6 +64,9 @@ def cases(draw: st.DrawFn) -> Case:
         shared_dropout=draw(st.booleans()),
         scale=draw(maybe(st.sampled_from([0.01, -0.5, 1.0]))),
     )
+    if case.alignment == "top_left":
+        one = st.integers(-queries, keys)
+        case = replace(case, offset=draw(st.one_of(st.none(), one, st.tuples(*[one] * batch))))
     return replace(case, name=f"fuzz-{zlib.crc32(repr(case).encode()):08x}")
 
 

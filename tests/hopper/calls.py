@@ -37,6 +37,8 @@ SMALL = [
 ]  # fmt: skip
 
 _LENGTHS = {"query_lengths": (700, 100, 0), "key_lengths": (899, 17, 333)}
+_LEFT = {"window": (150, None)}
+_TWO = {"query_lengths": (700, 100), "key_lengths": (899, 333)}
 
 LARGE = [
     *(Half(f"causal_{h}", 2, 520, 520, 4, 2, h, causal=True) for h in HEAD_DIMS),
@@ -48,6 +50,12 @@ LARGE = [
     Half("lengths_64", 3, 700, 900, 4, 2, 64, **_LENGTHS),
     Half("lengths_128", 3, 700, 900, 4, 2, 128, causal=True, **_LENGTHS),
     Half("lengths_256", 3, 700, 900, 4, 2, 256, **_LENGTHS),
+    Half("offsets_64", 3, 700, 900, 4, 2, 64, causal=True, offset=(-300, 100, 5000)),
+    Half("offsets_128", 3, 700, 900, 4, 2, 128, causal=True, offset=(0, 64, 222), **_LEFT),
+    Half("offsets_256", 2, 700, 900, 4, 2, 256, window=(90, 200), offset=(-100, 300), **_TWO),
+    Half("offsets_packed", 2, 600, 800, 2, 2, 128, segments="sorted", causal=True, offset=(0, 200)),
+    Half("one_query_offsets", 3, 1, 8192, 32, 8, 128, causal=True, offset=(0, 99, 8191)),
+    Half("few_queries_offsets", 2, 5, 3000, 8, 2, 128, causal=True, offset=(2995, 100)),
     Half("left_window", 1, 2000, 2000, 2, 2, 128, window=(200, 0)),
     Half("window_both_sides", 1, 2000, 2000, 2, 2, 64, window=(200, 70)),
     Half("right_window", 1, 500, 2000, 2, 2, 256, window=(0, 300), alignment="bottom_right"),

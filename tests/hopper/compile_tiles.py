@@ -48,6 +48,12 @@ CASES = [
         Long(f"lengths_{h}", head_dim=h, causal=True, query_lengths=(9,), key_lengths=(9,))
         for h in WIDTHS
     ),
+    *(
+        Long(f"offsets_{h}", head_dim=h, causal=True, window=(1023, None), offset=(9,))
+        for h in WIDTHS
+    ),
+    Long("offsets_segments", causal=True, segments="sorted", offset=(9,)),
+    Long("one_query_offsets", queries=1, keys=4096, kv_heads=4, causal=True, offset=(9,)),
     *(Long(f"segments_{h}", head_dim=h, causal=True, segments="sorted") for h in WIDTHS),
     *(
         Long(f"soft_cap_sinks_{h}", head_dim=h, kv_heads=4, causal=True, soft_cap=50.0, sinks=True)
@@ -64,7 +70,8 @@ CASES = [
 CALLS = [(case, direction) for direction in ("forward", "backward") for case in CASES] + [
     (case, "deterministic")
     for case in CASES
-    if case.name in [f"{mask}_{h}" for mask in ("full", "causal", "segments") for h in (64, 128)]
+    for mask in ("full", "causal", "segments", "offsets")
+    if case.name in (f"{mask}_64", f"{mask}_128")
 ]
 
 # ptxas: "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,14 @@ def random_case(seed: int, number: int, most: int = 700) -> Case:
         left, right = (int(rng.integers(0, max(queries, keys))) for _ in range(2))
         return [left, (left, right), (left, 0), (left // 8, right // 8)][rng.integers(4)]
 
+    def offset() -> Any:
+        each = rng.integers(-queries, keys + 1, batch)
+        return [int(each[0]), tuple(map(int, each))][rng.integers(2)]
+
     batch, kv_heads = int(rng.integers(1, 4)), int(rng.integers(1, 4))
     queries, keys = size(most), size(most)
     keys = queries if chance(3) else keys
-    return Case(
+    case = Case(
         f"fuzz-{seed}-{number}",
         batch=batch,
         queries=queries,
@@ -64,6 +69,7 @@ def random_case(seed: int, number: int, most: int = 700) -> Case:
         sinks=chance(4),
         scale=float(rng.choice([0.01, -0.3, 0.5])) if chance(4) else None,
     )
+    return replace(case, offset=offset()) if case.alignment == "top_left" and chance(2) else case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -74,7 +80,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_the_kernels_do_every_random_call_and_every_feature_is_drawn() -> None:
     cases = [random_case(0, number) for number in range(60)]
     assert all(limits.refusals(spec_of(case)) == [] for case in cases)
-    for feature in ("causal", "window", "query_lengths", "key_lengths", "segments", "soft_cap"):
+    for feature in (
+        "causal",
+        "window",
+        "query_lengths",
+        "key_lengths",
+        "segments",
+        "soft_cap",
+        "offset",
+    ):
         assert 5 < sum(bool(getattr(case, feature)) for case in cases) < 55, feature
     assert {case.alignment for case in cases} == {"top_left", "bottom_right"}
     assert any(case.value_dim not in (None, case.head_dim) for case in cases)

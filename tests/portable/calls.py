@@ -30,6 +30,7 @@ SMALL = [
     Half("lengths", 2, 150, 300, 1, 1, 32, query_lengths=(150, 70), key_lengths=(0, 290)),
     Half("packed", 1, 300, 300, 1, 1, 16, segments="sorted", causal=True),
     Half("one_query_many_keys", 2, 1, 700, 8, 2, 64, sinks=True, key_lengths=(3, 650)),
+    Half("one_query_offsets", 2, 1, 700, 8, 2, 64, sinks=True, causal=True, offset=(3, 650)),
     Case("wide_float32", 1, 70, 70, 1, 1, 320, bias="11TS", dropout=0.2),
     Half("widest", 1, 33, 40, 1, 1, 512, mask="11TS", causal=True),
 ]  # fmt: skip
@@ -63,6 +64,8 @@ LARGE = [
     Half("latent", 1, 333, 777, 4, 4, 192, 128),
     Half("lengths_64", 3, 700, 900, 4, 2, 64, **_LENGTHS),
     Half("lengths_128", 3, 700, 900, 4, 2, 128, causal=True, **_LENGTHS),
+    Half("offsets", 3, 700, 900, 4, 2, 64, causal=True, window=(300, None), offset=(-300, 0, 222)),
+    Half("offsets_bias", 2, 300, 333, 4, 2, 64, window=(60, 5), bias="1NTS", offset=(-99, 200)),
     Half("left_window", 1, 2000, 2000, 2, 2, 128, window=(200, 0)),
     Half("window_both_sides", 1, 2000, 2000, 2, 2, 64, window=(200, 70)),
     Half("right_window", 1, 500, 2000, 2, 2, 256, window=(0, 300), alignment="bottom_right"),

@@ -50,6 +50,7 @@ FEATURES = [
     Long("mask_soft_cap_sinks", mask="B1TS", soft_cap=30.0, sinks=True),
     Long("packed", segments="sorted", causal=True, key_lengths=(9,), query_lengths=(9,)),
     Long("window", window=(200, 0)),
+    Long("offsets", batch=2, window=(200, 0), bias="1NTS", offset=(9, 9)),
     Long("one_query", queries=1, keys=4096, heads=8, kv_heads=2),
 ]
 REFUSED = {
@@ -86,6 +87,8 @@ def arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
         rest["mask"] = of(case.shape_of(case.mask), jnp.bool_)
     if case.query_lengths:
         rest["query_seq_lengths"] = rest["key_value_seq_lengths"] = of((b,), jnp.int32)
+    if case.offset:
+        rest["query_offset"] = of((b,), jnp.int32)
     if case.segments:
         rest["query_segment_ids"] = of((b, t), jnp.int32)
         rest["key_value_segment_ids"] = of((b, s), jnp.int32)
