@@ -151,7 +151,7 @@ class Attention:
             lse = self.lse.transpose(0, 2, 1)[..., None]
             alive = np.isfinite(lse)
             sink = self.sinks[None, :, None, None]
-            p_sink = np.where(alive, np.exp(sink - np.where(alive, lse, 0.0)), 0.0)
+            p_sink = np.exp(np.where(alive, sink - np.where(alive, lse, 0.0), -np.inf))
             grads["sinks"] = (p_sink * (sign * row + dlse)).sum(axis=(0, 2, 3))
         return grads
 
@@ -196,7 +196,7 @@ def attention(
     if sinks is not None:
         sinks = float64(sinks)
         top = np.maximum(top, sinks[:, None, None])
-    top = np.where(alive, top, 0.0)
+    top = np.where(np.isneginf(top), 0.0, top)
     weights = np.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:

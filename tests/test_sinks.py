@@ -12,7 +12,7 @@ import pytest
 from tests import extremes, reference
 from tests.backends import EAGER, Backend, Results
 
-SINKS = np.array([-np.inf, 0.5, 100.0, -3e4], np.float32)
+SINKS = np.array([-np.inf, 0.5, 100.0, -1e9, 1e9, 3e38], np.float32)
 LENGTHS = (24, 0)
 
 

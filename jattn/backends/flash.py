@@ -48,16 +48,17 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
 
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
-    # dQ in float32 where thread blocks add to it; log-sum-exp, in two bases, and row term of a row.
+    # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
+    # forward and as backward has it, and the row term.
     apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
     columns = 0 if apart else -(-spec.head_dim // 64) * 64
-    return spec.batch * spec.queries * spec.heads * 4 * (columns + 3)
+    return spec.batch * spec.queries * spec.heads * 4 * (columns + 5)
 
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the portable kernels."""
     rows = spec.batch * spec.queries * spec.heads
-    held = rows * 4 * 3  # log-sum-exp, in two bases, and row term of each row
+    held = rows * 4 * 5  # log-sum-exp in two numbers, as saved and by head, and row term of a row
     if (terms := term_count(spec)) > 1:
         width = spec.head_dim + spec.value_dim
         held += (rows + spec.batch * spec.keys * spec.kv_heads) * width * 2 * terms

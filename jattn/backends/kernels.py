@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,22 +71,36 @@ class Kernels:
         """Whether the partitioner may cut a call: not the effects of Mosaic's interpreter."""
         return not (self.interpret and self.family == "hopper")
 
-    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
-        """Output (B, T, N, D) and log-sum-exp (B, T, N) float32."""
+    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
+        """Output (B, T, N, D), and of each row (B, T, N), float32, two numbers `top` and `rest`.
+
+        Together, as top `unit` + rest, they are the log-sum-exp of the keys' logits, natural, to
+        which no sink belongs: the maximum, and the logarithm of the sum of what is relative to it.
+        A row that sees no key has -inf and 0.
+        """
         if self.family == "hopper":
             from pallas_kernels.hopper import forward as hopper  # imports Mosaic GPU
 
             return hopper.forward(spec, operands, interpret=self.interpret)
-        found: tuple[Array, Array] = self._portable().forward(
+        found: tuple[Array, Array, Array] = self._portable().forward(
             spec, operands, interpret=self.interpret
         )
         return found
+
+    def unit(self, spec: AttentionSpec) -> float:
+        """What 1 in `top` is of the natural logarithm."""
+        if self.family == "hopper":
+            return math.log(2)
+        from pallas_kernels.portable.elements import base
+
+        return base(spec) * math.log(2)
 
     def backward(
         self,
         spec: AttentionSpec,
         operands: Operands,
-        lse: Array,
+        top: Array,
+        rest: Array,
         row_term: Array,
         d_out: Array,
         *,
@@ -96,13 +111,14 @@ class Kernels:
         Args:
           spec: the call.
           operands: its arrays.
-          lse: (B, T, N) float32, what forward gave.
+          top: (B, T, N) float32, what forward gave.
+          rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
           row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
             that see no key.
           d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
           wants_bias: the call has a bias whose gradient is asked for.
         """
-        saved = (spec, operands, lse, row_term, d_out)
+        saved = (spec, operands, top, rest, row_term, d_out)
         if self.family == "hopper":
             from pallas_kernels.hopper import backward as hopper
 

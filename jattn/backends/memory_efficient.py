@@ -1,9 +1,9 @@
 """The `memory_efficient` backend: query-chunked attention whose backward recomputes.
 
-Saves q, k, v, the output and the log-sum-exp, never the T x S weights (Rabe and Staats,
-"Self-attention Does Not Need O(n^2) Memory", 2021). It has two forms: Pallas kernels for NVIDIA
-GPUs from Ampere on (`pallas_kernels.portable`), and loops in XLA, which run anywhere and do every
-call.
+Saves q, k, v, the output and the log-sum-exp (as two numbers), never the T x S weights (Rabe and
+Staats, "Self-attention Does Not Need O(n^2) Memory", 2021). It has two forms: Pallas kernels for
+NVIDIA GPUs from Ampere on (`pallas_kernels.portable`), and loops in XLA, which run anywhere and do
+every call.
 """
 
 from __future__ import annotations
@@ -95,25 +95,26 @@ def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     k_side = spec.batch * spec.keys * spec.kv_heads
     copies = q_side * (2 * spec.head_dim + 2 * spec.value_dim) * spec.element_bytes
     copies += k_side * (spec.head_dim + spec.value_dim) * spec.element_bytes
-    sums = k_side * (spec.head_dim + spec.value_dim) + 3 * q_side
+    sums = k_side * (spec.head_dim + spec.value_dim) + 4 * q_side
     tile = chunks.rows * chunks.queries * chunks.keys * spec.heads
     return copies + (sums + 4 * tile) * spec.accumulator.itemsize
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
-    out, lse = query_chunks.forward(spec, chunks, operands)
-    return out, lse
+    out, top, rest = query_chunks.forward(spec, chunks, operands)
+    return out, top + rest
 
 
-type _Saved = tuple[Operands, Array, Array]
+type _Saved = tuple[Operands, Array, Array, Array]
 
 
 def _attend_forward(
     spec: AttentionSpec, chunks: Chunks, operands: Operands
 ) -> tuple[tuple[Array, Array], _Saved]:
-    out, lse = named(*query_chunks.forward(spec, chunks, operands))
-    return (out, lse), (operands, out, lse)
+    out, *numbers = query_chunks.forward(spec, chunks, operands)
+    out, (top, rest) = named(out, numbers)
+    return (out, top + rest), (operands, out, top, rest)
 
 
 def _attend_backward(

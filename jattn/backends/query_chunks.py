@@ -7,9 +7,10 @@ softmax (Rabe and Staats, 2021, section 2; Milakov and Gimelshein, 2018):
     l = l exp(m - m') + rowsum P     O = O exp(m - m') + P V     out = O / l,  lse = m' + log l
 
 Backward visits the same blocks and makes P again from the log-sum-exp (Dao et al., 2022, algorithm
-4), with the row term D = rowsum(O dO) - dlse:
+4), kept as m and r = log l since a large m would swallow r; with the row term
+D = rowsum(O dO) - dlse:
 
-    P = exp(S - lse)      dP = dO Vᵀ              dS = P (dP - D)    dZ = dS cap'(Q Kᵀ * scale)
+    P = exp(S - m - r)    dP = dO Vᵀ              dS = P (dP - D)    dZ = dS cap'(Q Kᵀ * scale)
     dQ += dZ K * scale    dKᵀ += Qᵀ dZ * scale    dVᵀ += dOᵀ P       dbias += dS
 
 Nothing of size T x S exists unless the caller's own bias or mask is that large; those are read by
@@ -62,12 +63,14 @@ class _Sums(NamedTuple):
     bias: Array | None  # the bias's shape
 
 
-def forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
-    """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
+def forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array, Array]:
+    """Output (B, T, N, D) and the log-sum-exp as two (B, T, N): the maximum and the logarithm of
+    the sum beside it; -inf and 0 of a row that sees no key.
+    """
     b, t, n, _ = partition(operands.query)
-    results = PartitionSpec(b, t, n, None), PartitionSpec(b, t, n)
-    out, lse = in_auto_mode(partial(_forward, spec, chunks), results)(operands)
-    return out, lse
+    results = PartitionSpec(b, t, n, None), *[PartitionSpec(b, t, n)] * 2
+    out, top, rest = in_auto_mode(partial(_forward, spec, chunks), results)(operands)
+    return out, top, rest
 
 
 def backward(
@@ -75,7 +78,8 @@ def backward(
     chunks: Chunks,
     operands: Operands,
     out: Array,
-    lse: Array,
+    top: Array,
+    rest: Array,
     d_out: Array,
     d_lse: Array,
 ) -> Gradients:
@@ -87,16 +91,16 @@ def backward(
         ),
     )
     gradients: Gradients = in_auto_mode(partial(_backward, spec, chunks), results)(
-        operands, out, lse, d_out, d_lse
+        operands, out, top, rest, d_out, d_lse
     )
     return gradients
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
+def _forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array, Array]:
     arrays = HeadMajor.of(spec, chunks, operands)
 
-    def chunk(index: Array, written: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk(index: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
         tile = Tile.at(spec, chunks, arrays, index)
         query = tile.real_rows(tile.rows(arrays.query))
 
@@ -116,14 +120,15 @@ def _forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[A
         rows = (chunks.rows, spec.kv_heads, spec.group, chunks.queries)
         zeros = jnp.zeros(rows, spec.accumulator)
         start = _Softmax(zeros - jnp.inf, zeros, jnp.zeros((*rows, spec.value_dim), zeros.dtype))
-        out, lse = _finish(spec, tile.visit(step, varying_as(start, operands)), operands.sinks)
-        return tile.write(written[0], out), tile.write(written[1], lse)
+        found = _finish(spec, tile.visit(step, varying_as(start, operands)), operands.sinks)
+        return tuple(map(tile.write, written, found))
 
     rows = (spec.batch, spec.kv_heads, spec.group, spec.queries)
-    empty = jnp.zeros((*rows, spec.value_dim), spec.dtype), jnp.zeros(rows, spec.accumulator)
+    number = jnp.zeros(rows, spec.accumulator)
+    empty = jnp.zeros((*rows, spec.value_dim), spec.dtype), number, number
     written = varying_as(empty, operands)
-    out, lse = lax.fori_loop(0, Tile.count(spec, chunks), chunk, written)
-    return merge_heads(spec, out), merge_heads(spec, lse)
+    out, top, rest = lax.fori_loop(0, Tile.count(spec, chunks), chunk, written)
+    return merge_heads(spec, out), merge_heads(spec, top), merge_heads(spec, rest)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -132,16 +137,17 @@ def _backward(
     chunks: Chunks,
     operands: Operands,
     out: Array,
-    lse: Array,
+    top: Array,
+    rest: Array,
     d_out: Array,
     d_lse: Array,
 ) -> Gradients:
     arrays = HeadMajor.of(spec, chunks, operands)
     d_out = split_heads(spec, d_out)
     row_term = _row_term(spec, split_heads(spec, out), d_out) - split_heads(spec, d_lse)
-    lse = split_heads(spec, lse)
-    sees_none = lse == -jnp.inf
-    lse = jnp.where(sees_none, jnp.inf, lse)  # exp(S - inf) = 0, whatever S is
+    top, rest = split_heads(spec, top), split_heads(spec, rest)
+    sees_none = top == -jnp.inf
+    top = jnp.where(sees_none, jnp.inf, top)  # exp(S - inf) = 0, whatever S is
     row_term = jnp.where(sees_none, 0, row_term)
 
     def chunk(index: Array, carry: tuple[Array, _Sums]) -> tuple[Array, _Sums]:
@@ -150,12 +156,12 @@ def _backward(
         query = tile.real_rows(tile.rows(arrays.query))
         d_rows = tile.fresh_rows(tile.real_rows(tile.rows(d_out)))
         term = tile.fresh_rows(tile.real_rows(tile.rows(row_term)))[..., None]
-        tile_lse = tile.rows(lse)[..., None]
+        tile_top, tile_rest = tile.rows(top)[..., None], tile.rows(rest)[..., None]
 
         def step(j: Array, sums: _Sums, *, clear: bool) -> _Sums:
             key, value = (tile.keys(x, j, clear=clear) for x in (arrays.key, arrays.value))
             logits, slope = _logits(tile, query, key, j, clear=clear)
-            weights = jnp.exp(logits - tile_lse)
+            weights = jnp.exp((logits - tile_top) - tile_rest)
             d_weights = _against_keys(spec, d_rows, value)
             kept_weights = weights
             kept = tile.kept(j)
@@ -183,7 +189,7 @@ def _backward(
         key=jnp.moveaxis(sums.key * spec.scale, 3, 1).astype(spec.dtype),
         value=jnp.moveaxis(sums.value, 3, 1).astype(spec.dtype),
         bias=None if sums.bias is None else sums.bias.astype(spec.bias_dtype),
-        sinks=_sinks_gradient(spec, operands, lse, row_term),
+        sinks=_sinks_gradient(spec, operands, top, rest, row_term),
     )
 
 
@@ -204,7 +210,9 @@ def _logits(
     return (logits if seen is None else jnp.where(seen, logits, -jnp.inf)), slope
 
 
-def _finish(spec: AttentionSpec, state: _Softmax, sinks: Array | None) -> tuple[Array, Array]:
+def _finish(
+    spec: AttentionSpec, state: _Softmax, sinks: Array | None
+) -> tuple[Array, Array, Array]:
     """The tile's output and log-sum-exp; the sink joins the sum as a key without a value."""
     top, total = state.top, state.total
     sees_none = (top == -jnp.inf) & (total == 0)  # a maximum may pass over NaN, a sum does not
@@ -217,7 +225,7 @@ def _finish(spec: AttentionSpec, state: _Softmax, sinks: Array | None) -> tuple[
         total, out, top = total * fade + jnp.exp(sink - higher), out * fade[..., None], higher
     total = jnp.where(sees_none, 1, total)
     out = jnp.where(sees_none[..., None], 0, out / total[..., None])
-    return out, jnp.where(sees_none, -jnp.inf, top + jnp.log(total))
+    return out, jnp.where(sees_none, -jnp.inf, top), jnp.log(total)
 
 
 def _row_term(spec: AttentionSpec, out: Array, d_out: Array) -> Array:
@@ -226,13 +234,13 @@ def _row_term(spec: AttentionSpec, out: Array, d_out: Array) -> Array:
 
 
 def _sinks_gradient(
-    spec: AttentionSpec, operands: Operands, lse: Array, row_term: Array
+    spec: AttentionSpec, operands: Operands, top: Array, rest: Array, row_term: Array
 ) -> Array | None:
     """-sum over rows of P_sink D: a sink takes weight from every value of the row."""
     if operands.sinks is None:
         return None
-    sink = operands.sinks.astype(lse.dtype).reshape(1, spec.kv_heads, spec.group, 1)
-    gradient = -jnp.sum(jnp.exp(sink - lse) * row_term, axis=(0, 3))
+    sink = operands.sinks.astype(top.dtype).reshape(1, spec.kv_heads, spec.group, 1)
+    gradient = -jnp.sum(jnp.exp((sink - top) - rest) * row_term, axis=(0, 3))
     return gradient.reshape(spec.heads).astype(operands.sinks.dtype)
 
 

@@ -2,7 +2,12 @@
 
 Forward saves its arguments, the output and the log-sum-exp; the backward kernels make the weights
 again from these. What is one number a row is made here, in `jnp`: the row term
-D = rowsum(O dO) - dlse, and the gradient of the sinks, -sum over rows of P_sink D.
+D = rowsum(O dO) - dlse, and what the sinks add to the sum, and their gradient,
+-sum over rows of P_sink D.
+
+The log-sum-exp is kept as two numbers, top unit + rest: the row's maximum in the kernels' unit, and
+the logarithm of the sum of exponentials beside it. A float32 beside 1e9 has steps of 64: in one
+number the sum would be lost, and all weights of a row be wrong by one factor.
 """
 
 from __future__ import annotations
@@ -30,18 +35,22 @@ __all__ = ["Kernels", "attend"]
 class Kernels(Protocol):
     """A pair of kernels, forward and backward, hashable; `backends.kernels` explains arguments."""
 
-    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]: ...
+    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]: ...
 
     def backward(
         self,
         spec: AttentionSpec,
         operands: Operands,
-        lse: Array,
+        top: Array,
+        rest: Array,
         row_term: Array,
         d_out: Array,
         *,
         wants_bias: bool,
     ) -> tuple[Array, ...]: ...
+
+    def unit(self, spec: AttentionSpec) -> float:
+        """What 1 in `top` is of the natural logarithm."""
 
     @property
     def can_partition(self) -> bool:
@@ -51,19 +60,41 @@ class Kernels(Protocol):
 def attend(kernels: Kernels, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
     with naming_eager():
-        return _attend(spec, kernels, reverse_only(sharding.varying_alike(operands)))
+        out, lse, _ = _attend(spec, kernels, reverse_only(sharding.varying_alike(operands)))
+    return out, lse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(spec: AttentionSpec, kernels: Kernels, operands: Operands) -> tuple[Array, Array]:
+def _attend(
+    spec: AttentionSpec, kernels: Kernels, operands: Operands
+) -> tuple[Array, Array, _Sums]:
+    """Output, log-sum-exp and the same in two numbers, which has no gradient of its own."""
+
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         return kernels.forward(spec, Operands(**arrays))
 
     arrays = {name: x for name, x in operands._asdict().items() if x is not None}
     b, t, n, _ = sharding.partition(operands.query)
-    places = (jax.P(b, t, n), jax.P(b, t, n))
-    out, lse = _run(kernel, kernels, spec, arrays, RESULTS, places)
-    return out, lse
+    places = (jax.P(b, t, n),) * 3
+    out, top, rest = _run(kernel, kernels, spec, arrays, RESULTS, places)
+    unit = kernels.unit(spec)
+    if operands.sinks is not None:
+        rest = jnp.logaddexp(rest, _above(operands.sinks, top, unit))
+    return out, _log_sum_exp(top, rest, unit), (top, rest)
+
+
+def _log_sum_exp(top: Array, rest: Array, unit: float) -> Array:
+    return jnp.where(top > -jnp.inf, _finite(top) * unit + rest, -jnp.inf)
+
+
+def _above(sinks: Array, top: Array, unit: float) -> Array:
+    """The sinks (N,) less the rows' maxima (B, T, N)."""
+    return sinks.astype(top.dtype) - _finite(top) * unit
+
+
+def _finite(top: Array) -> Array:
+    """The maxima with 0 for a row that sees no key."""
+    return jnp.where(top > -jnp.inf, top, 0)
 
 
 @jax.tree_util.register_static
@@ -74,28 +105,31 @@ class _Wanted:
     bias: bool
 
 
-type _Saved = tuple[Operands, Array, Array, _Wanted]
+type _Sums = tuple[Array, Array]  # top and rest
+type _Saved = tuple[Operands, Array, _Sums, _Wanted]
 
 
 def _attend_forward(
     spec: AttentionSpec, kernels: Kernels, marked: Operands
-) -> tuple[tuple[Array, Array], _Saved]:
+) -> tuple[tuple[Array, Array, _Sums], _Saved]:
     operands: Operands = jax.tree.map(lambda x: x.value, marked)
     wants_bias = marked.bias is not None and marked.bias.perturbed  # type: ignore[attr-defined]
-    out, lse = named(*_attend(spec, kernels, operands))
-    return (out, lse), (operands, out, lse, _Wanted(bool(wants_bias)))
+    out, _, sums = _attend(spec, kernels, operands)
+    out, sums = named(out, sums)
+    lse = _log_sum_exp(*sums, kernels.unit(spec))
+    return (out, lse, sums), (operands, out, sums, _Wanted(bool(wants_bias)))
 
 
 def _attend_backward(
-    spec: AttentionSpec, kernels: Kernels, saved: _Saved, gradients: tuple[Any, Any]
+    spec: AttentionSpec, kernels: Kernels, saved: _Saved, gradients: tuple[Any, Any, Any]
 ) -> tuple[Operands]:
-    operands, out, lse, wanted = saved
+    operands, out, sums, wanted = saved
     d_out, d_lse = (
         sharding.varying_as(jnp.zeros_like(x), operands) if isinstance(d, SymbolicZero) else d
-        for x, d in zip((out, lse), gradients, strict=True)
+        for x, d in zip((out, sums[0]), gradients[:2], strict=True)
     )
     backward = first_order_only(partial(_backward, spec, kernels, wanted))
-    return (backward(operands, out, lse, d_out, d_lse),)
+    return (backward(operands, out, sums, d_out, d_lse),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
@@ -107,30 +141,32 @@ def _backward(
     wanted: _Wanted,
     operands: Operands,
     out: Array,
-    lse: Array,
+    sums: _Sums,
     d_out: Array,
     d_lse: Array,
 ) -> Operands:
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         own = {name: x for name, x in arrays.items() if name in Operands._fields}
-        saved = (arrays[name] for name in ("lse", "row_term", "d_out"))
+        saved = (arrays[name] for name in ("top", "rest", "row_term", "d_out"))
         return kernels.backward(spec, Operands(**own), *saved, wants_bias=wanted.bias)
 
     d_out = d_out.astype(spec.dtype)
     if operands.query_lengths is not None:
         d_out = past_zeroed(d_out, operands.query_lengths)
     row_term = jnp.einsum("btnd,btnd->btn", out, d_out, preferred_element_type=jnp.float32) - d_lse
-    row_term = jnp.where(lse > -jnp.inf, row_term, 0)
+    top, rest = sums
+    row_term = jnp.where(top > -jnp.inf, row_term, 0)
     arrays = {
         name: x for name, x in operands._asdict().items() if x is not None and name != "sinks"
     }
-    arrays |= {"lse": lse, "row_term": row_term, "d_out": d_out}
+    arrays |= {"top": top, "rest": rest, "row_term": row_term, "d_out": d_out}
     results = (*GRADIENTS, "bias") if wanted.bias else GRADIENTS
     places = tuple(sharding.partition(arrays[name]) for name in results)
     found = _run(kernel, kernels, spec, arrays, results, places)
     sinks = None
     if operands.sinks is not None:
-        weights = jnp.where(lse > -jnp.inf, jnp.exp(operands.sinks.astype(lse.dtype) - lse), 0)
+        above = _above(operands.sinks, top, kernels.unit(spec))
+        weights = jnp.where(top > -jnp.inf, jnp.exp(jnp.minimum(above - rest, 0)), 0)
         sinks = -jnp.sum(weights * row_term, axis=(0, 1)).astype(operands.sinks.dtype)
     return Operands(**dict(zip(results, found, strict=True)), sinks=sinks)
 

@@ -42,11 +42,12 @@ _AXES = {
     "sinks": "N",
     "dropout_seeds": "b word",
     "out": "b t N d",
-    "lse": "b t N",
+    "top": "b t N",
+    "rest": "b t N",
     "row_term": "b t N",
     "d_out": "b t N d",
 }
-RESULTS = ("out", "lse")
+RESULTS = ("out", "top", "rest")
 GRADIENTS = ("query", "key", "value")  # the bias's may follow
 
 

@@ -2,6 +2,10 @@
 
 A row that sees no key has log-sum-exp -inf. It is given +inf instead, as are rows past the last
 query: exp(S - inf) is zero, so that the kernel knows nothing of them.
+
+The others' log-sum-exp is the sum of two float32, as one has steps of 64 beside 1e9: `high`, it
+rounded, and `low`, the rest. Kernels subtract the rest only in batch rows where it changes weights
+by more than 2^-10, that is where some logit is beyond 10,000 or so.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ __all__ = ["backward", "padded_columns"]
 def backward(
     spec: AttentionSpec,
     operands: Operands,
-    lse: Array,
+    top: Array,
+    rest: Array,
     row_term: Array,
     d_out: Array,
     *,
@@ -42,7 +47,8 @@ def backward(
     Args:
       spec: the call; the kernels' `refusals` must be empty for it.
       operands: its arrays.
-      lse: (B, T, N) float32, natural logarithm, what forward gave.
+      top: (B, T, N) float32, what forward gave.
+      rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
       row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
         that see no key.
       d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
@@ -56,21 +62,23 @@ def backward(
         query = past_zeroed(query, operands.query_lengths)
     if operands.key_lengths is not None:
         key, value = (past_zeroed(x, operands.key_lengths) for x in (key, value))
-    lse, row_term = (jnp.swapaxes(x, 1, 2) for x in (lse, row_term))
-
-    count = -(-spec.queries // tiles.queries)
+    top, rest, row_term = (jnp.swapaxes(x, 1, 2) for x in (top, rest, row_term))
+    # In whole tiles of every kernel: a copy of one dimension is not cut at the end of a row.
+    count = -(-spec.queries // (2 * ROWS)) * (2 * ROWS) // tiles.queries
     more = ((0, 0), (0, 0), (0, count * tiles.queries - spec.queries))
+    high, low = _in_two(top, rest * LOG2E)
     ranges = visits(spec, operands, queries=tiles.queries, keys=tiles.keys)
     inputs = {
         "q": _whole(query, tiles),
         "k": _whole(key, tiles),
         "v": _whole(value, tiles),
         "do": _whole(d_out, tiles),
-        "lse": jnp.pad(
-            jnp.where(lse > -jnp.inf, lse * LOG2E, jnp.inf), more, constant_values=jnp.inf
+        "lse": _by_block(
+            jnp.pad(high, more, constant_values=jnp.inf), jnp.pad(low, more), tiles.queries
         ),
         "row_term": jnp.pad(row_term, more),
         "ranges": ranges,
+        "in_two": (jnp.abs(low) > 2**-10).any(axis=(1, 2)).astype(jnp.int32),
     }
     if spec.has_segments:
         inputs["query_segments"] = edge_padded(operands.query_segments, count * tiles.queries)
@@ -92,6 +100,19 @@ def backward(
     )
 
 
+def _in_two(top: Array, rest: Array) -> tuple[Array, Array]:
+    """top + rest, rounded, and what that leaves, in base 2; infinite and 0 of rows without keys."""
+    seen = top > -jnp.inf
+    top = jnp.where(seen, top, 0)
+    high = top + rest
+    return jnp.where(seen, high, jnp.inf), jnp.where(seen, (top - high) + rest, 0)
+
+
+def _by_block(high: Array, low: Array, queries: int) -> Array:
+    """(B, N, rows) twice as (B, N, blocks, 2, queries): a block's are copied together."""
+    return jnp.stack([x.reshape(*x.shape[:2], -1, queries) for x in (high, low)], axis=3)
+
+
 def _at_once(
     spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
 ) -> tuple[Array, Array, Array]:
@@ -101,7 +122,7 @@ def _at_once(
         dq, dk, dv = results
         dk[...], dv[...] = backward_kernel.launch(spec, tiles, inputs, dq, interpret=interpret)
 
-    b, n, rows = inputs["lse"].shape
+    b, n, rows = inputs["row_term"].shape
     dq = jnp.zeros((b, rows, n, inputs["q"].shape[3]), jnp.float32)
     # Not by `new_ref`, whose effect cannot be partitioned.
     dq, dk, dv = pl.run_state(run)((dq, *(jnp.zeros_like(inputs[name]) for name in "kv")))

@@ -36,11 +36,23 @@ class Block:
         self.tile = lax.axis_index("tile")
         of = self.batch if refs.ranges.shape[0] > 1 else 0
         self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
+        # Whether log-sum-exps have a second part that counts: then no visit is a clear one.
+        self.in_two = refs.in_two[self.batch] > 0
+        clear_from, clear_to = (
+            jnp.where(self.in_two, self.visits.count, x)
+            for x in (self.visits.clear_from, self.visits.clear_to)
+        )
+        self.visits = self.visits._replace(clear_from=clear_from, clear_to=clear_to)
 
     @property
     def masked(self) -> bool:
         """Whether some visit needs an element mask."""
         return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
+
+    def weights(self, x: Array, c: float, lse: Ref, *, in_two: bool) -> Array:
+        """exp of the logits (64, queries), x c in base 2, less the log-sum-exps (2, queries)."""
+        exponent = x * c - self.row(lse.at[0])
+        return jnp.exp2(exponent - self.row(lse.at[1]) if in_two else exponent)
 
     def row(self, ref: Ref) -> Array:
         """One value a query, as a (64, queries) matrix."""

@@ -132,7 +132,7 @@ def _scratch(
         "v_smem": matrix(tiles.keys, value),
         "q_smem": matrix(stages, queries, head),
         "do_smem": matrix(stages, queries, value),
-        "lse_smem": plgpu.SMEM((stages, queries), jnp.float32),
+        "lse_smem": plgpu.SMEM((stages, 2, queries), jnp.float32),
         "row_term_smem": plgpu.SMEM((stages, queries), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
         "full": plgpu.Barrier(num_arrivals=4 + spec.has_segments, num_barriers=stages),
@@ -164,7 +164,8 @@ def _load(block: Block) -> None:
 
     def fetch(n: Array) -> None:
         head = block.kv_head * spec.group + lax.div(n, visit.count)
-        queries = pl.ds((visit.first + lax.rem(n, visit.count)) * tiles.queries, tiles.queries)
+        at = visit.first + lax.rem(n, visit.count)
+        queries = pl.ds(at * tiles.queries, tiles.queries)
         slot = lax.rem(n, tiles.stages)
         plgpu.barrier_wait(refs.free.at[slot])
 
@@ -172,7 +173,7 @@ def _load(block: Block) -> None:
             plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
 
         copy(refs.q.at[batch, queries, head], refs.q_smem)
-        copy(refs.lse.at[batch, head, queries], refs.lse_smem)
+        copy(refs.lse.at[batch, head, at], refs.lse_smem)
         copy(refs.do.at[batch, queries, head], refs.do_smem)
         copy(refs.row_term.at[batch, head, queries], refs.row_term_smem)
         if spec.has_segments:
@@ -226,13 +227,15 @@ def _visit_all(
     step = partial(_step, block, warpgroup, accumulator, dk_acc, dv_acc)
 
     def over_head(h: Array) -> None:
-        def loop(start: Any, stop: Any, *, masked: bool) -> None:
-            each(start, stop, lambda i: step(h, i, masked=masked))
+        def loop(start: Any, stop: Any, *, masked: bool, in_two: bool = False) -> None:
+            each(start, stop, lambda i: step(h, i, masked=masked, in_two=in_two))
 
+        start = jnp.where(block.in_two, visit.count, 0)
+        loop(0, start, masked=block.masked, in_two=True)
         if not block.masked or block.tiles.one_loop:
-            loop(0, visit.count, masked=block.masked)
+            loop(start, visit.count, masked=block.masked)
             return
-        loop(0, visit.clear_from, masked=True)
+        loop(start, visit.clear_from, masked=True)
         loop(visit.clear_from, visit.clear_to, masked=False)
         if spec.band.lower is not None or spec.has_segments:
             loop(visit.clear_to, visit.count, masked=True)
@@ -254,6 +257,7 @@ def _step(
     i: Array,
     *,
     masked: bool,
+    in_two: bool,
 ) -> None:
     """Visit i of head h: one block of queries."""
     spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
@@ -267,25 +271,49 @@ def _step(
     q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
     first_query = (block.visits.first + i) * tiles.queries
 
-    def weights(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
-        seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
-        seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
-        capped = spec.logits_soft_cap is not None
-        s = seam.wait(s_acc, in_flight=0 if capped else 1)
+    capped = spec.logits_soft_cap is not None
+
+    def weights(s_acc: Ref, in_flight: int) -> tuple[Array, Array]:
+        """P, and what dP - D is to be multiplied by."""
+        s = seam.wait(s_acc, in_flight=0 if capped else in_flight)
         x, c = logits(spec, s)
-        p = jnp.exp2(x * c - block.row(refs.lse_smem.at[slot]))
+        p = block.weights(x, c, refs.lse_smem.at[slot], in_two=in_two)
         if masked:
             p = block.hide(p, warpgroup * ROWS, first_query, slot)
-        slope = p
-        if capped:
-            slope, p = p * (1 - x * x), p.astype(spec.dtype)  # d tanh(y) = 1 - tanh² y
+        if not capped:
+            return p, p
+        return p.astype(spec.dtype), p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
+
+    def gradient(slope: Array, dp_acc: Ref) -> Array:
         dp = seam.wait(dp_acc, in_flight=0)
         ds = slope * (dp - block.row(refs.row_term_smem.at[slot]))
-        return p.astype(spec.dtype), ds.astype(spec.dtype)
+        return ds.astype(spec.dtype)
+
+    def together(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
+        seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
+        seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
+        p, slope = weights(s_acc, 1)
+        ds = gradient(slope, dp_acc)
+        return p.astype(spec.dtype), ds
+
+    def scores(s_acc: Ref) -> tuple[Array, Array]:
+        seam.matmul_into(s_acc, k, q.T)
+        return weights(s_acc, 0)
+
+    def second(slope: Array, dp_acc: Ref) -> Array:
+        seam.matmul_into(dp_acc, v, do.T)
+        return gradient(slope, dp_acc)
 
     shape = (ROWS, tiles.queries)
     plgpu.barrier_wait(refs.full.at[slot])
-    p, ds = accumulator("s", shape, lambda s_acc: accumulator("dp", shape, partial(weights, s_acc)))
+    if in_two:  # rare: one product after the other, as registers are few
+        p, slope = accumulator("s", shape, scores)
+        ds = accumulator("dp", shape, partial(second, slope))
+        p = p.astype(spec.dtype)
+    else:
+        p, ds = accumulator(
+            "s", shape, lambda s_acc: accumulator("dp", shape, partial(together, s_acc))
+        )
     if not block.makes_dq:
         seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO
         seam.matmul_into(dk_acc, ds, q)  # dK += dSᵀ Q

@@ -17,7 +17,7 @@ Shared memory, with the barriers that guard it (`full`: a copy has landed; `free
 done):
 
     q_smem, do_smem    (W, 64, H), (W, 64, D)         rows_full[w]       dQ goes out through Q
-    lse_smem, row_term_smem    (W, 64)
+    lse_smem, row_term_smem    (W, 2, 64), (W, 64)
     k_smem             (key slots, keys, H)           k_full[slot], k_free[slot]
     v_smem             (stages, keys, D)              v_full[slot], v_free[slot]
 """
@@ -62,19 +62,17 @@ def launch(
 ) -> Array:
     """dQ (B, T, N, H) in the call's dtype.
 
-    inputs: q, k, v and do, in sizes that can be copied in tiles; lse in base 2 (B, N, T), infinite
-      where a row sees nothing, and row_term (B, N, T).
+    inputs: q, k, v and do, in sizes that can be copied in tiles; lse in base 2 by blocks,
+      (B, N, blocks, 2, 64 or 128), rounded and what that leaves, infinite and 0 where a row sees
+      nothing; and row_term (B, N, rows). Rows are a multiple of 128. What is left multiplies all
+      weights of a row by one factor, and so its dQ.
     """
     seam = Seam(interpret)
     head, value = inputs["q"].shape[3], inputs["v"].shape[3]
     tiles = tiles or choose_query_tiles(spec, head, value)
     plan = plan_of(spec, tiles)
-    more = ((0, 0), (0, 0), (0, plan.query_tiles * plan.queries - inputs["lse"].shape[2]))
-    inputs = {name: inputs[name] for name in ("q", "k", "v", "do")} | {
-        "lse": jnp.pad(inputs["lse"], more, constant_values=jnp.inf),
-        "row_term": jnp.pad(inputs["row_term"], more),
-        "zero": jnp.zeros(1, jnp.int32),
-    }
+    inputs = {name: inputs[name] for name in ("q", "k", "v", "do", "lse", "row_term")}
+    inputs["zero"] = jnp.zeros(1, jnp.int32)
     for name in ("query_lengths", "key_lengths", "query_offset"):
         if getattr(operands, name) is not None:
             inputs[name] = getattr(operands, name)
@@ -171,7 +169,7 @@ def _scratch(plan: Plan, tiles: QueryTiles, head: int, value: int) -> dict[str, 
         "do_smem": matrix(w, ROWS, value),
         "k_smem": matrix(key_slots, tiles.keys, head),
         "v_smem": matrix(stages, tiles.keys, value),
-        "lse_smem": plgpu.SMEM((w, ROWS), jnp.float32),
+        "lse_smem": plgpu.SMEM((w, 2, ROWS), jnp.float32),
         "row_term_smem": plgpu.SMEM((w, ROWS), jnp.float32),
         "rows_full": ring(w, 4 + spec.has_segments),
         "k_full": ring(key_slots, 1 + spec.has_segments),
@@ -192,7 +190,10 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         full, rows = refs.rows_full.at[w], pl.ds(work.query + w * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, work.head], refs.q_smem.at[w], full)
         plgpu.copy_gmem_to_smem(refs.do.at[batch, rows, work.head], refs.do_smem.at[w], full)
-        plgpu.copy_gmem_to_smem(refs.lse.at[batch, work.head, rows], refs.lse_smem.at[w], full)
+        size = refs.lse.shape[-1]
+        block = lax.div(work.query, size) + w * ROWS // size
+        lse = refs.lse.at[batch, work.head, block, :, pl.ds(w * ROWS % size, ROWS)]
+        plgpu.copy_gmem_to_smem(lse, refs.lse_smem.at[w], full)
         plgpu.copy_gmem_to_smem(
             refs.row_term.at[batch, work.head, rows], refs.row_term_smem.at[w], full
         )
@@ -244,7 +245,9 @@ class Rows:
         plgpu.barrier_wait(refs.rows_full.at[number])
         dq = self.accumulator(self.visit_all, "dq", refs.q_smem.shape[-1])
         q_smem = refs.q_smem.at[number]
-        q_smem[...] = (dq * self.plan.spec.scale).astype(self.plan.spec.dtype)
+        factor = jnp.exp2(-self.seam.load(refs.lse_smem.at[number, 1], ROW))
+        dq = dq * across(factor * self.plan.spec.scale, dq.shape[1])
+        q_smem[...] = dq.astype(self.plan.spec.dtype)
         plgpu.commit_smem()
         rows = pl.ds(self.work.query + number * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(q_smem, refs.dq.at[self.work.batch, rows, self.work.head])
@@ -296,11 +299,12 @@ class Rows:
             slope = None if spec.logits_soft_cap is None else 1 - x * x
             if masked:
                 x = hide(self.plan, seam, refs, self.work, self.steps, self.warpgroup, x, i, k_slot)
-            p = jnp.exp2(x * c - self.row(refs.lse_smem))
+            p = jnp.exp2(x * c - self.row(refs.lse_smem.at[self.warpgroup.number, 0]))
             if slope is not None:
                 p = p * slope  # d tanh(y) = 1 - tanh² y
             dp = seam.wait(dp_acc, in_flight=late)
-            ds = p * (seam.layout(dp, WGMMA) - self.row(refs.row_term_smem))
+            row_term = self.row(refs.row_term_smem.at[self.warpgroup.number])
+            ds = p * (seam.layout(dp, WGMMA) - row_term)
             plgpu.barrier_arrive(refs.v_free.at[v_slot])
             if before is not None:
                 seam.drain(0)
@@ -326,8 +330,7 @@ class Rows:
 
     def row(self, smem: Ref) -> Array:
         """One value a query, as a matrix of a block."""
-        x = self.seam.load(smem.at[self.warpgroup.number], ROW)
-        return across(x, self.tiles.keys)
+        return across(self.seam.load(smem, ROW), self.tiles.keys)
 
     def accumulator(self, body: Any, name: str, columns: int) -> Any:
         """body(accumulator of 64 rows), zero at first."""

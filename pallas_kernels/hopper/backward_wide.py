@@ -114,7 +114,7 @@ def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -
         "v_smem": matrix(ROWS, value),
         "q_smem": matrix(q_slots, ROWS, head),
         "do_smem": matrix(do_slots, ROWS, value),
-        "lse_smem": plgpu.SMEM((q_slots, ROWS), jnp.float32),
+        "lse_smem": plgpu.SMEM((q_slots, 2, ROWS), jnp.float32),
         "row_term_smem": plgpu.SMEM((do_slots, ROWS), jnp.float32),
         "p_smem": matrix(RING, ROWS, ROWS),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
@@ -140,7 +140,7 @@ class WideBlock(Block):
     def __init__(self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
         super().__init__(spec, tiles, seam, refs)
         # A tile that no query sees visits some block all the same, of which all is hidden.
-        first = jnp.minimum(self.visits.first, refs.lse.shape[2] // ROWS - 1)
+        first = jnp.minimum(self.visits.first, refs.lse.shape[2] - 1)
         count = jnp.maximum(self.visits.count, 1)
         self.visits = self.visits._replace(first=first, count=count)
         self.steps = count * spec.group
@@ -183,7 +183,7 @@ def _load(block: WideBlock) -> None:
         full = refs.q_full.at[slot]
         plgpu.barrier_wait(refs.q_free.at[slot])
         plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, head], refs.q_smem.at[slot], full)
-        plgpu.copy_gmem_to_smem(refs.lse.at[batch, head, rows], refs.lse_smem.at[slot], full)
+        plgpu.copy_gmem_to_smem(refs.lse.at[batch, head, first], refs.lse_smem.at[slot], full)
         if spec.has_segments:
             ids = refs.query_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.q_segments.at[slot], full)
@@ -229,12 +229,11 @@ def _value_role(block: WideBlock) -> None:
             k = refs.k_smem.at[pl.ds(ROWS * _hidden_zero(n), ROWS)]
             seam.matmul_into(s_acc, k, refs.q_smem.at[slot].T)
 
-        def step(n: Array) -> None:
+        def step(n: Array, *, in_two: bool) -> None:
             q_slot, do_slot, p_slot = block.q_slot(n), block.do_slot(n), lax.rem(n, RING)
             s = seam.wait(s_acc, in_flight=0)
-            lse = block.row(refs.lse_smem.at[q_slot])
             x, c = logits(spec, s)
-            p = jnp.exp2(x * c - lse)
+            p = block.weights(x, c, refs.lse_smem.at[q_slot], in_two=in_two)
             if block.masked:
                 p = block.hide(p, 0, block.place(n)[1] * ROWS, q_slot)
             plgpu.barrier_arrive(refs.q_free.at[q_slot])
@@ -251,7 +250,9 @@ def _value_role(block: WideBlock) -> None:
             scores(n + 1)
 
         scores(jnp.int32(0))
-        each(0, block.steps, step)
+        middle = jnp.where(block.in_two, block.steps, 0)
+        each(0, middle, partial(step, in_two=True))
+        each(middle, block.steps, partial(step, in_two=False))
         seam.drain(0)
         return seam.wait(dv_acc, in_flight=0)
 

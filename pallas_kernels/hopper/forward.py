@@ -47,6 +47,7 @@ from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, padded_width, transforms
 from pallas_kernels.hopper.segments import segment_arrays
+from pallas_kernels.hopper.softmax import LN2
 from pallas_kernels.hopper.tiles import ROWS, Tiles
 
 if TYPE_CHECKING:
@@ -62,8 +63,11 @@ def forward(
     tiles: Tiles | None = None,
     plan: Plan | None = None,
     interpret: bool = False,
-) -> tuple[Array, Array]:
-    """Output (B, T, N, D) and log-sum-exp (B, T, N) in natural logarithm, float32.
+) -> tuple[Array, Array, Array]:
+    """Output (B, T, N, D) in the call's dtype; and `top` and `rest` (B, T, N) float32.
+
+    These are the keys' log-sum-exp, the sinks left out: top log 2 + rest; -inf and 0 of a row that
+    sees no key.
 
     Args:
       spec: the call; `refusals` must be empty for it.
@@ -91,11 +95,12 @@ def forward(
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
         if not plan.in_parts:
             inputs["sinks"] = sinks
-    out, lse = _launch(plan, inputs, interpret=interpret)
-    out, lse = out[..., : spec.queries, :, : spec.value_dim], lse[..., : spec.queries]
+    out, *numbers = _launch(plan, inputs, interpret=interpret)
+    out = out[..., : spec.queries, :, : spec.value_dim]
+    top, rest = (jnp.swapaxes(x[..., : spec.queries], -2, -1) for x in numbers)
     if plan.in_parts:
-        return combine(spec, out, lse, sinks)
-    return out, jnp.swapaxes(lse, 1, 2)
+        return combine(spec, out, top, rest, unit=LN2, sinks=sinks)
+    return out, top, rest
 
 
 def _copyable(x: Array) -> Array:
@@ -109,19 +114,19 @@ def _copyable(x: Array) -> Array:
     return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
 
 
-def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[Array, Array]:
+def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> list[Array]:
     spec, tiles, seam = plan.spec, plan.tiles, Seam(interpret)
     rows, columns = inputs["q"].shape[1], inputs["v"].shape[3]
     out_shape: tuple[int, ...] = (spec.batch, rows, spec.heads, columns)
     # Whole tiles: a copy of one dimension is not cut at the end of a row.
-    lse_shape: tuple[int, ...] = (spec.batch, spec.heads, plan.query_tiles * plan.queries)
+    row_shape: tuple[int, ...] = (spec.batch, spec.heads, plan.query_tiles * plan.queries)
     out_dtype = spec.dtype
     if plan.in_parts:
-        out_shape, lse_shape = (plan.splits, *out_shape), (plan.splits, *lse_shape)
+        out_shape, row_shape = (plan.splits, *out_shape), (plan.splits, *row_shape)
         out_dtype = jnp.float32
     if plan.is_scheduled:
         inputs = inputs | {"schedule": constant(plan.schedule())}
-    names = [*inputs, "out", "lse"]
+    names = [*inputs, "out", "top", "rest"]
     scratch = _scratch(plan, out_dtype, columns)
     if interpret:
         scratch["s_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, tiles.keys), jnp.float32)
@@ -145,11 +150,11 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
                 plgpu.set_max_registers(tiles.registers[1], action="decrease")
             load(plan, refs)
 
-    out, lse = plgpu.kernel(
+    return plgpu.kernel(  # type: ignore[no-any-return]
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(out_shape, out_dtype),
-            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+            *[jax.ShapeDtypeStruct(row_shape, jnp.float32)] * 2,
         ],
         scratch_types=list(scratch.values()),
         grid=(plan.blocks,),
@@ -160,7 +165,6 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*inputs.values())
-    return out, lse
 
 
 def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
         "q_smem": matrix(tiles.query_slots, ROWS, head),
         "k_smem": matrix(stages, tiles.keys, head),
         "v_smem": matrix(stages, tiles.keys, value),
-        "lse_smem": plgpu.SMEM((w, ROWS), jnp.float32),
+        "sums_smem": plgpu.SMEM((w, 2, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_arrivals=copies(plan) + spec.has_segments, num_barriers=2 * w),
         "q_free": plgpu.Barrier(num_barriers=tiles.query_slots),
         "k_full": plgpu.Barrier(num_arrivals=1 + spec.has_segments, num_barriers=stages),

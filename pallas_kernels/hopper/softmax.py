@@ -21,11 +21,10 @@ from pallas_kernels.hopper.tiles import ROWS
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["LOG2E", "Softmax", "across", "logits"]
+__all__ = ["LN2", "LOG2E", "Softmax", "across", "logits"]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-MOST = float(jnp.finfo(jnp.float32).max)
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -69,17 +68,14 @@ class Softmax(NamedTuple):
         p = jnp.exp2(s * c - across(shift, s.shape[1]))
         return p, Softmax(m, self.l * correction + p.sum(axis=1)), correction
 
-    def join(self, sink: Array) -> tuple[Softmax, Array]:
-        """The softmax with one more logit, which has no value; and the correction of the output."""
-        sink = jnp.minimum(sink * LOG2E, MOST)
-        m = jnp.maximum(self.m, jnp.maximum(sink, -MOST))  # finite, also of a row without keys
-        correction = jnp.exp2(self.m - m)
-        l = self.l * correction + jnp.exp2(sink - m)
-        none = self.l == 0.0
-        return Softmax(jnp.where(none, -jnp.inf, m), jnp.where(none, 0.0, l)), correction
+    def finish(self, sink: Array | None) -> tuple[Array, Array, Array]:
+        """What the output is multiplied by; and the keys' log-sum-exp: m, and log l, natural.
 
-    def finish(self) -> tuple[Array, Array]:
-        """What the output is multiplied by, and the natural log-sum-exp; 0 and -inf of no key."""
+        0, -inf and 0 of a row that sees no key. sink: one more logit, natural, which has no value.
+        """
         none = self.l == 0.0
-        factor = jnp.where(none, 0.0, 1.0 / jnp.where(none, 1.0, self.l))
-        return factor, (self.m + jnp.log(jnp.where(none, 1.0, self.l)) * LOG2E) * LN2
+        l = jnp.where(none, 1.0, self.l)
+        total = l
+        if sink is not None:  # infinite if far above all keys: what is divided by it is 0
+            total = l + jnp.exp2(sink * LOG2E - jnp.where(none, 0.0, self.m))
+        return jnp.where(none, 0.0, 1.0 / total), jnp.where(none, -jnp.inf, self.m), jnp.log(l)

@@ -1,4 +1,4 @@
-"""The end of a tile: O divided by the sum, and the log-sum-exp, on their way to their arrays."""
+"""The end of a tile: O divided by the sum, and the log-sum-exp as two numbers, on their way out."""
 
 from __future__ import annotations
 
@@ -33,26 +33,27 @@ def store(
 ) -> None:
     """Through a staging of the own, or the slot of the queries, which may be filled afterwards."""
     width, number = o.shape[1], warpgroup.number
+    sink = None
     if "sinks" in vars(refs):
         sink = refs.sinks[work.batch if refs.sinks.shape[0] > 1 else 0, work.head]
         sink = seam.layout(jnp.full((ROWS,), sink), plgpu.Layout.WGMMA.reduce(1))
-        softmax, correction = softmax.join(sink)
-        o = o * across(correction, width)
-    factor, lse = softmax.finish()
+    factor, *numbers = softmax.finish(sink)
     if plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_smem = refs.o_smem.at[number]
     else:
         o_smem = refs.q_smem.at[slot, :, pl.ds(0, width)]
     o_smem[...] = (o * across(factor, width)).astype(o_smem.dtype)
-    refs.lse_smem[number] = lse
+    for i, x in enumerate(numbers):
+        refs.sums_smem[number, i] = x
     plgpu.commit_smem()
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
     for rows, queries, head in query_parts(plan, work, number):
         out = refs.out.at[(*batch, queries, head, pl.ds(0, width))]
         plgpu.copy_smem_to_gmem(o_smem.at[rows], out)
-        plgpu.copy_smem_to_gmem(
-            refs.lse_smem.at[number, rows], refs.lse.at[(*batch, head, queries)]
-        )
+        for i, ref in enumerate((refs.top, refs.rest)):
+            plgpu.copy_smem_to_gmem(
+                refs.sums_smem.at[number, i, rows], ref.at[(*batch, head, queries)]
+            )
     if not plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

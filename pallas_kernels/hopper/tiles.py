@@ -53,7 +53,8 @@ class Tiles:
         rows, slots = self.warpgroups * ROWS, self.query_slots * ROWS
         head, value = padded_width(spec.head_dim), padded_width(spec.value_dim)
         rings = self.stages * self.keys * (head + value) * 2 + slots * head * 2
-        small = 1024 * (1 + 3 * spec.has_segments)  # vectors, each in kilobytes of its own
+        # Vectors, each in kilobytes of its own; the row sums are two for a warpgroup.
+        small = 1024 * (1 + (self.warpgroups > 2) + 3 * spec.has_segments)
         return rings + rows * value * out_bytes * self.own_staging + small
 
 

@@ -9,7 +9,6 @@ the other gradients need; a kernel that made dQ as well would hold it of every b
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from jax import Array, lax
 from jattn.call.masking import KeyIntervals, hides_some
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import Place, both
+from pallas_kernels.portable.flash_backward import row_numbers
 from pallas_kernels.portable.rows import key_limit, past, query_limit
 from pallas_kernels.portable.spans import span
 from pallas_kernels.portable.tiles import Tiles
@@ -91,11 +91,7 @@ def _kernel(
         key = (batch, keys.down, kv_head, keys.exists_down)
         k = columns.read(refs.k, spec.head_dim, *key)
         v = columns.read(refs.v, spec.value_dim, *key)
-        index = (batch, head, queries.down)
-        numbers = (
-            load(refs.lse, index, queries.exists_down, math.inf),
-            load(refs.row_term, index, queries.exists_down),
-        )
+        numbers = row_numbers(refs, batch, head, queries.down, queries.exists_down)
         s = columns.against(q, k)
         dp = columns.against(d_out, v)
         _, dx, _ = gradients(spec, refs, at, numbers, s, dp)

@@ -1,12 +1,12 @@
 """Query-chunked attention, forward, for any NVIDIA GPU.
 
-    pass 1     S = Q Kᵀ scale + bias     lse = log rowsum exp S
-    pass 2     P = exp(S - lse)          out = P V
+    pass 1     S = Q Kᵀ scale + bias       m = rowmax S      r = log rowsum exp(S - m)
+    pass 2     P = exp(S - m - r)          out = P V
 
 (Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021, section 2: a chunk of queries
 at a time, against all keys.) A program has a chunk of queries and goes over their keys twice:
 
-    Q (rows, H)   | K_0 | K_1 | .. | K_n |  lse known  | K_0 V_0 | K_1 V_1 | .. | K_n V_n |
+    Q (rows, H)   | K_0 | K_1 | .. | K_n | m, r known  | K_0 V_0 | K_1 V_1 | .. | K_n V_n |
 
 Flash attention goes over them once, and must correct O whenever a row's maximum grows. Here the
 weights that meet V are those of the whole softmax, so O is only ever added to; S is computed twice.
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.portable import columns
-from pallas_kernels.portable.elements import may_hide
+from pallas_kernels.portable.elements import base, may_hide
 from pallas_kernels.portable.forward_tile import ForwardTile, launch, make_plan
 from pallas_kernels.portable.softmax import APART, Softmax
 from pallas_kernels.portable.tiles import Tiles, chunked_tiles
-from pallas_kernels.portable.triton import LOG2E, exp2
+from pallas_kernels.portable.triton import exp2
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
@@ -36,8 +36,10 @@ __all__ = ["forward"]
 
 def forward(
     spec: AttentionSpec, operands: Operands, *, tiles: Tiles | None = None, interpret: bool = False
-) -> tuple[Array, Array]:
-    """Output (B, T, N, D) in the call's dtype and log-sum-exp (B, T, N), natural, float32.
+) -> tuple[Array, Array, Array]:
+    """Output (B, T, N, D) in the call's dtype; and `top` and `rest` (B, T, N) float32.
+
+    These are what `flash_forward.forward` gives.
 
     Args:
       spec: the call; `refusals` must be empty for it.
@@ -61,17 +63,18 @@ def _kernel(tile: ForwardTile) -> None:
     # With a bias or mask, which are read in another order than products are made, it was slower.
     apart = 1 if may_hide(tile.spec) else APART
     start = Softmax.start(rows, maxima=apart, sums=apart)
-    softmax, _ = tile.join_sink(tile.visit(measure, start).whole())
-    _, lse = softmax.finish(tile.real)
-    shift = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # no weight of a row without keys
+    c = base(tile.spec)
+    end = tile.visit(measure, start).whole(c).finish(c, sink=tile.sink, real=tile.real)
+    top = jnp.where(end.top == -jnp.inf, jnp.inf, end.top)  # no weight of a row without keys
+    rest = jnp.log2(end.total)
 
     def weigh(j: Array, o: columns.Sums, *, masked: bool) -> columns.Sums:
         keys, at = tile.block(j, masked=masked)
-        x, c, _ = tile.logits(keys, at)
-        added = tile.values(exp2(x, c, shift), keys, at)
+        x, _, _ = tile.logits(keys, at)
+        added = tile.values(exp2(x, c, top, rest), keys, at)
         return columns.plus(o, added)
 
     o = tile.visit(weigh, columns.zeros(rows, tile.spec.value_dim))
     if tile.real is not None:
         o = tuple(jnp.where(tile.real, part, 0.0) for part in o)
-    tile.write(o, 1.0, lse)
+    tile.write(o, 1.0, end)

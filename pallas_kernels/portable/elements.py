@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jattn.call import dropout
-from pallas_kernels.portable.triton import LOG2E, Index, Mask, load, zero_below
+from pallas_kernels.portable.triton import LOG2E, Index, Mask, load, multiply_add, zero_below
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Shape4
 
-__all__ = ["Logits", "Place", "both", "dropped", "logits", "may_hide", "placed"]
+__all__ = ["Logits", "Place", "base", "both", "dropped", "logits", "may_hide", "placed"]
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,32 @@ def placed(shape: Shape4, at: Place) -> tuple[Index, Mask]:
 
 def logits(spec: AttentionSpec, refs: SimpleNamespace, at: Place, s: Array) -> Logits:
     """The logits of a tile whose Q Kᵀ is s."""
-    x, c, slope = s, spec.scale * LOG2E, None
-    seen = _seen(spec, refs, at)
     cap = spec.logits_soft_cap
+    x, c, slope = s, base(spec), None
+    seen = _seen(spec, refs, at)
     if cap is not None:
         if seen is not None:
             x = jnp.where(seen, x, 0.0)  # the slope at a NaN, times a gradient of 0, would be NaN
         x = _tanh(spec, x * (spec.scale / cap))
-        c, slope = cap * LOG2E, 1 - x * x
+        slope = 1 - x * x
     if spec.bias_shape is not None:
         index, inside = placed(spec.bias_shape, at)
         bias = _matrix(load(refs.bias, index, inside)).astype(jnp.float32)
-        x, c = x * (spec.scale if cap is None else cap) + bias, LOG2E
+        x = multiply_add(x, spec.scale if cap is None else cap, bias)
     elif spec.scale <= 0 and cap is None:
-        x, c = x * spec.scale, LOG2E
+        x = x * spec.scale
     if seen is not None:
         x = jnp.where(seen, x, -jnp.inf)
     return Logits(x, c, slope)
+
+
+def base(spec: AttentionSpec) -> float:
+    """The factor c of all `Logits` of a call, which is positive."""
+    if spec.bias_shape is not None:
+        return LOG2E
+    if spec.logits_soft_cap is not None:
+        return spec.logits_soft_cap * LOG2E
+    return spec.scale * LOG2E if spec.scale > 0 else LOG2E
 
 
 def dropped(spec: AttentionSpec, refs: SimpleNamespace, at: Place, p: Array) -> Array:

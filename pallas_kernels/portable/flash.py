@@ -37,7 +37,8 @@ def backward_tiles(spec: AttentionSpec) -> BackwardTiles:
 def backward(
     spec: AttentionSpec,
     operands: Operands,
-    lse: Array,
+    top: Array,
+    rest: Array,
     row_term: Array,
     d_out: Array,
     *,
@@ -50,7 +51,8 @@ def backward(
     Args:
       spec: the call; `refusals` must be empty for it.
       operands: its arrays.
-      lse: (B, T, N) float32, natural logarithm, what forward gave.
+      top: (B, T, N) float32, what forward gave.
+      rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
       row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
         that see no key.
       d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
@@ -59,7 +61,7 @@ def backward(
       interpret: run on a CPU.
     """
     tiles = tiles or backward_tiles(spec)
-    inputs = backward_inputs(spec, operands, lse, row_term, d_out)
+    inputs = backward_inputs(spec, operands, top, rest, row_term, d_out)
     way = _way(spec) if wants_bias else None
     dk, dv, *sums = key_gradients(
         spec, operands, inputs, tiles.keys, sums_bias=way == "columns", interpret=interpret

@@ -42,7 +42,7 @@ from pallas_kernels.portable.weights import Numbers, dropout_factor, gradients
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["key_gradients", "query_gradients"]
+__all__ = ["key_gradients", "query_gradients", "row_numbers"]
 
 type Inputs = dict[str, Array]
 type Gradients = tuple[columns.Sums, columns.Sums]  # dK and dV
@@ -118,7 +118,7 @@ def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNames
             )
             s = columns.against(k, q)
             dp = columns.against(v, d_out)
-            numbers = _numbers(refs, batch, head, queries.across, queries.exists_across)
+            numbers = row_numbers(refs, batch, head, queries.across, queries.exists_across)
             p, dx, dz = gradients(spec, refs, at, numbers, s, dp)
             dv = columns.plus(dv, columns.times(p, d_out))
             dk = columns.plus(dk, columns.times(dz, q))
@@ -201,7 +201,7 @@ def _query_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNam
     ).exists_down
     q = columns.read(refs.q, spec.head_dim, batch, queries.down, head, queries.exists_down)
     d_out = columns.read(refs.d_out, spec.value_dim, batch, queries.down, head, queries.exists_down)
-    numbers = _numbers(refs, batch, head, queries.down, queries.exists_down)
+    numbers = row_numbers(refs, batch, head, queries.down, queries.exists_down)
     present = key_limit(spec, refs, batch, tiles.keys)
     d_bias, row_sums = (getattr(refs, name, None) for name in ("d_bias", "row_sums"))
     factor = dropout_factor(spec)
@@ -242,12 +242,13 @@ def _query_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNam
         store(row_sums, (batch, head, queries.down), row * factor, exists)
 
 
-def _numbers(
+def row_numbers(
     refs: SimpleNamespace, batch: Array, head: Array, query: Array, inside: Mask
 ) -> Numbers:
     """Those of rows that do not exist give them no weight."""
     index = (batch, head, query)
-    return load(refs.lse, index, inside, math.inf), load(refs.row_term, index, inside)
+    top = load(refs.top, index, inside, math.inf)
+    return top, load(refs.rest, index, inside), load(refs.row_term, index, inside)
 
 
 def _present(x: Array, exists: Mask) -> Array:

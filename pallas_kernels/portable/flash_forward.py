@@ -24,10 +24,11 @@ from jax import Array
 
 from pallas_kernels.combine import combine
 from pallas_kernels.portable import columns
-from pallas_kernels.portable.elements import may_hide
+from pallas_kernels.portable.elements import base, may_hide
 from pallas_kernels.portable.forward_tile import ForwardTile, Plan, launch, make_plan
 from pallas_kernels.portable.softmax import APART, Softmax
 from pallas_kernels.portable.tiles import forward_tiles
+from pallas_kernels.portable.triton import LN2
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
@@ -39,8 +40,11 @@ type State = tuple[Softmax, columns.Sums]
 
 def forward(
     spec: AttentionSpec, operands: Operands, *, plan: Plan | None = None, interpret: bool = False
-) -> tuple[Array, Array]:
-    """Output (B, T, N, D) in the call's dtype and log-sum-exp (B, T, N), natural, float32.
+) -> tuple[Array, Array, Array]:
+    """Output (B, T, N, D) in the call's dtype; and `top` and `rest` (B, T, N) float32.
+
+    These are the keys' log-sum-exp, the sinks left out: top c log 2 + rest, where c is
+    `elements.base`'s; -inf and 0 of a row that sees no key.
 
     Args:
       spec: the call; `refusals` must be empty for it.
@@ -53,13 +57,13 @@ def forward(
     if operands.sinks is not None:
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
     whole = plan.splits == 1
-    out, lse = launch(
+    out, top, rest = launch(
         plan, operands, _kernel,
         name="flash_forward", sinks=sinks if whole else None, interpret=interpret,
     )  # fmt: skip
     if whole:
-        return out, lse
-    return combine(spec, out, jnp.swapaxes(lse, 2, 3), sinks)
+        return out, top, rest
+    return combine(spec, out, top, rest, unit=base(spec) * LN2, sinks=sinks)
 
 
 def _kernel(tile: ForwardTile) -> None:
@@ -74,6 +78,6 @@ def _kernel(tile: ForwardTile) -> None:
     rows = tile.plan.tiles.queries
     start = Softmax.start(rows, maxima=1, sums=APART), columns.zeros(rows, tile.spec.value_dim)
     softmax, o = tile.visit(step, start)
-    softmax, correction = tile.join_sink(softmax.whole())
-    normalise, lse = softmax.finish(tile.real)
-    tile.write(o, correction * normalise, lse)
+    c = base(tile.spec)
+    end = softmax.whole(c).finish(c, sink=tile.sink, real=tile.real)
+    tile.write(o, end.factor, end)

@@ -17,7 +17,7 @@ from pallas_kernels.portable.grid import Grid, grid_of
 from pallas_kernels.portable.inputs import forward_inputs
 from pallas_kernels.portable.ranges import key_ranges, key_sides
 from pallas_kernels.portable.rows import Rows, key_limit, rows_of
-from pallas_kernels.portable.softmax import Softmax
+from pallas_kernels.portable.softmax import End
 from pallas_kernels.portable.spans import Span, Step, span, visit
 from pallas_kernels.portable.tiles import Tiles
 from pallas_kernels.portable.triton import Ref, call, divided, load, store
@@ -124,22 +124,23 @@ class ForwardTile:
         )
         return columns.times(p, v)
 
-    def join_sink(self, softmax: Softmax) -> tuple[Softmax, Array | float]:
-        """The softmax with the call's sink, and the correction of the output; as it is if none."""
+    @property
+    def sink(self) -> Array | None:
+        """The rows' sink, if the call has one."""
         sinks = getattr(self.refs, "sinks", None)
         if sinks is None:
-            return softmax, 1.0
+            return None
         row = self.batch if sinks.shape[0] > 1 else 0
         exists = self.rows.exists if self.plan.pack > 1 else None
-        return softmax.join(load(sinks, (row, self.rows.head), exists))
+        return load(sinks, (row, self.rows.head), exists)
 
     @property
     def real(self) -> Array | None:
         """Which rows are within the query lengths; None if there are none."""
         return self.rows.real if self.spec.has_query_lengths else None
 
-    def write(self, o: columns.Sums, factor: Array | float, lse: Array) -> None:
-        """The output, O times `factor`, and the log-sum-exp."""
+    def write(self, o: columns.Sums, factor: Array | float, end: End) -> None:
+        """The output, O times `factor`, and the keys' log-sum-exp."""
         spec, rows, splits = self.spec, self.rows, self.plan.splits
         factor = factor * (1 / (1 - spec.dropout_rate))
         out = tuple(part * factor for part in o)
@@ -147,7 +148,8 @@ class ForwardTile:
         columns.write(
             self.refs.out, spec.value_dim, before, rows.query, rows.head, out, rows.exists
         )
-        store(self.refs.lse, (*before, rows.query, rows.head), lse, rows.exists)
+        for ref, x in ((self.refs.top, end.top), (self.refs.rest, end.rest)):
+            store(ref, (*before, rows.query, rows.head), x, rows.exists)
 
 
 def launch(
@@ -158,8 +160,8 @@ def launch(
     name: str,
     sinks: Array | None,
     interpret: bool,
-) -> tuple[Array, Array]:
-    """Output and log-sum-exp, (B, T, N, D) and (B, T, N), of each share if keys are split."""
+) -> tuple[Array, Array, Array]:
+    """Output (B, T, N, D), `top` and `rest` (B, T, N), of each share if keys are split."""
     spec, tiles, grid = plan.spec, plan.tiles, plan.grid
     inputs = forward_inputs(spec, operands)
     inputs["ranges"] = key_ranges(
@@ -167,18 +169,18 @@ def launch(
     )
     if sinks is not None:
         inputs["sinks"] = sinks
-    names = [*inputs, "out", "lse"]
+    names = [*inputs, "out", "top", "rest"]
 
     def body(*refs: Ref) -> None:
         kernel(ForwardTile(plan, grid, SimpleNamespace(**dict(zip(names, refs, strict=True)))))
 
     parts = (plan.splits,) if plan.splits > 1 else ()
     rows = (*parts, spec.batch, spec.queries, spec.heads)
-    out, lse = call(
+    out, top, rest = call(
         body,
         [
             jax.ShapeDtypeStruct((*rows, spec.value_dim), jnp.float32 if parts else spec.dtype),
-            jax.ShapeDtypeStruct(rows, jnp.float32),
+            *[jax.ShapeDtypeStruct(rows, jnp.float32)] * 2,
         ],
         list(inputs.values()),
         grid=grid.sizes,
@@ -187,7 +189,7 @@ def launch(
         stages=tiles.stages,
         interpret=interpret,
     )
-    return out, lse
+    return out, top, rest
 
 
 def _power(x: int) -> int:

@@ -45,15 +45,20 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
 
 
 def backward_inputs(
-    spec: AttentionSpec, operands: Operands, lse: Array, row_term: Array, d_out: Array
+    spec: AttentionSpec,
+    operands: Operands,
+    top: Array,
+    rest: Array,
+    row_term: Array,
+    d_out: Array,
 ) -> dict[str, Array]:
-    """The same with d_out, and the rows' numbers by head: (B, N, T), the log-sum-exp in base 2.
+    """The same with d_out, and the rows' numbers by head: (B, N, T), `rest` in base 2.
 
-    That of a row that sees nothing is infinite, which makes all its weights 0.
+    The maximum of a row that sees nothing is infinite, which makes all its weights 0.
     """
-    lse = jnp.where(lse > -jnp.inf, lse * LOG2E, jnp.inf)
     return forward_inputs(spec, operands) | {
-        "lse": jnp.swapaxes(lse, 1, 2),
+        "top": jnp.swapaxes(jnp.where(top > -jnp.inf, top, jnp.inf), 1, 2),
+        "rest": jnp.swapaxes(rest * LOG2E, 1, 2),
         "row_term": jnp.swapaxes(row_term, 1, 2),
         "d_out": factor(spec, d_out),
     }

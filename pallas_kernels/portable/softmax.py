@@ -1,9 +1,10 @@
 """The running softmax of a tile's rows, in base 2, and its end.
 
-    m' = max(m, rowmax x c)    P = 2^(x c - m')    l' = l 2^(m - m') + rowsum P
+    m' = max(m, rowmax x)    P = 2^((x - m') c)    l' = l 2^((m - m') c) + rowsum P
 
 (Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1.) A row that has seen no key has
-m = -inf and l = 0.
+m = -inf and l = 0. The maximum is one of the x as they are: its difference to those near it
+is exact, however large both are.
 
 A row's elements are in several threads, and each exchange between these costs as much as some
 steps of the sum itself. So what need not be known yet is kept apart, by key modulo `APART`:
@@ -22,10 +23,22 @@ from jax import Array
 from pallas_kernels.portable.elements import Logits
 from pallas_kernels.portable.triton import LN2, LOG2E, exp2
 
-__all__ = ["APART", "Softmax"]
+__all__ = ["APART", "End", "Softmax"]
 
 APART = 8
-MOST = float(jnp.finfo(jnp.float32).max)
+
+
+class End(NamedTuple):
+    """A row's result: what its O is multiplied by, and its keys' log-sum-exp in two numbers.
+
+    That is top c log 2 + rest, natural; -inf and 0 of a row that sees no key. `total` is the sum of
+    the exponentials relative to the maximum, the sink's too.
+    """
+
+    factor: Array
+    top: Array
+    rest: Array
+    total: Array
 
 
 class Softmax(NamedTuple):
@@ -47,10 +60,10 @@ class Softmax(NamedTuple):
         For one maximum a row. may_hide: whether a row may have seen nothing yet.
         """
         x, c, _ = logits
-        m = jnp.maximum(self.m, x.max(axis=1, keepdims=True) * c)
+        m = jnp.maximum(self.m, x.max(axis=1, keepdims=True))
         shift = jnp.where(m == -jnp.inf, 0.0, m) if may_hide else m
         p = exp2(x, c, shift)
-        correction = jnp.exp2(self.m - shift)
+        correction = jnp.exp2((self.m - shift) * c)
         added = p.sum(axis=1, keepdims=True) if self.l.shape[1] == 1 else _apart(p).sum(axis=1)
         return p, Softmax(m, self.l * correction + added), correction
 
@@ -60,36 +73,36 @@ class Softmax(NamedTuple):
             return self.update(logits, may_hide=may_hide)[1]
         x, c, _ = logits
         x = _apart(x)
-        m = jnp.maximum(self.m, x.max(axis=1) * c)
+        m = jnp.maximum(self.m, x.max(axis=1))
         shift = jnp.where(m == -jnp.inf, 0.0, m) if may_hide else m
         p = exp2(x, c, shift[:, None, :])
-        return Softmax(m, self.l * jnp.exp2(self.m - shift) + p.sum(axis=1))
+        return Softmax(m, self.l * jnp.exp2((self.m - shift) * c) + p.sum(axis=1))
 
-    def whole(self) -> Softmax:
+    def whole(self, c: float) -> Softmax:
         """The same with one maximum and sum a row."""
         m = self.m.max(axis=1, keepdims=True)
         shift = jnp.where(m == -jnp.inf, 0.0, m)
-        return Softmax(m, (self.l * jnp.exp2(self.m - shift)).sum(axis=1, keepdims=True))
+        l = (self.l * jnp.exp2((self.m - shift) * c)).sum(axis=1, keepdims=True)
+        return Softmax(m, l)
 
-    def join(self, sink: Array) -> tuple[Softmax, Array]:
-        """The softmax with one more logit, which has no value; and the correction of the output."""
-        sink = jnp.minimum(sink * LOG2E, MOST)
-        m = jnp.maximum(self.m, jnp.maximum(sink, -MOST))  # finite, also of a row without keys
-        correction = jnp.exp2(self.m - m)
-        none = self.l == 0.0
-        l = self.l * correction + jnp.exp2(sink - m)
-        return Softmax(jnp.where(none, -jnp.inf, m), jnp.where(none, 0.0, l)), correction
+    def finish(self, c: float, *, sink: Array | None, real: Array | None) -> End:
+        """The rows' results, for one maximum and sum a row.
 
-    def finish(self, real: Array | None) -> tuple[Array, Array]:
-        """What the output is multiplied by, and the natural log-sum-exp; 0 and -inf of no key.
-
+        sink: one more logit of each row, natural, which has no value; or None.
         real: which rows are to have any; None if all.
         """
         none = self.l == 0.0
         if real is not None:
             none = none | ~real
-        l = jnp.where(none, 1.0, self.l)
-        return jnp.where(none, 0.0, 1.0 / l), jnp.where(none, -jnp.inf, self.m * LN2 + jnp.log(l))
+        m, l = jnp.where(none, 0.0, self.m), jnp.where(none, 1.0, self.l)
+        # Of a sink far above all keys the sum is infinite, and what is divided by it 0.
+        total = l if sink is None else l + jnp.exp2((sink - m * (c * LN2)) * LOG2E)
+        return End(
+            factor=jnp.where(none, 0.0, 1.0 / total),
+            top=jnp.where(none, -jnp.inf, m),
+            rest=jnp.log(l),
+            total=total,
+        )
 
 
 def _apart(x: Array) -> Array:

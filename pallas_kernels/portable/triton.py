@@ -30,6 +30,7 @@ __all__ = [
     "divided",
     "exp2",
     "load",
+    "multiply_add",
     "place_in",
     "product",
     "store",
@@ -65,18 +66,44 @@ def store(ref: Ref, index: Index, value: Array, mask: Mask = None) -> None:
     plgpu.store(ref.at[_arrays(index)], value.astype(ref.dtype), mask=mask)
 
 
-def exp2(x: Array, c: float, shift: Array) -> Array:
-    """2^(x c - shift), x (rows, columns) and shift broadcastable to it, float32.
+def exp2(x: Array, c: float, top: Array, rest: Array | None = None) -> Array:
+    """2^((x - top) c - rest), x (rows, columns) and the others broadcastable to it, float32.
 
-    As two instructions: the compiler's own multiplication and subtraction are two, and its power of
-    two keeps numbers below 2^-126, which no sum of weights needs.
+    x - top is exact for x near top, and no product is rounded beside a large one. As three
+    instructions: the compiler's own power of two keeps numbers below 2^-126, which no sum of
+    weights needs.
     """
     if _interpreting.get():
-        return jnp.exp2(x * c - shift)
-    factor = np.float32(c).view(np.uint32)
+        exponent = (x - top) * c
+        return jnp.exp2(exponent if rest is None else exponent - rest)
+    factor = f"0f{np.float32(c).view(np.uint32):08X}"
+    scaled = f"mul.rn.ftz.f32 t, t, {factor}"
+    args = [x, jnp.broadcast_to(top, x.shape)]
+    if rest is not None:
+        scaled = f"fma.rn.ftz.f32 t, t, {factor}, $3"
+        args.append(jnp.broadcast_to(-rest, x.shape))
     (result,) = plgpu.elementwise_inline_asm(
-        f"{{ .reg .f32 t; fma.rn.ftz.f32 t, $1, 0f{factor:08X}, $2; ex2.approx.ftz.f32 $0, t; }}",
-        args=[x, jnp.broadcast_to(-shift, x.shape)],
+        f"{{ .reg .f32 t; sub.rn.ftz.f32 t, $1, $2; {scaled}; ex2.approx.ftz.f32 $0, t; }}",
+        args=args,
+        constraints=",".join(["=f", *"f" * len(args)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def multiply_add(x: Array, c: float, y: Array) -> Array:
+    """x c + y, float32, rounded once, wherever it stands.
+
+    Of a product and a sum the compiler may make one instruction here and two there. Forward and
+    backward would then disagree by a step of the result, which beside 1e9 is 64.
+    """
+    if _interpreting.get():
+        return x * c + y
+    factor = f"0f{np.float32(c).view(np.uint32):08X}"
+    (result,) = plgpu.elementwise_inline_asm(
+        f"fma.rn.ftz.f32 $0, $1, {factor}, $2;",
+        args=[x, jnp.broadcast_to(y, x.shape)],
         constraints="=f,f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Numbers", "dropout_factor", "gradients"]
 
-type Numbers = tuple[Array, Array]  # log-sum-exp in base 2 and D, shaped as the place's queries
+# The log-sum-exp, as an x of the logits and what is to be added to its x c; and D. All are shaped
+# as the place's queries.
+type Numbers = tuple[Array, Array, Array]
 
 
 def gradients(
@@ -31,9 +33,9 @@ def gradients(
 
     From s = Q Kᵀ and dp = dO Vᵀ.
     """
-    lse, row_term = rows
+    top, rest, row_term = rows
     x, c, slope = logits(spec, refs, at, s)
-    p = exp2(x, c, lse)
+    p = exp2(x, c, top, rest)
     kept = dropped(spec, refs, at, p)
     if spec.dropout_rate > 0:
         dx = kept * dp - p * (row_term * (1 - spec.dropout_rate))

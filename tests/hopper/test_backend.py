@@ -101,7 +101,8 @@ def run(kernel):
     return call
 
 def plain(spec, arrays):
-    return eager.attend(spec, Operands(**arrays))
+    out, lse = eager.attend(spec, Operands(**arrays))
+    return out, lse, lse
 
 def stand_in(spec, arrays):
     seen.append((spec.batch, spec.heads, spec.kv_heads))
