@@ -15,7 +15,7 @@ from jattn.backends.table import NAMES, Form, Implementation
 from jattn.call.arguments import AttentionOptions, attention_call
 from jattn.call.keywords import check_keywords
 from jattn.call.spec import AttentionSpec
-from jattn.call.target import Target, current_target
+from jattn.call.target import Target, asking_about, current_target
 
 __all__ = ["BackendReport", "Explanation", "explain"]
 
@@ -75,8 +75,18 @@ class Explanation:
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
             for row in [head, *body]
         ]
+        if self.chosen is None:
+            lines.append(self._what_would_help())
         hints = [f"hint: {hint}" for hint in self.hints]
         return "\n".join([f"attention: {self.call}", f"on: {self.target}", *lines, *hints])
+
+    def _what_would_help(self) -> str:
+        named = ", ".join(report.name for report in self.reports if report.may_run)
+        others = ", ".join(report.name for report in self.reports if not report.refusals)
+        return (
+            f"nothing that may run ({named}) can, and the call raises UnsupportedAttentionError: "
+            f"change what is refused, or let others run, of which these can: {others or 'none'}"
+        )
 
 
 @with_full_signature
@@ -88,24 +98,42 @@ def explain(
     mask: Shaped | None = None,
     *,
     implementation: Implementation | None = None,
+    device: str | None = None,
     **options: Unpack[AttentionOptions],
 ) -> Explanation:
     """Says which backend `jattn.dot_product_attention` would run for these arguments, and why.
 
     Takes the same arguments; arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
 
+    Args:
+      query: as in `jattn.dot_product_attention`, like all arguments but `device`.
+      key: as there.
+      value: as there.
+      bias: as there.
+      mask: as there.
+      implementation: as there.
+      device: ask about another than calls here are traced for: "cpu", or a GPU that need not be
+        here, as "H100", "A100", "B200", "L4" or "RTX 4090".
+      **options: as there.
+
+    Raises:
+      ValueError, TypeError: as the call; a device of no known name.
+
     >>> import jax, jax.numpy as jnp, jattn
-    >>> x = jax.ShapeDtypeStruct((1, 65536, 8, 64), jnp.float32)
-    >>> jattn.explain(x, x, x, is_causal=True, implementation="memory_efficient").chosen
+    >>> x = jax.ShapeDtypeStruct((1, 65536, 8, 64), jnp.bfloat16)
+    >>> jattn.explain(x, x, x, is_causal=True, device="H100").kernel
+    'Pallas Mosaic GPU, Hopper'
+    >>> jattn.explain(x, x, x, is_causal=True, device="cpu").chosen
     'memory_efficient'
     """
     check_keywords("explain", options)
     spec = _spec(dict(query=query, key=key, value=value, bias=bias, mask=mask, **options))
-    target = current_target()
     candidates = table.candidates(implementation)
-    reports = [_report(name, spec, target, candidates) for name in NAMES]
-    runs = (form.name for form in candidates if not form.reasons(spec, target))
-    chosen = next(runs, None)
+    with asking_about(device):
+        target = current_target()
+        reports = [_report(name, spec, target, candidates) for name in NAMES]
+        runs = (form.name for form in candidates if not form.reasons(spec, target))
+        chosen = next(runs, None)
     return Explanation(spec.describe(), str(target), chosen, tuple(reports), _hints(spec, options))
 
 

@@ -23,14 +23,17 @@ __all__ = ["attend", "lacks", "refusals"]
 
 def lacks(target: Target) -> str | None:
     """What the target lacks for cuDNN; None if it runs there."""
-    return None if target.is_nvidia else f"needs an NVIDIA GPU, the target is {target}"
+    # cuDNN developer guide, "Fused flash attention": from Ampere on; JAX itself does not check.
+    if target.is_nvidia and (target.compute_capability or (8, 0)) >= (8, 0):
+        return None
+    return f"needs an NVIDIA GPU of compute capability 8.0 or later, the target is {target}"
 
 
 def refusals(spec: AttentionSpec, target: Target) -> list[str]:
     """Why cuDNN cannot do the call with the semantics promised; empty if it can."""
     found = {
         "this process has no GPU, and cuDNN plans a call where the GPU is": (
-            jax.default_backend() != "gpu"
+            jax.default_backend() != "gpu" and not target.is_supposed
         ),
         f"dtype {spec.dtype.name} is not bfloat16 or float16": spec.element_bytes != 2,
         f"value head dim {spec.value_dim} differs from head dim {spec.head_dim}": (

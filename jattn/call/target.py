@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
 
-__all__ = ["Target", "current_target"]
+__all__ = ["Target", "asking_about", "current_target"]
 
 # Compute capability by device name, for a device that is not there to be asked: compiling on one
 # machine for another. NVIDIA, "CUDA GPU compute capability", by data-centre and workstation part.
 _CAPABILITY_OF_NAME = {
-    "A100": (8, 0), "A30": (8, 0), "A10": (8, 6), "A40": (8, 6), "RTX A6000": (8, 6),
-    "L4": (8, 9), "L40": (8, 9), "RTX 4090": (8, 9), "RTX 6000 Ada": (8, 9),
+    "V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "A30": (8, 0), "A10": (8, 6), "A10G": (8, 6),
+    "A40": (8, 6), "RTX A6000": (8, 6), "RTX 3080": (8, 6), "RTX 3090": (8, 6), "L4": (8, 9),
+    "L40": (8, 9), "L40S": (8, 9), "RTX 4080": (8, 9), "RTX 4090": (8, 9), "RTX 6000 Ada": (8, 9),
     "H100": (9, 0), "H200": (9, 0), "H800": (9, 0), "H20": (9, 0), "GH200": (9, 0),
-    "B200": (10, 0), "GB200": (10, 0), "B300": (10, 3), "GB300": (10, 3), "RTX 5090": (12, 0),
+    "B200": (10, 0), "GB200": (10, 0), "B300": (10, 3), "GB300": (10, 3), "RTX 5080": (12, 0),
+    "RTX 5090": (12, 0),
     "RTX PRO 6000": (12, 0), "RTX PRO 5000": (12, 0), "RTX PRO 4500": (12, 0),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Target:
-    """A platform ("cpu", "gpu" for NVIDIA, "rocm", "tpu", ...) and what matters of its device."""
+    """A platform ("cpu", "gpu" for NVIDIA, "rocm", "tpu", ...) and what matters of its device.
+
+    is_supposed: only asked about; what this process lacks to run there does not matter.
+    """
 
     platform: str
     device_kind: str
     compute_capability: tuple[int, int] | None = None
+    is_supposed: bool = False
 
     @property
     def is_nvidia(self) -> bool:
@@ -40,8 +49,40 @@ class Target:
         )
 
 
+_supposed = jax.make_user_context(None)
+
+
+@contextmanager
+def asking_about(device: str | None) -> Generator[None]:
+    """Makes a device the target inside, by "cpu" or a GPU's name; None leaves it as it is.
+
+    Raises:
+      ValueError: a name that is not known; the text has those that are.
+    """
+    if device is None:
+        yield
+        return
+    with _supposed(_named(device)):
+        yield
+
+
+def _named(device: object) -> Target:
+    text = device.strip() if isinstance(device, str) else ""
+    if text.casefold() == "cpu":
+        return Target("cpu", "cpu", is_supposed=True)
+    words = [n for n in _CAPABILITY_OF_NAME if re.search(rf"\b{n}\b", text, re.IGNORECASE)]
+    if not words:
+        known = ", ".join(map(repr, ("cpu", *_CAPABILITY_OF_NAME)))
+        raise ValueError(f"device must be one of {known}, or None; got {device!r}")
+    name = max(words, key=len)
+    return Target("gpu", f"NVIDIA {name}", _CAPABILITY_OF_NAME[name], is_supposed=True)
+
+
 def current_target() -> Target:
     """The abstract mesh's device if one is set, else the default device; read while tracing."""
+    supposed: Target | None = _supposed.value
+    if supposed is not None:
+        return supposed
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return Target(
