@@ -17,15 +17,23 @@ and the ranges then do too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 if TYPE_CHECKING:
     from jattn.call.masking import KeyIntervals
 
-__all__ = ["Range", "key_blocks", "query_blocks", "unmasked_key_blocks", "unmasked_query_blocks"]
+__all__ = [
+    "Range",
+    "first_true",
+    "key_blocks",
+    "query_blocks",
+    "unmasked_key_blocks",
+    "unmasked_query_blocks",
+]
 
 type Index = int | Array
 type Range = tuple[Index, Index]
@@ -73,6 +81,11 @@ def unmasked_query_blocks(
     return first_block, _where(k_stop <= intervals.key_length, stop_block, first_block)
 
 
+def first_true(flags: Array) -> Array:
+    """Where the first True stands along the last axis, int32; 0 if there is none."""
+    return lax.argmax(flags, flags.ndim - 1, jnp.int32)
+
+
 def _ceil(x: Index, block: int) -> Index:
     return -(-x // block)
 
@@ -86,4 +99,10 @@ def _high(a: Index, b: Index) -> Index:
 
 
 def _where(condition: bool | Array, a: Index, b: Index) -> Index:
-    return (a if condition else b) if isinstance(condition, bool) else jnp.where(condition, a, b)
+    if isinstance(condition, bool):
+        return a if condition else b
+    return jnp.where(condition, _int32(a), _int32(b))
+
+
+def _int32(x: Index) -> Any:
+    return np.int32(x) if isinstance(x, int) else x

@@ -39,10 +39,10 @@ def combine(
     highest = top.max(axis=0)
     none = highest == -jnp.inf
     base = jnp.where(none, 0, highest)
-    sums = jnp.exp((top - base) * unit + rest)
+    sums = jnp.exp((top - base[None]) * unit + rest)
     keys = jnp.where(none, 1, sums.sum(axis=0))
     total = keys
     if sinks is not None:  # infinite if a sink is far above all keys: what is divided by it is 0
         total = keys + jnp.exp(sinks[:, None] - base * unit)
-    joined = jnp.sum(out * (sums / total)[..., None], axis=0)
+    joined = jnp.sum(out * (sums / total[None])[..., None], axis=0)
     return joined.astype(spec.dtype), highest, jnp.log(keys)

@@ -79,7 +79,7 @@ def _without_padding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Ar
     def cut(x: Array, lengths: Array | None) -> Array:
         if lengths is None:
             return x
-        within = jnp.arange(x.shape[1])[None] < lengths[:, None]
+        within = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         return jnp.where(within[:, :, None, None], x, 0)
 
     return (
@@ -91,8 +91,8 @@ def _without_padding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Ar
 
 def _kept(spec: AttentionSpec, seeds: Array) -> Array:
     """The dropout mask of the whole call, (B, K, G, T, S)."""
-    queries = jnp.arange(spec.queries)[None, None, None, :, None]
-    keys = jnp.arange(spec.keys)[None, None, None, None, :]
+    queries = jnp.arange(spec.queries, dtype=jnp.int32)[None, None, None, :, None]
+    keys = jnp.arange(spec.keys, dtype=jnp.int32)[None, None, None, None, :]
     row = seeds[:, :, None, None, None, None]
     return dropout.keep(
         (row[:, 0], row[:, 1]),

@@ -88,6 +88,7 @@ class Tile:
     @staticmethod
     def at(spec: AttentionSpec, chunks: Chunks, arrays: HeadMajor, index: Array) -> Tile:
         """The tile with this number, 0 to `count` - 1."""
+        index = _int32(index)  # in 64-bit mode a loop counts in int64
         per_row = -(-spec.queries // chunks.queries)
         fresh = index % per_row * chunks.queries
         query = jnp.minimum(fresh, spec.queries - chunks.queries)
@@ -96,11 +97,11 @@ class Tile:
     @property
     def query_positions(self) -> Array:
         """(queries,)"""
-        return self.query + jnp.arange(self.chunks.queries)
+        return self.query + jnp.arange(self.chunks.queries, dtype=jnp.int32)
 
     def key_positions(self, j: Array) -> Array:
         """(keys,)"""
-        return self._key_start(j) + jnp.arange(self.chunks.keys)
+        return self._key_start(j) + jnp.arange(self.chunks.keys, dtype=jnp.int32)
 
     def rows(self, x: Array) -> Array:
         """This tile's part of a per-query array (B, K, G, T, ...)."""
@@ -109,7 +110,7 @@ class Tile:
 
     def write(self, x: Array, part: Array) -> Array:
         """x (B, K, G, T, ...) with this tile's part replaced."""
-        start: list[Array | int] = [self.row, 0, 0, self.query, *[0] * (x.ndim - 4)]
+        start = _at(self.row, 0, 0, self.query, *[0] * (x.ndim - 4))
         return lax.dynamic_update_slice(x, part.astype(x.dtype), start)
 
     def real_rows(self, part: Array) -> Array:
@@ -140,7 +141,7 @@ class Tile:
 
     def add_keys(self, x: Array, part: Array, j: Array) -> Array:
         """x (B, K, ·, S) with `part` added to block j."""
-        start = (self.row, 0, 0, self._key_start(j))
+        start = _at(self.row, 0, 0, self._key_start(j))
         old = lax.dynamic_slice(x, start, part.shape)
         return lax.dynamic_update_slice(x, old + part, start)
 
@@ -234,13 +235,13 @@ class Tile:
             numbers(operands.query_offset),
         )
 
-    def _window(self, x: Array, j: Array) -> tuple[tuple[Array | int, ...], tuple[int, ...]]:
+    def _window(self, x: Array, j: Array) -> tuple[tuple[Array, ...], tuple[int, ...]]:
         """Start and size of block j in an array that broadcasts to (B, N, T, S)."""
         spec, chunks = self.spec, self.chunks
         starts: tuple[Array | int, ...] = (self.row, 0, self.query, self._key_start(j))
         sizes = (chunks.rows, spec.heads, chunks.queries, chunks.keys)
         narrow = [n == 1 for n in x.shape]
-        start = tuple(0 if one else at for one, at in zip(narrow, starts, strict=True))
+        start = _at(*(0 if one else at for one, at in zip(narrow, starts, strict=True)))
         return start, tuple(1 if one else n for one, n in zip(narrow, sizes, strict=True))
 
     def _key_blocks(self) -> tuple[Array, Array, Callable[[Array], Array] | None]:
@@ -249,18 +250,18 @@ class Tile:
         intervals = self._intervals((-1,))
         stop_query = self.query + self.chunks.queries
         first, stop = blocks.key_blocks(intervals, self.query, stop_query, size)
-        first, stop = jnp.min(jnp.asarray(first)), jnp.max(jnp.asarray(stop))
+        first, stop = jnp.min(_int32(first)), jnp.max(_int32(stop))
         if not hides_some(spec) and spec.keys % size == 0:
             return first, stop, None
         clear = blocks.unmasked_key_blocks(intervals, self.query, stop_query, size)
-        clear_first, clear_stop = jnp.max(jnp.asarray(clear[0])), jnp.min(jnp.asarray(clear[1]))
+        clear_first, clear_stop = jnp.max(_int32(clear[0])), jnp.min(_int32(clear[1]))
         segments = self._segment_overlap()
         if segments is None:
             return first, stop, lambda j: (j >= clear_first) & (j < clear_stop)
         meets, one_segment = segments
         count = meets.shape[0]
-        first = jnp.maximum(first, jnp.argmax(meets))
-        stop = jnp.minimum(stop, jnp.where(meets.any(), count - jnp.argmax(meets[::-1]), 0))
+        first = jnp.maximum(first, blocks.first_true(meets))
+        stop = jnp.minimum(stop, jnp.where(meets.any(), count - blocks.first_true(meets[::-1]), 0))
         return first, stop, lambda j: (j >= clear_first) & (j < clear_stop) & one_segment[j]
 
     def _segment_overlap(self) -> tuple[Array, Array] | None:
@@ -288,6 +289,15 @@ def split_heads(spec: AttentionSpec, x: Array) -> Array:
 def merge_heads(spec: AttentionSpec, x: Array) -> Array:
     """(B, K, G, T, ...) as (B, T, N, ...)."""
     return jnp.moveaxis(x, 3, 1).reshape(spec.batch, spec.queries, spec.heads, *x.shape[4:])
+
+
+def _at(*start: Array | int) -> tuple[Array, ...]:
+    """Where a part of an array begins, all of one dtype, as slices want it."""
+    return tuple(map(_int32, start))
+
+
+def _int32(x: Array | int) -> Array:
+    return jnp.asarray(x, jnp.int32)
 
 
 def _row_column(within: Array, ndim: int) -> Array:

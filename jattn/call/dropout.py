@@ -47,7 +47,7 @@ def seeds(rng: Array, batch: int) -> Array:
 
 def seeds_from_head(seeds: Array, head: Array) -> Array:
     """The seeds (batch, 2) with which head i has the mask of head `head` + i."""
-    return seeds + _word(head) * jnp.array([_GOLDEN, _SECOND], jnp.uint32)
+    return seeds + _word(head) * jnp.array([[_GOLDEN, _SECOND]], jnp.uint32)
 
 
 def keep(seed: tuple[Array, Array], head: Array, query: Array, key: Array, rate: float) -> Array:

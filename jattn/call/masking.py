@@ -111,7 +111,7 @@ def hides_some(spec: AttentionSpec) -> bool:
 
 def past_zeroed(x: Array, lengths: Array) -> Array:
     """x (B, rows, ...) with zeros past each row's length, as 0 * NaN is not 0."""
-    inside = jnp.arange(x.shape[1]) < lengths[:, None]
+    inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
     return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
@@ -121,8 +121,8 @@ def visible(spec: AttentionSpec, operands: Operands) -> Array:
     O(T * S) elements: the reference, and what `eager` uses.
     """
     intervals = KeyIntervals.of_batch(spec, operands, 3)
-    query = jnp.arange(spec.queries)[None, None, :, None]
-    key = jnp.arange(spec.keys)[None, None, None, :]
+    query = jnp.arange(spec.queries, dtype=jnp.int32)[None, None, :, None]
+    key = jnp.arange(spec.keys, dtype=jnp.int32)[None, None, None, :]
     mask = intervals.visible(query, key)
     if operands.query_segments is not None and operands.key_segments is not None:
         same = operands.query_segments[:, :, None] == operands.key_segments[:, None, :]

@@ -102,7 +102,8 @@ class AttentionSpec:
 
     def dropout_heads(self) -> Array:
         """The head index that each head's dropout mask is drawn for, (1, K, G, 1, 1)."""
-        heads = jnp.arange(self.heads).reshape(1, self.kv_heads, self.group, 1, 1)
+        heads = jnp.arange(self.heads, dtype=jnp.int32)
+        heads = heads.reshape(1, self.kv_heads, self.group, 1, 1)
         return jnp.zeros_like(heads) if self.broadcast_dropout else heads
 
     def describe(self) -> str:

@@ -89,7 +89,7 @@ def _log_sum_exp(top: Array, rest: Array, unit: float) -> Array:
 
 def _above(sinks: Array, top: Array, unit: float) -> Array:
     """The sinks (N,) less the rows' maxima (B, T, N)."""
-    return sinks.astype(top.dtype) - _finite(top) * unit
+    return sinks.astype(top.dtype)[None, None] - _finite(top) * unit
 
 
 def _finite(top: Array) -> Array:

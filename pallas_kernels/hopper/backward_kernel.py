@@ -34,11 +34,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.backward_block import Block, banded, each
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import logits
 from pallas_kernels.hopper.tiles import ROWS
@@ -163,10 +165,10 @@ def _load(block: Block) -> None:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
 
     def fetch(n: Array) -> None:
-        head = block.kv_head * spec.group + lax.div(n, visit.count)
-        at = visit.first + lax.rem(n, visit.count)
+        head = block.kv_head * spec.group + quotient(n, visit.count)
+        at = visit.first + remainder(n, visit.count)
         queries = pl.ds(at * tiles.queries, tiles.queries)
-        slot = lax.rem(n, tiles.stages)
+        slot = remainder(n, tiles.stages)
         plgpu.barrier_wait(refs.free.at[slot])
 
         def copy(source: Ref, place: Ref) -> None:
@@ -262,11 +264,11 @@ def _step(
     """Visit i of head h: one block of queries."""
     spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
     n = h * block.visits.count + i
-    slot = lax.rem(n, tiles.stages)
+    slot = remainder(n, tiles.stages)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     # A zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is kept
     # in two registers, 32 in all, which then spill.
-    hidden = lax.shift_right_logical(n, 30)
+    hidden = lax.shift_right_logical(n, np.int32(30))
     k, v = (x.at[pl.ds((warpgroup + hidden) * ROWS, ROWS)] for x in (refs.k_smem, refs.v_smem))
     q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
     first_query = (block.visits.first + i) * tiles.queries
@@ -320,7 +322,7 @@ def _step(
         seam.drain(0)
         plgpu.barrier_arrive(refs.free.at[slot])
         return
-    ds_smem = refs.ds_smem.at[lax.rem(n, 2)]
+    ds_smem = refs.ds_smem.at[remainder(n, 2)]
     ds_smem[mine] = ds
     plgpu.commit_smem()
     plgpu.barrier_arrive(refs.ds_full)

@@ -36,6 +36,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jattn.call.masking import hides_some
+from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
@@ -191,7 +192,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, work.head], refs.q_smem.at[w], full)
         plgpu.copy_gmem_to_smem(refs.do.at[batch, rows, work.head], refs.do_smem.at[w], full)
         size = refs.lse.shape[-1]
-        block = lax.div(work.query, size) + w * ROWS // size
+        block = quotient(work.query, size) + w * ROWS // size
         lse = refs.lse.at[batch, work.head, block, :, pl.ds(w * ROWS % size, ROWS)]
         plgpu.copy_gmem_to_smem(lse, refs.lse_smem.at[w], full)
         plgpu.copy_gmem_to_smem(
@@ -203,20 +204,20 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
 
     def step(i: Array, _: None) -> None:
         rows = pl.ds((steps.stop - 1 - i) * tiles.keys, tiles.keys)
-        slot = lax.rem(i, tiles.key_slots)
+        slot = remainder(i, tiles.key_slots)
         full = refs.k_full.at[slot]
         plgpu.barrier_wait(refs.k_free.at[slot])
         plgpu.copy_gmem_to_smem(refs.k.at[batch, rows, work.kv_head], refs.k_smem.at[slot], full)
         if plan.spec.has_segments:
             ids = refs.key_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.k_segments.at[slot], full)
-        slot = lax.rem(i, tiles.stages)
+        slot = remainder(i, tiles.stages)
         plgpu.barrier_wait(refs.v_free.at[slot])
         plgpu.copy_gmem_to_smem(
             refs.v.at[batch, rows, work.kv_head], refs.v_smem.at[slot], refs.v_full.at[slot]
         )
 
-    lax.fori_loop(0, steps.visits, step, None)
+    for_each(0, steps.visits, step, None)
     for slot in range(tiles.key_slots):
         plgpu.barrier_wait(refs.k_free.at[slot])
     for slot in range(tiles.stages):
@@ -259,7 +260,7 @@ class Rows:
 
         def loop(start: Any, stop: Any, ds: Any, *, masked: bool) -> Any:
             step = partial(self.step, dq_acc, masked=masked)
-            return lax.fori_loop(start, stop, step, ds)
+            return for_each(start, stop, step, ds)
 
         ds = self.step(dq_acc, 0, None, masked=plan.masked)
         if not plan.masked_later:
@@ -284,7 +285,7 @@ class Rows:
         Without overlap dQ += dS K of this block follows, and nothing is left for the next.
         """
         spec, seam, refs = self.plan.spec, self.seam, self.refs
-        k_slot, v_slot = self.k_slot(i), lax.rem(jnp.int32(i), self.tiles.stages)
+        k_slot, v_slot = self.k_slot(i), remainder(i, self.tiles.stages)
         late = int(before is not None)
         # A zero that the compiler cannot know: else it keeps the address of every product's rows.
         number = self.warpgroup.number + i * refs.zero[0]
@@ -326,7 +327,7 @@ class Rows:
         return None
 
     def k_slot(self, i: Array | int) -> Array:
-        return lax.rem(jnp.int32(i), self.tiles.key_slots)
+        return remainder(i, self.tiles.key_slots)
 
     def row(self, smem: Ref) -> Array:
         """One value a query, as a matrix of a block."""

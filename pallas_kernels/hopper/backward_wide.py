@@ -30,11 +30,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.backward_block import WGMMA, Block, banded, each
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import logits
 from pallas_kernels.hopper.tiles import ROWS
@@ -149,16 +151,16 @@ class WideBlock(Block):
     def place(self, n: Array) -> tuple[Array, Array]:
         """Query head and block of step n."""
         count, group = self.visits.count, self.spec.group
-        h, i = (lax.div(n, count), lax.rem(n, count)) if group > 1 else (jnp.int32(0), n)
+        h, i = (quotient(n, count), remainder(n, count)) if group > 1 else (jnp.int32(0), n)
         return self.kv_head * group + h, self.visits.first + i
 
     def q_slot(self, n: Array) -> Array:
         """Where the queries of step n are."""
-        return lax.rem(n, self.refs.q_smem.shape[0])
+        return remainder(n, self.refs.q_smem.shape[0])
 
     def do_slot(self, n: Array) -> Array:
         """Where dO of step n is."""
-        return lax.rem(n, self.refs.do_smem.shape[0])
+        return remainder(n, self.refs.do_smem.shape[0])
 
     def accumulator(self, body: Any, name: str, columns: int) -> Any:
         """body(accumulator of 64 rows), zero at first."""
@@ -204,7 +206,7 @@ def _load(block: WideBlock) -> None:
 
 def _hidden_zero(n: Array) -> Array:
     """A zero that the compiler cannot know: what is computed with it stays inside the loop."""
-    return lax.shift_right_logical(n, 30)
+    return lax.shift_right_logical(n, np.int32(30))
 
 
 def _start(block: WideBlock) -> None:
@@ -230,7 +232,7 @@ def _value_role(block: WideBlock) -> None:
             seam.matmul_into(s_acc, k, refs.q_smem.at[slot].T)
 
         def step(n: Array, *, in_two: bool) -> None:
-            q_slot, do_slot, p_slot = block.q_slot(n), block.do_slot(n), lax.rem(n, RING)
+            q_slot, do_slot, p_slot = block.q_slot(n), block.do_slot(n), remainder(n, RING)
             s = seam.wait(s_acc, in_flight=0)
             x, c = logits(spec, s)
             p = block.weights(x, c, refs.lse_smem.at[q_slot], in_two=in_two)
@@ -273,7 +275,7 @@ def _key_role(block: WideBlock) -> None:
 
     def over_tile(dk_acc: Ref) -> Array:
         def step(n: Array) -> None:
-            q_slot, do_slot, p_slot = block.q_slot(n), block.do_slot(n), lax.rem(n, RING)
+            q_slot, do_slot, p_slot = block.q_slot(n), block.do_slot(n), remainder(n, RING)
             q, do = refs.q_smem.at[q_slot], refs.do_smem.at[do_slot]
 
             def product(dp_acc: Ref) -> Array:

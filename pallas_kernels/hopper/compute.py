@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.load import query_slot
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import MOST_LISTED
@@ -103,8 +104,8 @@ class Rows:
 
         tile_count = refs.schedule[lax.axis_index("block"), 0]
         # Zero, but not to ptxas: it would keep the addresses of what a count of 0 leads to.
-        zero = lax.div(tile_count, MOST_LISTED + 1)
-        lax.fori_loop(0, tile_count, tile, (weights, zero, index))
+        zero = quotient(tile_count, MOST_LISTED + 1)
+        for_each(0, tile_count, tile, (weights, zero, index))
         plgpu.barrier_arrive(refs.q_free.at[query_slot(plan, tile_count, self.warpgroup.number)])
 
     def tile(self, turn: Array | int, index: Array, visited: Array) -> Tile:
@@ -134,7 +135,7 @@ class Rows:
 
         def loop(start: Any, stop: Any, weights: Weights, masked: bool | None) -> Weights:
             body = partial(self.step, tile, masked=masked)
-            return lax.fori_loop(start, stop, body, weights)  # type: ignore[no-any-return]
+            return for_each(start, stop, body, weights)
 
         if plan.one_loop:
             return loop(1, steps.visits, weights, None if plan.masked_later else False)
@@ -204,7 +205,7 @@ class Rows:
             seam.matmul_into(s_acc, self.queries(tile), refs.k_smem.at[slot].T)
             seam.matmul_into(self.o_acc, before.p, refs.v_smem.at[slot_before])
             if tiles.in_turn:
-                following = lax.rem(self.warpgroup.number + 1, tiles.warpgroups)
+                following = remainder(self.warpgroup.number + 1, tiles.warpgroups)
                 plgpu.barrier_arrive(refs.turn.at[following])
             s = seam.wait(s_acc, in_flight=1 if tiles.overlap else 0)
             if not spec.has_segments:
@@ -281,7 +282,7 @@ class Rows:
 
     def await_queries(self, tile: Tile) -> None:
         number, turn = self.warpgroup.number, tile.turn
-        first = 0 if isinstance(turn, int) else lax.rem(turn, 2) * self.plan.tiles.warpgroups
+        first = 0 if isinstance(turn, int) else remainder(turn, 2) * self.plan.tiles.warpgroups
         plgpu.barrier_wait(self.refs.q_full.at[first + number])
 
     def queries(self, tile: Tile) -> Ref:
@@ -292,7 +293,7 @@ class Rows:
 
     def slot(self, block: Array | int) -> Array:
         """Where a key or value block is, by the number of blocks visited before it."""
-        return lax.rem(block, self.plan.tiles.stages)
+        return remainder(block, self.plan.tiles.stages)
 
     def with_scores(self, body: Callable[[Ref], Weights]) -> Weights:
         stand_in = self.refs.s_stand_in.at[self.warpgroup.number] if self.seam.interpret else None

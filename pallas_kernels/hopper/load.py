@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import steps_of
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.tiles import ROWS
@@ -36,7 +37,7 @@ def load(plan: Plan, refs: Ref) -> None:
             _load_k(plan, refs, work, steps.stop - 1 - i, count + i)
             _load_v(plan, refs, work, steps.stop - i, count + i - 1)
 
-        lax.fori_loop(1, steps.visits, step, None)
+        for_each(1, steps.visits, step, None)
         done = count + steps.visits
         if after is not None:
             queries(after, turn + 1, range(early))
@@ -57,7 +58,7 @@ def load(plan: Plan, refs: Ref) -> None:
     _load_k(plan, refs, first, steps_of(plan, refs, first).stop - 1, jnp.int32(0))
     if plan.is_scheduled:
         tile_count = refs.schedule[lax.axis_index("block"), 0]
-        lax.fori_loop(0, tile_count, tile, (jnp.int32(0), index))
+        for_each(0, tile_count, tile, (jnp.int32(0), index))
     else:
         rest_of(first, jnp.int32(0), 0, None)
     for slot in range(tiles.query_slots):
@@ -74,7 +75,7 @@ def query_slot(plan: Plan, turn: Array | int, w: Array | int) -> Any:
         return w
     if slots == 2 * w_count:
         return turn % 2 * w_count + w
-    return lax.rem(turn * w_count + w, slots)
+    return remainder(turn * w_count + w, slots)
 
 
 def copies(plan: Plan) -> int:
@@ -89,7 +90,7 @@ def query_parts(plan: Plan, work: Work, w: int | Array) -> list[tuple[Any, Any, 
     if isinstance(w, int):
         head, query = first // plan.queries, first % plan.queries
     else:
-        head, query = lax.div(first, plan.queries), lax.rem(first, plan.queries)
+        head, query = quotient(first, plan.queries), remainder(first, plan.queries)
     return [
         (pl.ds(c * rows, rows), pl.ds(work.query + query, rows), work.head + head + c)
         for c in range(copies(plan))
@@ -114,7 +115,7 @@ def _load_q(plan: Plan, refs: Ref, work: Work, turn: Array | int, w: int) -> Non
 
 
 def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array) -> None:
-    slot = lax.rem(count, plan.tiles.stages)
+    slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.k_free.at[slot])
     plgpu.copy_gmem_to_smem(
@@ -129,7 +130,7 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
 
 
 def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array) -> None:
-    slot = lax.rem(count, plan.tiles.stages)
+    slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.v_free.at[slot])
     plgpu.copy_gmem_to_smem(

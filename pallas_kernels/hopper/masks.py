@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
+from pallas_kernels.hopper.indices import quotient
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.tiles import ROWS
 
@@ -84,7 +86,7 @@ def steps_of(plan: Plan, refs: Ref, work: Work) -> Steps:
         )
     if plan.splits > 1:
         count = jnp.maximum(stop - first, 0)
-        first, stop = (first + lax.div(count * (work.split + k), plan.splits) for k in range(2))
+        first, stop = (first + quotient(count * (work.split + k), plan.splits) for k in range(2))
     if not plan.masked:
         return Steps(stop, stop - first, 1, stop - first, False)
     count = jnp.maximum(stop - first, 1)
@@ -123,7 +125,7 @@ def hide(
     if spec.has_query_lengths:
         high = jnp.where(query < of_rows(intervals.query_length), high, of_rows(0))
     if plan.splits > 1 or spec.has_segments or spec.has_query_lengths or spec.has_key_lengths:
-        high = jnp.minimum(high, of_rows(jnp.where(steps.empty, 0, spec.keys)))
+        high = jnp.minimum(high, of_rows(jnp.where(steps.empty, np.int32(0), np.int32(spec.keys))))
     # A thread's columns are 0, 1, 8, 9, 16, .. past an even one of 0 to 6: apart from that one they
     # are immediate operands, together they would be kept in as many registers.
     own, key = key & 6, key & ~6

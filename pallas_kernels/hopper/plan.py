@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from jattn.call.masking import KeyIntervals
 from pallas_kernels.blocks import key_blocks, unmasked_key_blocks
+from pallas_kernels.hopper.indices import divided, quotient
 from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles, fit
 
 if TYPE_CHECKING:
@@ -175,14 +176,14 @@ class Plan:
 
     def work(self, index: Array) -> Work:
         """The tile with this number in the list."""
-        index, split = _divide(index, self.splits)
+        index, split = divided(index, self.splits)
         together = self.heads_together
-        lots, tile = _divide(index, self.query_tiles * together)
-        tile, inner = _divide(tile, together)
-        batch, pack = _divide(lots * together + inner, self.head_packs)
+        lots, tile = divided(index, self.query_tiles * together)
+        tile, inner = divided(tile, together)
+        batch, pack = divided(lots * together + inner, self.head_packs)
         tile = self.query_tiles - 1 - tile  # the longest of a causal call come first
         head = pack * self.pack
-        kv_head = lax.div(head, self.spec.group)
+        kv_head = quotient(head, self.spec.group)
         return Work(batch, head, kv_head, tile * self.queries, split, tile)
 
     @property
@@ -224,7 +225,3 @@ def _with_tiles(spec: AttentionSpec, tiles: Tiles, pack: int) -> Plan:
     while pack > 1 and rows // pack < min(spec.queries, rows):
         pack //= 2
     return Plan(spec, tiles, pack, splits=1, blocks=1)
-
-
-def _divide(a: Array, b: int) -> tuple[Array, Array]:
-    return (a, a * 0) if b == 1 else (lax.div(a, b), lax.rem(a, b))

@@ -45,7 +45,7 @@ def segment_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
 def _ranges(plan: Plan, operands: Operands, own: Array) -> Array:
     spec, size = plan.spec, plan.tiles.keys
     intervals = KeyIntervals.of_batch(spec, operands, 1)
-    start = jnp.arange(plan.query_tiles) * plan.queries
+    start = jnp.arange(plan.query_tiles, dtype=jnp.int32)[None] * plan.queries
     stop = jnp.minimum(start + plan.queries, spec.queries)
     shape = (spec.batch, plan.query_tiles)
     first, stop_block = _pair(blocks.key_blocks(intervals, start, stop, size), shape)
@@ -57,22 +57,18 @@ def _ranges(plan: Plan, operands: Operands, own: Array) -> Array:
     least, most = own.min(axis=2, keepdims=True), own.max(axis=2, keepdims=True)
     meets = (its_most >= least) & (its_least <= most)
     one = (its_least == least) & (its_most == least) & (most == least)
-    first = jnp.maximum(first, _first(meets))
-    stop_block = jnp.minimum(stop_block, count - _first(meets[..., ::-1]))
+    first = jnp.maximum(first, blocks.first_true(meets))
+    stop_block = jnp.minimum(stop_block, count - blocks.first_true(meets[..., ::-1]))
     stop_block = jnp.where(meets.any(axis=2), stop_block, first)
     # One run of clear blocks: from the first one to the first that is not.
-    block = jnp.arange(count)
+    block = jnp.arange(count, dtype=jnp.int32)[None, None]
     inside = one & (block >= clear_first[..., None]) & (block < clear_stop[..., None])
-    run = _first(inside)
+    run = blocks.first_true(inside)
     after = jnp.where(~inside & (block > run[..., None]), block, count).min(axis=2)
     after = jnp.where(inside.any(axis=2), after, run)
     return jnp.stack([first, stop_block, run, after], axis=2).astype(jnp.int32)
 
 
-def _first(flags: Array) -> Array:
-    return jnp.argmax(flags, axis=2)
-
-
 def _pair(values: tuple[Array | int, Array | int], shape: tuple[int, int]) -> tuple[Array, Array]:
-    first, stop = (jnp.broadcast_to(jnp.asarray(x), shape) for x in values)
+    first, stop = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape) for x in values)
     return first, stop

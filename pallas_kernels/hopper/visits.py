@@ -40,15 +40,14 @@ def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) 
     """(B or 1, tiles, 4) int32: the `Visits` of each tile of `keys` keys to blocks of `queries`."""
     tiles, count = -(-spec.keys // keys), -(-spec.queries // queries)
     intervals = KeyIntervals.of_batch(spec, operands, 1)
-    start = jnp.arange(tiles)[None] * keys
+    start = jnp.arange(tiles, dtype=jnp.int32)[None] * keys
     first, stop = blocks.query_blocks(intervals, start, start + keys, queries)
     clear_first, clear_stop = blocks.unmasked_query_blocks(intervals, start, start + keys, queries)
     if spec.band.lower is None:
         # Rows past the last query have an infinite log-sum-exp, which hides them without a mask.
         clear_stop = jnp.where(start + keys <= intervals.key_length, stop, clear_first)
-    first, stop, clear_first, clear_stop, _ = jnp.broadcast_arrays(
-        first, stop, clear_first, clear_stop, start
-    )
+    ends = (jnp.asarray(x, jnp.int32) for x in (first, stop, clear_first, clear_stop))
+    first, stop, clear_first, clear_stop, _ = jnp.broadcast_arrays(*ends, start)
     if spec.has_segments:
         ids = [
             edge_padded(x, n * size).reshape(spec.batch, n, size)
@@ -62,14 +61,15 @@ def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) 
         least, most = least[:, None], most[:, None]
         # Compared by range, which is exact for sorted ("packed") ids and safe for any others.
         meets = (most >= own_least) & (least <= own_most)
-        first = jnp.maximum(first, _first(meets))
-        stop = jnp.minimum(stop, count - _first(meets[..., ::-1]))
+        first = jnp.maximum(first, blocks.first_true(meets))
+        stop = jnp.minimum(stop, count - blocks.first_true(meets[..., ::-1]))
         stop = jnp.where(meets.any(axis=2), stop, first)
-        block = jnp.arange(count)
+        block = jnp.arange(count, dtype=jnp.int32)[None, None]
         one = (least == own_least) & (most == own_least) & (own_most == own_least)
         clear = one & (block >= clear_first[..., None]) & (block < clear_stop[..., None])
         clear &= (block >= first[..., None]) & (block < stop[..., None])
-        clear_first = _first(clear)  # one run of them: from the first to the first that is not
+        # One run of them: from the first to the first that is not.
+        clear_first = blocks.first_true(clear)
         after = jnp.where(~clear & (block > clear_first[..., None]), block, count).min(axis=2)
         clear_stop = jnp.where(clear.any(axis=2), after, clear_first)
     total = jnp.maximum(stop - first, 0)
@@ -83,7 +83,3 @@ def edge_padded(ids: Array | None, size: int) -> Array:
     """(B, size) ids, the last one repeated."""
     assert ids is not None
     return jnp.pad(ids, ((0, 0), (0, size - ids.shape[1])), mode="edge")
-
-
-def _first(flags: Array) -> Array:
-    return jnp.argmax(flags, axis=2)

@@ -137,7 +137,7 @@ def _seen(spec: AttentionSpec, refs: SimpleNamespace, at: Place) -> Mask:
     if spec.mask_shape is not None:
         index, inside = placed(spec.mask_shape, at)
         mask = load(refs.mask, index, inside)
-        seen = both(seen, _matrix(mask) != 0)
+        seen = both(seen, _matrix(mask).astype(jnp.int32) != 0)
     return seen
 
 

@@ -37,9 +37,10 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
     }
     if operands.dropout_seeds is not None:
         seeds = operands.dropout_seeds[:, :, None, None]
-        heads = jnp.arange(1 if spec.broadcast_dropout else spec.heads)[:, None]
+        heads = jnp.arange(1 if spec.broadcast_dropout else spec.heads, dtype=jnp.int32)
+        queries = jnp.arange(spec.queries, dtype=jnp.int32)
         inputs["row_words"], inputs["more_words"] = dropout.row_words(
-            (seeds[:, 0], seeds[:, 1]), heads, jnp.arange(spec.queries)
+            (seeds[:, 0], seeds[:, 1]), heads[None, :, None], queries[None, None, :]
         )
     return {name: x for name, x in inputs.items() if x is not None}
 

@@ -56,7 +56,7 @@ def key_ranges(
     splits: shares into which each tile's blocks are cut, as rows one after another.
     """
     intervals = KeyIntervals.of_batch(spec, operands, 1)
-    start = jnp.arange(-(-spec.queries // queries))[None] * queries
+    start = jnp.arange(-(-spec.queries // queries), dtype=jnp.int32)[None] * queries
     stop = jnp.minimum(start + queries, spec.queries)
     visited = blocks.key_blocks(intervals, start, stop, keys)
     # Rows past the query lengths are no matter: what is computed of them is not used.
@@ -71,7 +71,7 @@ def key_ranges(
 def query_ranges(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) -> Array:
     """(B or 1, tiles, 4) int32: the blocks of `queries` queries of each tile of `keys` keys."""
     intervals = KeyIntervals.of_batch(spec, operands, 1)
-    start = jnp.arange(-(-spec.keys // keys))[None] * keys
+    start = jnp.arange(-(-spec.keys // keys), dtype=jnp.int32)[None] * keys
     stop = jnp.minimum(start + keys, spec.keys)
     visited = blocks.query_blocks(intervals, start, stop, queries)
     # Keys past the lengths are no matter: what is computed of them is not used.
@@ -93,7 +93,8 @@ def _table(
     left: bool,
 ) -> Array:
     """The rows of tiles whose own size and whose blocks' size, and ids, are given."""
-    first, stop, clear_first, clear_stop, _ = jnp.broadcast_arrays(*visited, *clear, start)
+    ends = (jnp.asarray(x, jnp.int32) for x in (*visited, *clear))
+    first, stop, clear_first, clear_stop, _ = jnp.broadcast_arrays(*ends, start)
     own, its = ids
     if own is not None and its is not None:
         own_least, own_most = _extremes(own, sizes[0])
@@ -102,13 +103,14 @@ def _table(
         least, most = least[:, None], most[:, None]
         count = least.shape[2]
         meets = (most >= own_least) & (least <= own_most)
-        first = jnp.maximum(first, _first(meets))
-        stop = jnp.minimum(stop, count - _first(meets[..., ::-1]))
+        first = jnp.maximum(first, blocks.first_true(meets))
+        stop = jnp.minimum(stop, count - blocks.first_true(meets[..., ::-1]))
         stop = jnp.where(meets.any(axis=2), stop, first)
         one = (least == own_least) & (most == own_least) & (own_most == own_least)
-        block = jnp.arange(count)
+        block = jnp.arange(count, dtype=jnp.int32)[None, None]
         one &= (block >= clear_first[..., None]) & (block < clear_stop[..., None])
-        clear_first = _first(one)  # one run of them: from the first to the first that is not
+        # One run of them: from the first to the first that is not.
+        clear_first = blocks.first_true(one)
         after = jnp.where(~one & (block > clear_first[..., None]), block, count).min(axis=2)
         clear_stop = jnp.where(one.any(axis=2), after, clear_first)
     return _in_order(first, clear_first, clear_stop, stop, left=left)
@@ -131,7 +133,7 @@ def _split(table: Array, splits: int, *, left: bool) -> Array:
         return table
     first, clear_first, clear_stop, stop = jnp.split(table, 4, axis=2)
     share = -(-(stop - first) // splits)
-    own_first = jnp.minimum(first + jnp.arange(splits) * share, stop)
+    own_first = jnp.minimum(first + jnp.arange(splits, dtype=jnp.int32)[None, None] * share, stop)
     own_stop = jnp.minimum(own_first + share, stop)
     rows = _in_order(own_first, clear_first, clear_stop, own_stop, left=left)
     return rows.reshape(table.shape[0], -1, 4)
@@ -142,7 +144,3 @@ def _extremes(ids: Array, size: int) -> tuple[Array, Array]:
     grouped = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge")
     grouped = grouped.reshape(ids.shape[0], -1, size)
     return grouped.min(axis=2), grouped.max(axis=2)
-
-
-def _first(flags: Array) -> Array:
-    return jnp.argmax(flags, axis=2)
