@@ -19,7 +19,7 @@ train: environment ## train on real text; on a CPU also report how memory grows 
 # The workers share one GPU where there is one: none may take its memory in advance.
 test: export XLA_PYTHON_CLIENT_PREALLOCATE := false
 test: environment ## run the tests (those that need a GPU are left out without one)
-	$(PYTHON) -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(PYTHON) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 compile: export JATTN_COMPILERS := required
 compile: environment ## compile the GPU kernels for GPUs that are not there, and check what comes out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import reference
 
@@ -397,3 +399,26 @@ HALF = [
 
 CASES = FLOAT32 + HALF
 assert len({case.name for case in CASES}) == len(CASES)
+
+
+def chosen(cases: Iterable[Case], names: str) -> list[Any]:
+    """Parameters: of the cases these always, the others with --thorough."""
+    cases, always = list(cases), names.split()
+    assert set(always) <= {case.name for case in cases}, names
+    return [
+        case if case.name in always else pytest.param(case, marks=pytest.mark.thorough)
+        for case in cases
+    ]
+
+
+# Every argument, and every pair of arguments that meet in the code, in few calls.
+ORDINARY = """
+    plain odd_sizes one_query_one_key groups_of_three value_dim_smaller no_batch_axis negative_scale
+    causal_more_queries bottom_right_more_keys window_pair window_bottom_right_more_queries
+    window_causal_bottom_right offsets_each_way lengths_causal_bottom_right negative_lengths
+    segments_packed_causal segments_unsorted_cross segments_window_lengths mask_heads
+    mask_hides_everything mask_sparse bias_11TS bias_BN1S bias_11T1 bias_keys_window_lengths
+    bias_one_query soft_cap_bias_causal sinks_causal_lengths dropout_odd_causal dropout_shared
+    everything everything_top_left everything-bfloat16 everything-float16 bias_float32-bfloat16
+    one_query-float16
+"""

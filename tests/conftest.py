@@ -34,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seed", type=int, default=0, help="seed of the random operands of the case table"
     )
     parser.addoption(
+        "--thorough", action="store_true", help="also more calls of each kind on the CPU"
+    )
+    parser.addoption(
         "--fuzz", type=int, default=40, help="random calls of the GPU kernels, on a GPU"
     )
 
@@ -42,20 +45,31 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+def left_out(config: pytest.Config) -> dict[str, str]:
+    """The markers of what does not run here, and why."""
+    found = {}
+    if jax.default_backend() != "gpu" and "gpu" not in config.option.markexpr:
+        found["gpu"] = "there is no NVIDIA GPU here"
+    if not config.getoption("thorough") and "thorough" not in config.option.markexpr:
+        found["thorough"] = "--thorough runs them, in half an hour on two cores"
+    return found
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a GPU where there is none, unless it is what was asked for."""
-    if jax.default_backend() == "gpu" or "gpu" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Leaves some out, and keeps those of one case together, whose results they share."""
+    markers = left_out(config)
+    out = [item for item in items if any(map(item.get_closest_marker, markers))]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if not any(map(item.get_closest_marker, markers))]
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if case is not None:
+            item.add_marker(pytest.mark.xdist_group(str(case)))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = [f"seed of the operands: {config.getoption('seed')} (--seed to change)"]
-    if jax.default_backend() != "gpu":
-        lines.append("tests of GPU kernels on a GPU are left out: there is no NVIDIA GPU here")
-    return lines
+    out = [f"left out, {marker}: {why}" for marker, why in left_out(config).items()]
+    return [f"seed of the operands: {config.getoption('seed')} (--seed to change)", *out]
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,15 @@ def can(backend: Backend, case: Case) -> bool:
     return not limits.refusals(portable.spec_of(case))
 
 
+# The kernels meet each feature in tests/hopper and tests/portable; all meet in the last call.
+CALLS = [
+    pytest.param(case, backend, marks=() if case is AGREED[-1] else pytest.mark.thorough)
+    for case in AGREED
+    for backend in EVERY
+    if can(backend, case)
+]
+
+
 def check(backend: Backend, case: Case, seed: int) -> None:
     if backend in (XLA, EAGER):
         found = backends.compute(backend, case, seed)
@@ -55,7 +64,7 @@ def check(backend: Backend, case: Case, seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [(case, backend) for case in AGREED for backend in EVERY if can(backend, case)],
+    CALLS,
     ids=str,
 )
 def test_all_agree_with_float64(case: Case, backend: Backend, seed: int) -> None:

@@ -19,6 +19,7 @@ from tests.test_semantics import (
     check_what_sees_nothing_is_zero,
 )
 
+thorough = pytest.mark.thorough
 SIZES = st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 40])
 FORMS = st.sampled_from(["".join(axes) for axes in product("B1", "N1", "T1", "S1")])
 
@@ -84,7 +85,7 @@ def check(case: Case, seed: int, backend: Backend) -> None:
         check_what_sees_nothing_is_zero(each, case, seed)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=thorough) for n in range(1, 4))])
 def test_random_calls_are_exact_within_rounding(part: int) -> None:
     fixed = settings.default is not None and settings.default.derandomize
     (hypothesis.seed(part)(check) if fixed else check)()

@@ -12,13 +12,16 @@ import jattn
 from pallas_kernels.hopper import limits
 from tests.backends import Results
 from tests.backends import call as attend
-from tests.cases import FLOAT32, Case, operands
+from tests.cases import FLOAT32, Case, chosen, operands
 from tests.hopper.calls import LARGE, SHARED, SMALL, Half, has_kernel, spec_of
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
 
 __all__ = ["hopper"]
 
+thorough = pytest.mark.thorough
+
 ON_A_GPU = SMALL + LARGE + SHARED
+ORDINARY = "lengths offsets packed sinks_soft_cap one_query_split_keys latent_window"
 
 
 def test_every_shared_case_without_a_mask_bias_or_dropout_is_tried() -> None:
@@ -32,11 +35,12 @@ def test_every_shared_case_without_a_mask_bias_or_dropout_is_tried() -> None:
         assert case.mask or case.bias or case.dropout or any(dim % 8 for dim in dims), case
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", chosen(SMALL, ORDINARY), ids=str)
 def test_interpreted_as_exact_as_the_formula(case: Case, seed: int) -> None:
     check(INTERPRETED, case, seed)
 
 
+@thorough
 def test_interpreted_gradients_are_those_of_small_differences() -> None:
     """jax's own check; of the log-sum-exp, as the output has 16 bits and differences too few."""
     rng = np.random.default_rng(0)
@@ -49,10 +53,10 @@ def test_interpreted_gradients_are_those_of_small_differences() -> None:
     check_grads(lse, (q, k), order=1, modes=("rev",), atol=0.02, rtol=0.02, eps=0.125)
 
 
-@pytest.mark.parametrize("segments", ["sorted", "unsorted"])
+@pytest.mark.parametrize("segments", ["sorted", pytest.param("unsorted", marks=thorough)])
 def test_interpreted_deterministic_gradients_are_as_exact(segments: str, seed: int) -> None:
     with jattn.deterministic_gradients():
-        check(INTERPRETED, Half("packed", 1, 200, 290, 1, 1, 64, segments=segments), seed)
+        check(INTERPRETED, Half("packed", 1, 140, 200, 1, 1, 64, segments=segments), seed)
 
 
 @pytest.mark.gpu
@@ -86,7 +90,7 @@ def test_two_hundred_runs_are_bitwise_equal(case: Case, seed: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("case", [*LARGE[::4], LARGE[-1]], ids=str)
+@pytest.mark.parametrize("case", dict.fromkeys([*LARGE[::4], LARGE[-1]]), ids=str)
 def test_two_hundred_deterministic_gradients_are_bitwise_equal(case: Case, seed: int) -> None:
     drawn = operands(case, seed)
 

@@ -94,6 +94,7 @@ def test_the_kernels_do_every_random_call_and_every_feature_is_drawn() -> None:
     assert any(case.value_dim not in (None, case.head_dim) for case in cases)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fixed", INTERPRETED_NUMBERS)
 def test_interpreted_random_calls_are_as_exact(fixed: int, seed: int) -> None:
     case = random_case(seed, fixed, most=150)

@@ -58,6 +58,7 @@ def test_the_kernels_do_every_random_call_and_every_feature_is_drawn() -> None:
     assert {case.dtype for case in cases} == {"bfloat16", "float16", "float32"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fixed", INTERPRETED_NUMBERS)
 def test_interpreted_random_calls_are_as_exact(fixed: int, seed: int) -> None:
     case = random_case(seed, fixed, most=70)
