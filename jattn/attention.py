@@ -43,7 +43,7 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -78,7 +78,8 @@ def dot_product_attention(
       bias: added to the logits; broadcastable to (B, N, T, S). Its gradient is exact, summed over
         broadcast axes.
       mask: bool, True where a query may see a key; broadcastable to (B, N, T, S).
-      scale: a number that multiplies Q Kᵀ; 1 / sqrt(H) if None.
+      scale: a number that multiplies Q Kᵀ; 1 / sqrt(H) if None. A JAX array of one element,
+        which may be traced, has a gradient.
       is_causal: query i sees keys up to its own position (see `causal_alignment`).
       query_seq_lengths: (B,) integers, not negative (traced negative ones are 0); queries past them
         are padding.

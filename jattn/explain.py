@@ -143,13 +143,16 @@ _ARRAYS = {
 }  # fmt: skip
 
 
+def _is_array(name: str, x: Any) -> bool:
+    """Whether an argument is an array to the call, and not part of what is static."""
+    if name == "scale":
+        return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+    return name in _ARRAYS and not isinstance(x, int | np.integer)
+
+
 def _spec(arguments: dict[str, Any]) -> AttentionSpec:
     """The spec that a call with these arguments has, from their shapes alone."""
-    arrays = {
-        name: x
-        for name, x in arguments.items()
-        if name in _ARRAYS and not isinstance(x, int | np.integer)  # those are part of the spec
-    }
+    arrays = {name: x for name, x in arguments.items() if _is_array(name, x)}
     static = {name: x for name, x in arguments.items() if name not in arrays}
     found: list[AttentionSpec] = []
     jax.eval_shape(lambda arrays: found.append(attention_call(**arrays, **static).spec), arrays)

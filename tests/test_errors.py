@@ -296,7 +296,7 @@ def test_every_function_checks_its_arguments(function: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("scale", 0.5), ("logits_soft_cap", 3.0), ("dropout_rate", 0.1), ("is_causal", True)],
+    [("logits_soft_cap", 3.0), ("dropout_rate", 0.1), ("is_causal", True)],
 )
 def test_a_traced_number_is_refused_by_name(name: str, value: Any) -> None:
     def call(x: Any) -> Any:

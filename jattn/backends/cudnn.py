@@ -52,6 +52,7 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
         ),
         f"logits_soft_cap {spec.logits_soft_cap}": spec.logits_soft_cap is not None,
         "sinks": spec.has_sinks,
+        "scale is an array, where cuDNN takes a number": spec.scale is None,
         f"dropout_rate {spec.dropout_rate}: its mask is not the one all backends share": (
             spec.dropout_rate > 0
         ),

@@ -28,13 +28,12 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         "btkgh,bskh->bkgts", query, key,
         preferred_element_type=spec.accumulator, precision=spec.precision,
     )  # fmt: skip
-    logits = logits * spec.scale
     seen = None
     if masking.hides_some(spec):
         seen = spec.grouped(masking.visible(spec, operands))
-        # Hidden twice: the cap's slope at a NaN, times a gradient of 0, would be NaN.
+        # Hidden twice: the scale and the cap's slope at a NaN, by a gradient of 0, would be NaN.
         logits = jnp.where(seen, logits, 0)
-    logits = spec.soft_cap(logits)
+    logits = spec.soft_cap(logits * spec.scale_beside(logits, operands))
     if operands.bias is not None:
         logits = logits + spec.grouped(operands.bias.astype(logits.dtype))
     if seen is not None:

@@ -105,6 +105,7 @@ class Kernels:
         d_out: Array,
         *,
         wants_bias: bool,
+        wants_scale: bool,
     ) -> tuple[Array, ...]:
         """Gradients of query, key and value, and of the bias if it is wanted.
 
@@ -117,16 +118,21 @@ class Kernels:
             that see no key.
           d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
           wants_bias: the call has a bias whose gradient is asked for.
+          wants_scale: the scale is an array whose gradient is asked for: then the gradient of query
+            is not yet multiplied by it, and float32.
         """
         saved = (spec, operands, top, rest, row_term, d_out)
         if self.family == "hopper":
             from pallas_kernels.hopper import backward as hopper
 
             return hopper.backward(
-                *saved, deterministic=self.deterministic, interpret=self.interpret
+                *saved,
+                wants_scale=wants_scale,
+                deterministic=self.deterministic,
+                interpret=self.interpret,
             )
         found: tuple[Array, ...] = self._portable().backward(
-            *saved, wants_bias=wants_bias, interpret=self.interpret
+            *saved, wants_bias=wants_bias, wants_scale=wants_scale, interpret=self.interpret
         )
         return found
 

@@ -129,6 +129,7 @@ def _attend_backward(
             value=found.value,
             bias=found.bias,
             sinks=found.sinks,
+            scale=found.scale,
         ),
     )
 

@@ -44,6 +44,7 @@ class Gradients(NamedTuple):
     value: Array
     bias: Array | None
     sinks: Array | None
+    scale: Array | None
 
 
 class _Softmax(NamedTuple):
@@ -61,6 +62,7 @@ class _Sums(NamedTuple):
     key: Array  # (B, K, H, S)
     value: Array  # (B, K, D, S)
     bias: Array | None  # the bias's shape
+    scale: Array | None  # (B,): of each row
 
 
 def forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array, Array]:
@@ -87,7 +89,12 @@ def backward(
     results = jax.tree.map(
         partition,
         Gradients(
-            operands.query, operands.key, operands.value, bias=operands.bias, sinks=operands.sinks
+            operands.query,
+            operands.key,
+            operands.value,
+            bias=operands.bias,
+            sinks=operands.sinks,
+            scale=operands.scale,
         ),
     )
     gradients: Gradients = in_auto_mode(partial(_backward, spec, chunks), results)(
@@ -176,20 +183,25 @@ def _backward(
                 key=tile.add_keys(sums.key, _over_rows(spec, query, d_products), j),
                 value=tile.add_keys(sums.value, _over_rows(spec, d_rows, kept_weights), j),
                 bias=None if sums.bias is None else tile.add_block(sums.bias, d_logits, j),
+                scale=sums.scale,
             )
 
         sums = tile.visit(step, sums._replace(query=jnp.zeros_like(sums.query)))
-        own = tile.rows(d_query) + (sums.query * spec.scale).astype(d_query.dtype)
+        if sums.scale is not None:
+            sums = sums._replace(scale=tile.add_rows(sums.scale, _along(query, sums.query)))
+        own = tile.rows(d_query) + (sums.query * tile.scale).astype(d_query.dtype)
         return tile.write(d_query, own), sums
 
     empty = jnp.zeros_like(arrays.query), _empty_sums(spec, chunks, operands)
     d_query, sums = lax.fori_loop(0, Tile.count(spec, chunks), chunk, varying_as(empty, operands))
+    d_key = sums.key * spec.scale_beside(sums.key, operands)
     return Gradients(
         query=merge_heads(spec, d_query),
-        key=jnp.moveaxis(sums.key * spec.scale, 3, 1).astype(spec.dtype),
+        key=jnp.moveaxis(d_key, 3, 1).astype(spec.dtype),
         value=jnp.moveaxis(sums.value, 3, 1).astype(spec.dtype),
         bias=None if sums.bias is None else sums.bias.astype(spec.bias_dtype),
         sinks=_sinks_gradient(spec, operands, top, rest, row_term),
+        scale=None if operands.scale is None else _summed_like(sums.scale, operands.scale),
     )
 
 
@@ -199,7 +211,7 @@ def _logits(
     """The tile's logits against key block j, -inf where hidden, and the soft cap's slope there."""
     spec, bias = tile.spec, tile.arrays.operands.bias
     seen = None if clear else tile.visible(j)
-    logits = _against_keys(spec, query, key) * spec.scale
+    logits = _against_keys(spec, query, key) * tile.scale
     slope = None
     if spec.logits_soft_cap is not None:
         logits = spec.soft_cap(logits)
@@ -244,6 +256,20 @@ def _sinks_gradient(
     return gradient.reshape(spec.heads).astype(operands.sinks.dtype)
 
 
+def _along(query: Array, d_query: Array) -> Array:
+    """(rows,): what each row of the batch adds to the gradient of the scale, as dQ is dZ K.
+
+    d_query: not yet multiplied by the scale. A query that gets no gradient may hold anything.
+    """
+    products = jnp.where(d_query == 0, 0, query.astype(d_query.dtype) * d_query)
+    return jnp.sum(products, axis=(1, 2, 3, 4))
+
+
+def _summed_like(rows: Array | None, scale: Array) -> Array:
+    assert rows is not None
+    return rows if scale.shape == rows.shape else jnp.sum(rows, keepdims=True)
+
+
 def _empty_sums(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> _Sums:
     tile = (chunks.rows, spec.kv_heads, spec.group, chunks.queries, spec.head_dim)
     keys = (spec.batch, spec.kv_heads)
@@ -253,6 +279,7 @@ def _empty_sums(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> _Sum
         key=jnp.zeros((*keys, spec.head_dim, spec.keys), spec.accumulator),
         value=jnp.zeros((*keys, spec.value_dim, spec.keys), spec.accumulator),
         bias=None if bias is None else jnp.zeros(bias.shape, _bias_sum_dtype(spec, chunks)),
+        scale=None if operands.scale is None else jnp.zeros(spec.batch, spec.accumulator),
     )
 
 

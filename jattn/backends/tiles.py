@@ -113,6 +113,15 @@ class Tile:
         start = _at(self.row, 0, 0, self.query, *[0] * (x.ndim - 4))
         return lax.dynamic_update_slice(x, part.astype(x.dtype), start)
 
+    @property
+    def scale(self) -> Array | float:
+        """What Q Kᵀ is multiplied by: a number, or (rows or 1, 1, 1, 1, 1)."""
+        operands = self.arrays.operands
+        scale = self.spec.scale_beside(self.arrays.query, operands)
+        if isinstance(scale, float) or scale.shape[0] == 1:
+            return scale
+        return lax.dynamic_slice_in_dim(scale, self.row, self.chunks.rows, 0)
+
     def real_rows(self, part: Array) -> Array:
         """This tile's part of a per-query array with zeros past the query lengths."""
         lengths = self.arrays.operands.query_lengths
@@ -144,6 +153,10 @@ class Tile:
         start = _at(self.row, 0, 0, self._key_start(j))
         old = lax.dynamic_slice(x, start, part.shape)
         return lax.dynamic_update_slice(x, old + part, start)
+
+    def add_rows(self, x: Array, part: Array) -> Array:
+        """x (B,) with `part`, a number for each of this tile's batch rows, added."""
+        return lax.dynamic_update_slice(x, self._of_rows(x) + part, (self.row,))
 
     def block(self, x: Array, j: Array) -> Array:
         """Block j of a bias or mask, as wide as it is: (b|1, K, G, t|1, s|1), or K = G = 1."""

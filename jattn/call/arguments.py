@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 class AttentionOptions(TypedDict, total=False):
     """The keyword arguments of every attention function; `dot_product_attention` explains them."""
 
-    scale: float | None
+    scale: ArrayLike | None
     is_causal: bool
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
@@ -64,7 +64,7 @@ def attention_call(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -85,16 +85,9 @@ def attention_call(
     batch, queries, heads, head_dim = q.shape
     _, keys, kv_heads, value_dim = v.shape
     logits_shape = (batch, heads, queries, keys)
-    flags = {
-        "is_causal": is_causal,
-        "return_residual": return_residual,
-        "broadcast_dropout": broadcast_dropout,
-    }
-    for name, flag in flags.items():
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(
-                f"{name} must be True or False when traced, got {_kind(flag)}{_with_cond(flag)}"
-            )
+    is_causal = _flag("is_causal", is_causal)
+    return_residual = _flag("return_residual", return_residual)
+    broadcast_dropout = _flag("broadcast_dropout", broadcast_dropout)
     if causal_alignment not in get_args(Alignment):
         allowed = " or ".join(map(repr, get_args(Alignment)))
         raise ValueError(f"causal_alignment must be {allowed}, got {causal_alignment!r}")
@@ -118,6 +111,7 @@ def attention_call(
         key_segments=_segments("key_value_segment_ids", key_value_segment_ids, (batch, keys)),
         sinks=_sinks(sinks, heads),
         dropout_seeds=_dropout_seeds(rate, dropout_rng, batch, shared=broadcast_dropout),
+        scale=_array_scale(scale, q.dtype),
     )
     if (operands.query_segments is None) != (operands.key_segments is None):
         raise ValueError("query_segment_ids and key_value_segment_ids must be given together")
@@ -142,11 +136,11 @@ def attention_call(
         value_dim=value_dim,
         dtype=np.dtype(q.dtype),
         precision=_precision(q),
-        scale=1 / math.sqrt(head_dim) if scale is None else _number("scale", scale),
+        scale=None if operands.scale is not None else _static_scale(scale, head_dim),
         band=band,
         logits_soft_cap=_soft_cap(logits_soft_cap),
         dropout_rate=rate,
-        broadcast_dropout=bool(broadcast_dropout),
+        broadcast_dropout=broadcast_dropout,
         bias_shape=_shape4(operands.bias),
         bias_dtype=None if operands.bias is None else np.dtype(operands.bias.dtype),
         mask_shape=_shape4(operands.mask),
@@ -155,7 +149,7 @@ def attention_call(
         has_segments=operands.query_segments is not None,
         has_query_offset=operands.query_offset is not None,
         has_sinks=operands.sinks is not None,
-        wants_residual=bool(return_residual),
+        wants_residual=return_residual,
     )
     return AttentionCall(spec, operands, has_batch)
 
@@ -308,6 +302,32 @@ def _is_window_side(side: object) -> bool:
     return isinstance(side, int | np.integer) and not isinstance(side, bool) and int(side) >= 0
 
 
+def _flag(name: str, x: object) -> bool:
+    """What is True or False by now as one of them: 1, a NumPy bool, an array of one as well."""
+    is_number = isinstance(x, bool | int | np.bool_ | np.integer)
+    is_array = isinstance(x, np.ndarray | Array) and x.ndim == 0 and x.dtype.kind in "biu"
+    if isinstance(x, jax.core.Tracer) or not (is_number or is_array):
+        raise TypeError(f"{name} must be True or False when traced, got {_kind(x)}{_with_cond(x)}")
+    return bool(x)
+
+
+def _array_scale(scale: ArrayLike | None, dtype: np.dtype[np.generic]) -> Array | None:
+    """Scale as an operand (1,), if it is a JAX array; a number of Python's or NumPy's is not."""
+    if not isinstance(scale, Array):
+        return None
+    if scale.size != 1:
+        raise ValueError(
+            f"scale must be one number, got shape {scale.shape}; multiply query by one that differs"
+        )
+    if not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
+        raise TypeError(f"scale must be a real number, got {scale.dtype}")
+    return scale.reshape(1).astype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def _static_scale(scale: object, head_dim: int) -> float:
+    return 1 / math.sqrt(head_dim) if scale is None else _number("scale", scale)
+
+
 def _soft_cap(cap: float | None) -> float | None:
     if cap is None:
         return None
@@ -319,8 +339,7 @@ def _soft_cap(cap: float | None) -> float | None:
 
 def _number(name: str, x: object) -> float:
     if isinstance(x, jax.core.Tracer | bool):
-        hint = "; fold a learned scale into query" if name == "scale" else _with_cond(x)
-        raise TypeError(f"{name} must be a number known when traced, got {_kind(x)}{hint}")
+        raise TypeError(f"{name} must be a number known when traced, got {_kind(x)}{_with_cond(x)}")
     try:
         number = float(x)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -26,7 +26,8 @@ class Operands(NamedTuple):
     Shapes: query (B, T, N, H); key (B, S, K, H); value (B, S, K, D); bias and mask rank 4,
     broadcastable to (B, N, T, S); query_lengths and key_lengths (B,) int32; query_segments (B, T)
     and key_segments (B, S) int32; sinks (N,); dropout_seeds (B, 2) uint32; query_offset (B,) int32,
-    the key position of query 0 where it is not known when traced.
+    the key position of query 0 where it is not known when traced; scale (1,) in the accumulator's
+    dtype. Of a batch that `jax.vmap` was folded into, scale may be (B,).
     """
 
     query: Array
@@ -41,11 +42,15 @@ class Operands(NamedTuple):
     sinks: Array | None = None
     dropout_seeds: Array | None = None
     query_offset: Array | None = None
+    scale: Array | None = None
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What is known of a call while it is traced. Hashable, so it can key any cache."""
+    """What is known of a call while it is traced. Hashable, so it can key any cache.
+
+    scale: None if it is an array, which the operands then have.
+    """
 
     batch: int
     queries: int
@@ -56,7 +61,7 @@ class AttentionSpec:
     value_dim: int
     dtype: np.dtype[np.generic]
     precision: str | None
-    scale: float
+    scale: float | None
     band: Band
     logits_soft_cap: float | None = None
     dropout_rate: float = 0.0
@@ -90,6 +95,13 @@ class AttentionSpec:
         """A bias or mask block (b, n, t, s) as (b, K, G, t, s), or (b, 1, 1, t, s) if n is 1."""
         b, n, t, s = x.shape
         return x.reshape(b, *((1, 1) if n == 1 else (self.kv_heads, self.group)), t, s)
+
+    def scale_beside(self, x: Array, operands: Operands) -> float | Array:
+        """What multiplies x (B, ...) if it is to be scaled: a number, or (1 or B, 1, ...)."""
+        if self.scale is not None:
+            return self.scale
+        assert operands.scale is not None
+        return operands.scale.reshape(-1, *(1,) * (x.ndim - 1))
 
     def soft_cap(self, products: Array) -> Array:
         """cap * tanh(products / cap), where the call asks for it (Gemma 2, section 2.2).
@@ -125,6 +137,7 @@ class AttentionSpec:
             "segments": self.has_segments,
             "query offsets": self.has_query_offset,
             "sinks": self.has_sinks,
+            "an array as scale": self.scale is None,
             "log-sum-exp": self.wants_residual,
         }
         used = [name for name, present in features.items() if present]

@@ -47,6 +47,7 @@ class Kernels(Protocol):
         d_out: Array,
         *,
         wants_bias: bool,
+        wants_scale: bool,
     ) -> tuple[Array, ...]: ...
 
     def unit(self, spec: AttentionSpec) -> float:
@@ -103,6 +104,13 @@ class _Wanted:
     """Which gradients are, of those that cost something to leave in."""
 
     bias: bool
+    scale: bool
+
+    @staticmethod
+    def of(marked: Any) -> _Wanted:
+        """Of the operands, marked by whether they are differentiated."""
+        given = (marked.bias, marked.scale)
+        return _Wanted(*(x is not None and bool(x.perturbed) for x in given))
 
 
 type _Sums = tuple[Array, Array]  # top and rest
@@ -113,11 +121,10 @@ def _attend_forward(
     spec: AttentionSpec, kernels: Kernels, marked: Operands
 ) -> tuple[tuple[Array, Array, _Sums], _Saved]:
     operands: Operands = jax.tree.map(lambda x: x.value, marked)
-    wants_bias = marked.bias is not None and marked.bias.perturbed  # type: ignore[attr-defined]
     out, _, sums = _attend(spec, kernels, operands)
     out, sums = named(out, sums)
     lse = _log_sum_exp(*sums, kernels.unit(spec))
-    return (out, lse, sums), (operands, out, sums, _Wanted(bool(wants_bias)))
+    return (out, lse, sums), (operands, out, sums, _Wanted.of(marked))
 
 
 def _attend_backward(
@@ -148,7 +155,9 @@ def _backward(
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         own = {name: x for name, x in arrays.items() if name in Operands._fields}
         saved = (arrays[name] for name in ("top", "rest", "row_term", "d_out"))
-        return kernels.backward(spec, Operands(**own), *saved, wants_bias=wanted.bias)
+        return kernels.backward(
+            spec, Operands(**own), *saved, wants_bias=wanted.bias, wants_scale=wanted.scale
+        )
 
     d_out = d_out.astype(spec.dtype)
     if operands.query_lengths is not None:
@@ -168,7 +177,23 @@ def _backward(
         above = _above(operands.sinks, top, kernels.unit(spec))
         weights = jnp.where(top > -jnp.inf, jnp.exp(jnp.minimum(above - rest, 0)), 0)
         sinks = -jnp.sum(weights * row_term, axis=(0, 1)).astype(operands.sinks.dtype)
-    return Operands(**dict(zip(results, found, strict=True)), sinks=sinks)
+    gradients = dict(zip(results, found, strict=True))
+    if wanted.scale:
+        gradients |= _by_scale(spec, operands, gradients["query"])
+    return Operands(**gradients, sinks=sinks)
+
+
+def _by_scale(spec: AttentionSpec, operands: Operands, unscaled: Array) -> Arrays:
+    """The gradients of query and scale from dS K, which is the one's if the scale is 1.
+
+    The other's is the sum over dS Q Kᵀ. A query that gets no gradient may hold anything.
+    """
+    query = operands.query.astype(unscaled.dtype)
+    products = jnp.where(unscaled == 0, 0, query * unscaled)
+    return {
+        "query": (unscaled * spec.scale_beside(unscaled, operands)).astype(spec.dtype),
+        "scale": jnp.sum(products).reshape(1),
+    }
 
 
 def _run(

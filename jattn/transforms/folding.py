@@ -24,6 +24,7 @@ def folds_into_batch(kernel: Kernel, *, sums_bias: bool = False) -> Kernel:
     The batch is the first axis of every array. What is not mapped is repeated along it, but for
 
     - sinks: those may be (N,), for all rows of the batch, and become (B, N) only where mapped;
+    - scale: (1,) for all rows, and (B,) only where mapped;
     - a bias or mask: its batch axis may be 1, for all rows. One of T x S is never repeated: the
       mapped axis is gone along in a loop instead.
 
@@ -89,7 +90,7 @@ def _fold(name: str, batch: int, size: int, is_batched: bool, x: Array) -> Array
         x = x if is_batched else x[None]
         rows = x if len(own) == 2 else x[:, None]
         return jnp.broadcast_to(rows, (size, batch, own[-1])).reshape(size * batch, own[-1])
-    if name in ("bias", "mask") and own[0] == 1:
+    if name in ("bias", "mask", "scale") and own[0] == 1:
         if not is_batched:
             return x
         x = jnp.broadcast_to(x, (size, batch, *own[1:]))

@@ -41,6 +41,7 @@ _AXES = {
     "key_segments": "b s",
     "sinks": "N",
     "dropout_seeds": "b word",
+    "scale": "b",
     "out": "b t N d",
     "top": "b t N",
     "rest": "b t N",
@@ -204,6 +205,8 @@ def _axes_of(name: str, shape: tuple[int, ...], spec: AttentionSpec) -> str:
     """The axes that an array really has: a bias or mask may be 1 along any of its own."""
     if name == "sinks" and len(shape) == 2:
         return "b N"
+    if name == "scale" and shape != (spec.batch,):
+        return "one"
     if name not in ("bias", "mask"):
         return _AXES[name]
     full = (spec.batch, spec.heads, spec.queries, spec.keys)

@@ -38,6 +38,7 @@ def backward(
     row_term: Array,
     d_out: Array,
     *,
+    wants_scale: bool = False,
     deterministic: bool = False,
     tiles: BackwardTiles | None = None,
     interpret: bool = False,
@@ -52,6 +53,7 @@ def backward(
       row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
         that see no key.
       d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
+      wants_scale: the gradient of query is to be dS K in float32, not multiplied by the scale.
       deterministic: results are bitwise the same each time.
       tiles: tile shapes to use instead of the table's.
       interpret: run on a CPU, thread by thread.
@@ -87,12 +89,22 @@ def backward(
         inputs["key_lengths"] = jnp.minimum(operands.key_lengths, spec.keys)
     if operands.query_offset is not None:
         inputs["query_offset"] = operands.query_offset
+    if operands.scale is not None:
+        inputs["scale"] = operands.scale
     if tiles.apart:
         kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
         dk, dv = kernel.launch(spec, tiles, inputs, interpret=interpret)
-        dq = backward_queries.launch(spec, operands, inputs, interpret=interpret)
+        # About what the scale would be, so that float16 does not overflow; exact as a power of two.
+        unit = 2.0 ** -(spec.head_dim.bit_length() // 2)
+        dq = backward_queries.launch(
+            spec, operands, inputs, unscaled=unit if wants_scale else None, interpret=interpret
+        )
+        if wants_scale:
+            dq = dq.astype(jnp.float32) / unit
     else:
         dq, dk, dv = _at_once(spec, tiles, inputs, interpret=interpret)
+        if not wants_scale:
+            dq = (dq * spec.scale_beside(dq, operands)).astype(spec.dtype)
     return (
         dq[:, : spec.queries, :, : spec.head_dim],
         dk[:, : spec.keys, :, : spec.head_dim],
@@ -116,7 +128,7 @@ def _by_block(high: Array, low: Array, queries: int) -> Array:
 def _at_once(
     spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
 ) -> tuple[Array, Array, Array]:
-    """dQ, dK and dV by one kernel, which adds to dQ in float32."""
+    """dQ unscaled in float32, as the kernel adds to it, dK and dV."""
 
     def run(results: tuple[Ref, Ref, Ref]) -> None:
         dq, dk, dv = results
@@ -126,7 +138,7 @@ def _at_once(
     dq = jnp.zeros((b, rows, n, inputs["q"].shape[3]), jnp.float32)
     # Not by `new_ref`, whose effect cannot be partitioned.
     dq, dk, dv = pl.run_state(run)((dq, *(jnp.zeros_like(inputs[name]) for name in "kv")))
-    return (dq * spec.scale).astype(spec.dtype), dk, dv
+    return dq, dk, dv
 
 
 def _whole(x: Array, tiles: BackwardTiles) -> Array:

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.softmax import scale_of
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import Visits
 
@@ -35,6 +36,7 @@ class Block:
         self.batch, self.kv_head = lax.axis_index("batch"), lax.axis_index("head")
         self.tile = lax.axis_index("tile")
         of = self.batch if refs.ranges.shape[0] > 1 else 0
+        self.scale = scale_of(spec, refs, self.batch)
         self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
         # Whether log-sum-exps have a second part that counts: then no visit is a clear one.
         self.in_two = refs.in_two[self.batch] > 0

@@ -206,7 +206,7 @@ def _compute(block: Block, warpgroup: Array) -> None:
         plgpu.barrier_wait(refs.ds_full)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     rows = pl.ds(block.tile * tiles.keys + warpgroup * ROWS, ROWS)
-    refs.k_smem[mine] = (dk * spec.scale).astype(spec.dtype)
+    refs.k_smem[mine] = (dk * block.scale).astype(spec.dtype)
     refs.v_smem[mine] = dv.astype(spec.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(refs.k_smem.at[mine], refs.dk.at[block.batch, rows, block.kv_head])
@@ -278,7 +278,7 @@ def _step(
     def weights(s_acc: Ref, in_flight: int) -> tuple[Array, Array]:
         """P, and what dP - D is to be multiplied by."""
         s = seam.wait(s_acc, in_flight=0 if capped else in_flight)
-        x, c = logits(spec, s)
+        x, c = logits(spec, block.scale, s)
         p = block.weights(x, c, refs.lse_smem.at[slot], in_two=in_two)
         if masked:
             p = block.hide(p, warpgroup * ROWS, first_query, slot)

@@ -41,7 +41,7 @@ from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.segments import segment_arrays
-from pallas_kernels.hopper.softmax import across, logits
+from pallas_kernels.hopper.softmax import across, logits, scale_of
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY, Tiles
 
 if TYPE_CHECKING:
@@ -58,10 +58,13 @@ def launch(
     operands: Operands,
     inputs: dict[str, Array],
     *,
+    unscaled: float | None = None,
     tiles: QueryTiles | None = None,
     interpret: bool,
 ) -> Array:
     """dQ (B, T, N, H) in the call's dtype.
+
+    unscaled: what dS K is multiplied by instead of the scale.
 
     inputs: q, k, v and do, in sizes that can be copied in tiles; lse in base 2 by blocks,
       (B, N, blocks, 2, 64 or 128), rounded and what that leaves, infinite and 0 where a row sees
@@ -79,6 +82,8 @@ def launch(
             inputs[name] = getattr(operands, name)
     if spec.has_segments:
         inputs |= segment_arrays(plan, operands)
+    if operands.scale is not None:
+        inputs["scale"] = operands.scale
     scratch = _scratch(plan, tiles, head, value)
     if interpret:
         for name, columns in {"s": tiles.keys, "dp": tiles.keys, "dq": head}.items():
@@ -97,7 +102,9 @@ def launch(
         @pl.when(warpgroup < tiles.warpgroups)
         def _() -> None:
             plgpu.set_max_registers(most, action="increase")
-            Rows(plan, tiles, seam, refs, Warpgroup(warpgroup), work, steps).compute()
+            scale = scale_of(spec, refs, work.batch)
+            rows = Rows(plan, tiles, seam, refs, Warpgroup(warpgroup), work, steps, scale)
+            rows.compute(unscaled)
 
         @pl.when(warpgroup == tiles.warpgroups)
         def _() -> None:
@@ -226,7 +233,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
 
 @dataclass(frozen=True)
 class Rows:
-    """A compute warpgroup: 64 query rows of the tile."""
+    """A compute warpgroup: 64 query rows of the tile; scale is what their Q Kᵀ is multiplied by."""
 
     plan: Plan
     tiles: QueryTiles
@@ -235,8 +242,9 @@ class Rows:
     warpgroup: Warpgroup
     work: Work
     steps: Steps
+    scale: Array | float
 
-    def compute(self) -> None:
+    def compute(self, unscaled: float | None) -> None:
         """All of the rows' blocks of keys, and their dQ to its array."""
         refs, tiles, number = self.refs, self.tiles, self.warpgroup.number
         for slot in range(tiles.key_slots):
@@ -246,8 +254,9 @@ class Rows:
         plgpu.barrier_wait(refs.rows_full.at[number])
         dq = self.accumulator(self.visit_all, "dq", refs.q_smem.shape[-1])
         q_smem = refs.q_smem.at[number]
+        scale = self.scale if unscaled is None else unscaled
         factor = jnp.exp2(-self.seam.load(refs.lse_smem.at[number, 1], ROW))
-        dq = dq * across(factor * self.plan.spec.scale, dq.shape[1])
+        dq = dq * across(factor * scale, dq.shape[1])
         q_smem[...] = dq.astype(self.plan.spec.dtype)
         plgpu.commit_smem()
         rows = pl.ds(self.work.query + number * ROWS, ROWS)
@@ -296,7 +305,7 @@ class Rows:
             if before is not None:
                 seam.matmul_into(dq_acc, before, refs.k_smem.at[self.k_slot(i - 1)])
             s = seam.layout(seam.wait(s_acc, in_flight=1 + late), WGMMA)
-            x, c = logits(spec, s)
+            x, c = logits(spec, self.scale, s)
             slope = None if spec.logits_soft_cap is None else 1 - x * x
             if masked:
                 x = hide(self.plan, seam, refs, self.work, self.steps, self.warpgroup, x, i, k_slot)

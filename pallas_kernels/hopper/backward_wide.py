@@ -234,7 +234,7 @@ def _value_role(block: WideBlock) -> None:
         def step(n: Array, *, in_two: bool) -> None:
             q_slot, do_slot, p_slot = block.q_slot(n), block.do_slot(n), remainder(n, RING)
             s = seam.wait(s_acc, in_flight=0)
-            x, c = logits(spec, s)
+            x, c = logits(spec, block.scale, s)
             p = block.weights(x, c, refs.lse_smem.at[q_slot], in_two=in_two)
             if block.masked:
                 p = block.hide(p, 0, block.place(n)[1] * ROWS, q_slot)
@@ -303,7 +303,7 @@ def _key_role(block: WideBlock) -> None:
     for slot in range(RING):
         plgpu.barrier_arrive(refs.p_free.at[slot])
     dk = block.accumulator(over_tile, "dk", refs.k_smem.shape[1])
-    _finish(block, dk * spec.scale, refs.k_smem, refs.dk)
+    _finish(block, dk * block.scale, refs.k_smem, refs.dk)
 
 
 def _finish(block: WideBlock, gradient: Array, smem: Ref, gmem: Ref) -> None:

@@ -22,7 +22,7 @@ from pallas_kernels.hopper.load import query_slot
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
-from pallas_kernels.hopper.softmax import Softmax, across, logits
+from pallas_kernels.hopper.softmax import Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
 from pallas_kernels.hopper.tiles import ROWS
 
@@ -33,12 +33,16 @@ __all__ = ["compute"]
 
 
 class Tile(NamedTuple):
-    """A tile of the list: its place in it, what it is, and the key blocks visited before it."""
+    """A tile of the list: its place in it, what it is, and the key blocks visited before it.
+
+    scale: what its Q Kᵀ is multiplied by.
+    """
 
     turn: Array | int
     work: Work
     steps: Steps
     visited: Array
+    scale: Array | float
 
 
 class Weights(NamedTuple):
@@ -110,7 +114,8 @@ class Rows:
 
     def tile(self, turn: Array | int, index: Array, visited: Array) -> Tile:
         work = self.plan.work(index)
-        return Tile(turn, work, steps_of(self.plan, self.refs, work), visited)
+        scale = scale_of(self.plan.spec, self.refs, work.batch)
+        return Tile(turn, work, steps_of(self.plan, self.refs, work), visited, scale)
 
     def first_step(self, tile: Tile) -> Weights:
         """S_0 and its softmax, with no product to run beside it."""
@@ -236,7 +241,7 @@ class Rows:
         masked: whether the block needs an element mask; None if only i tells.
         """
         plan = self.plan
-        x, c = logits(plan.spec, self.seam.layout(s, plgpu.Layout.WGMMA))
+        x, c = logits(plan.spec, tile.scale, self.seam.layout(s, plgpu.Layout.WGMMA))
         slot = self.slot(tile.visited + i)
 
         def hidden(x: Array) -> Array:

@@ -90,6 +90,8 @@ def forward(
         inputs["query_offset"] = operands.query_offset
     if spec.has_segments:
         inputs |= segment_arrays(plan, operands)
+    if operands.scale is not None:
+        inputs["scale"] = operands.scale
     sinks = None
     if operands.sinks is not None:
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)

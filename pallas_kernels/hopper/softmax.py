@@ -15,13 +15,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.hopper.seam import Seam
+from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["LN2", "LOG2E", "Softmax", "across", "logits"]
+__all__ = ["LN2", "LOG2E", "Softmax", "across", "logits", "scale_of"]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -33,17 +33,25 @@ def across(x: Array, columns: int) -> Array:
     return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
 
-def logits(spec: AttentionSpec, s: Array) -> tuple[Array, float]:
+def scale_of(spec: AttentionSpec, refs: Ref, batch: Array) -> Array | float:
+    """What Q Kᵀ is multiplied by: a number, or read where it is an array."""
+    if spec.scale is not None:
+        return spec.scale
+    own: Array = refs.scale[batch if refs.scale.shape[0] > 1 else 0]
+    return own
+
+
+def logits(spec: AttentionSpec, scale: Array | float, s: Array) -> tuple[Array, float]:
     """Q Kᵀ as (x, c) such that x c are the logits in base 2; c is positive."""
     cap = spec.logits_soft_cap
     if cap is not None:
         # The instruction tanh.approx is off by up to 2^-11, which a cap of 50 makes 0.02 in the
         # logit. tanh(y) = 1 - 2 / (e^2y + 1) would lose three times as much of a small y.
-        e = jnp.exp2(jnp.minimum(s * (2 * LOG2E * spec.scale / cap), 64.0))
+        e = jnp.exp2(jnp.minimum(s * (scale * (2 * LOG2E / cap)), 64.0))
         return (e - 1) / (e + 1), cap * LOG2E
-    if spec.scale > 0:
+    if spec.scale is not None and spec.scale > 0:
         return s, spec.scale * LOG2E
-    return s * spec.scale, LOG2E
+    return s * scale, LOG2E
 
 
 class Softmax(NamedTuple):

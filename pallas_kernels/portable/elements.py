@@ -21,7 +21,17 @@ from pallas_kernels.portable.triton import LOG2E, Index, Mask, load, multiply_ad
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Shape4
 
-__all__ = ["Logits", "Place", "base", "both", "dropped", "logits", "may_hide", "placed"]
+__all__ = [
+    "Logits",
+    "Place",
+    "base",
+    "both",
+    "dropped",
+    "logits",
+    "may_hide",
+    "placed",
+    "scale_of",
+]
 
 
 @dataclass(frozen=True)
@@ -70,22 +80,31 @@ def placed(shape: Shape4, at: Place) -> tuple[Index, Mask]:
     return index, inside
 
 
+def scale_of(spec: AttentionSpec, refs: SimpleNamespace, batch: Array) -> Array | float:
+    """What Q Kᵀ is multiplied by: a number, or read where it is an array."""
+    if spec.scale is not None:
+        return spec.scale
+    own: Array = load(refs.scale, (batch if refs.scale.shape[0] > 1 else 0,))
+    return own
+
+
 def logits(spec: AttentionSpec, refs: SimpleNamespace, at: Place, s: Array) -> Logits:
     """The logits of a tile whose Q Kᵀ is s."""
+    scale = scale_of(spec, refs, at.batch)
     cap = spec.logits_soft_cap
     x, c, slope = s, base(spec), None
     seen = _seen(spec, refs, at)
     if cap is not None:
         if seen is not None:
             x = jnp.where(seen, x, 0.0)  # the slope at a NaN, times a gradient of 0, would be NaN
-        x = _tanh(spec, x * (spec.scale / cap))
+        x = _tanh(spec, x * (scale / cap))
         slope = 1 - x * x
     if spec.bias_shape is not None:
         index, inside = placed(spec.bias_shape, at)
         bias = _matrix(load(refs.bias, index, inside)).astype(jnp.float32)
-        x = multiply_add(x, spec.scale if cap is None else cap, bias)
-    elif spec.scale <= 0 and cap is None:
-        x = x * spec.scale
+        x = multiply_add(x, scale if cap is None else cap, bias)
+    elif cap is None and (spec.scale is None or spec.scale <= 0):
+        x = x * scale
     if seen is not None:
         x = jnp.where(seen, x, -jnp.inf)
     return Logits(x, c, slope)
@@ -97,7 +116,7 @@ def base(spec: AttentionSpec) -> float:
         return LOG2E
     if spec.logits_soft_cap is not None:
         return spec.logits_soft_cap * LOG2E
-    return spec.scale * LOG2E if spec.scale > 0 else LOG2E
+    return spec.scale * LOG2E if spec.scale is not None and spec.scale > 0 else LOG2E
 
 
 def dropped(spec: AttentionSpec, refs: SimpleNamespace, at: Place, p: Array) -> Array:

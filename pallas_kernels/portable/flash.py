@@ -43,6 +43,7 @@ def backward(
     d_out: Array,
     *,
     wants_bias: bool = True,
+    wants_scale: bool = False,
     tiles: BackwardTiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
@@ -57,6 +58,7 @@ def backward(
         that see no key.
       d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
       wants_bias: False leaves out the bias's gradient; without a bias there is none.
+      wants_scale: the gradient of query is to be dS K in float32, not multiplied by the scale.
       tiles: tile shapes to use instead of the tables'.
       interpret: run on a CPU.
     """
@@ -68,7 +70,8 @@ def backward(
     )
     dq, *by_query = query_gradients(
         spec, operands, inputs, tiles.queries,
-        bias=way if way in ("whole", "rows") else None, interpret=interpret,
+        bias=way if way in ("whole", "rows") else None, unscaled=wants_scale,
+        interpret=interpret,
     )  # fmt: skip
     if way is None:
         return dq, dk, dv

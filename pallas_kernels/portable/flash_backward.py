@@ -30,7 +30,7 @@ from jax import Array, lax
 
 from jattn.call.masking import hides_some
 from pallas_kernels.portable import columns
-from pallas_kernels.portable.elements import Place, placed
+from pallas_kernels.portable.elements import Place, placed, scale_of
 from pallas_kernels.portable.grid import Grid, grid_of
 from pallas_kernels.portable.ranges import key_ranges, key_sides, query_ranges, query_sides
 from pallas_kernels.portable.rows import key_limit, past, query_limit
@@ -142,7 +142,7 @@ def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNames
     else:
         dk, dv = lax.fori_loop(0, spec.group, of_head, sums)
     for ref, size, x, scale in (
-        (refs.dk, spec.head_dim, dk, spec.scale),
+        (refs.dk, spec.head_dim, dk, scale_of(spec, refs, batch)),
         (refs.dv, spec.value_dim, dv, 1),
     ):
         whole = tuple(_present(part * (scale * factor), keys.exists_down) for part in x)
@@ -156,15 +156,17 @@ def query_gradients(
     tiles: Tiles,
     *,
     bias: str | None,
+    unscaled: bool,
     interpret: bool,
 ) -> list[Array]:
-    """dQ in the call's dtype, and of the bias, if that is not None, one of:
+    """dQ in the call's dtype, or unscaled in float32; and of the bias, if that is not None, one of:
 
     "whole": its gradient, (B, N, T, S) in its dtype; "rows": the sum over keys, (B, N, T) float32.
     """
     inputs = inputs | {"ranges": key_ranges(spec, operands, queries=tiles.queries, keys=tiles.keys)}
     rows = (spec.batch, spec.queries, spec.heads)
-    results = {"dq": jax.ShapeDtypeStruct((*rows, spec.head_dim), spec.dtype)}
+    dtype = jnp.float32 if unscaled else spec.dtype
+    results = {"dq": jax.ShapeDtypeStruct((*rows, spec.head_dim), dtype)}
     if bias == "whole":
         assert spec.bias_shape is not None
         assert spec.bias_dtype is not None
@@ -180,7 +182,7 @@ def query_gradients(
     )
 
     def kernel(*refs: Ref) -> None:
-        _query_kernel(spec, tiles, grid, _named([*inputs, *results], refs))
+        _query_kernel(spec, tiles, grid, _named([*inputs, *results], refs), unscaled=unscaled)
 
     found = call(
         kernel, list(results.values()), list(inputs.values()), grid=grid.sizes,
@@ -191,7 +193,9 @@ def query_gradients(
     return list(found)
 
 
-def _query_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace) -> None:
+def _query_kernel(
+    spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace, *, unscaled: bool
+) -> None:
     tile, head, batch = grid.place()
     kv_head, _ = divided(head, spec.group)
     limit = query_limit(spec, refs, batch, tiles.queries)
@@ -236,7 +240,8 @@ def _query_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNam
     state = columns.zeros(tiles.queries, spec.head_dim), row
     sides = key_sides(spec, tiles.keys)
     dq, row = visit(refs.ranges, batch, tile, sides, step, state)
-    dq = tuple(part * (spec.scale * factor) for part in dq)
+    scale = 1 if unscaled else scale_of(spec, refs, batch)
+    dq = tuple(part * (scale * factor) for part in dq)
     columns.write(refs.dq, spec.head_dim, (batch,), queries.down, head, dq, exists)
     if row is not None:
         store(row_sums, (batch, head, queries.down), row * factor, exists)

@@ -34,6 +34,7 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
         "query_segments": operands.query_segments,
         "key_segments": operands.key_segments,
         "query_offset": operands.query_offset,
+        "scale": operands.scale,
     }
     if operands.dropout_seeds is not None:
         seeds = operands.dropout_seeds[:, :, None, None]

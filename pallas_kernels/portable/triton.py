@@ -92,7 +92,7 @@ def exp2(x: Array, c: float, top: Array, rest: Array | None = None) -> Array:
     return result
 
 
-def multiply_add(x: Array, c: float, y: Array) -> Array:
+def multiply_add(x: Array, c: Array | float, y: Array) -> Array:
     """x c + y, float32, rounded once, wherever it stands.
 
     Of a product and a sum the compiler may make one instruction here and two there. Forward and
@@ -100,11 +100,16 @@ def multiply_add(x: Array, c: float, y: Array) -> Array:
     """
     if _interpreting.get():
         return x * c + y
-    factor = f"0f{np.float32(c).view(np.uint32):08X}"
+    args = [x, jnp.broadcast_to(y, x.shape)]
+    if isinstance(c, float):
+        factor = f"0f{np.float32(c).view(np.uint32):08X}"
+    else:
+        factor = "$3"
+        args.append(jnp.broadcast_to(c, x.shape))
     (result,) = plgpu.elementwise_inline_asm(
         f"fma.rn.ftz.f32 $0, $1, {factor}, $2;",
-        args=[x, jnp.broadcast_to(y, x.shape)],
-        constraints="=f,f,f",
+        args=args,
+        constraints=",".join(["=f", *["f"] * len(args)]),
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )

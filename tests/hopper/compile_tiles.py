@@ -59,6 +59,8 @@ CASES = [
         Long(f"soft_cap_sinks_{h}", head_dim=h, kv_heads=4, causal=True, soft_cap=50.0, sinks=True)
         for h in WIDTHS
     ),
+    *(Long(f"array_scale_{h}", head_dim=h, causal=True) for h in WIDTHS),
+    *(Long(f"array_scale_full_{h}", head_dim=h) for h in WIDTHS),
     Long("narrow", head_dim=40, causal=True),
     Long("ragged", queries=1001, keys=2043),
     Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
@@ -108,6 +110,9 @@ def compiled(case: Case, direction: str, place: NamedSharding) -> dict[str, Any]
 def call(case: Case) -> tuple[Callable[..., Any], tuple[Any, Any]]:
     """A function of the floating operands and the rest, and the shapes of these."""
     floats, rest, options = arguments(case)
+    if case.name.startswith("array_scale"):
+        del options["scale"]
+        floats["scale"] = jax.ShapeDtypeStruct((), "float32")
 
     def attend(floats: Any, rest: Any) -> Any:
         return jattn.flash_attention(**floats, **rest, **options, return_residual=True)

@@ -37,11 +37,19 @@ KNOWN_SPILLS = {
     "soft_cap_sinks_256": 4,
     "one_query_64": 8,
     "packed_heads": 16,
+    "array_scale_64": 56,
+    "array_scale_full_64": 56,
 }
 # Operands are padded to head dims of at least 64; in backward, over 64, to multiples of 64 or 128.
+# The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
     "forward": ("narrow",),
-    "backward": ("narrow", "full_96", "causal_96"),
+    "backward": (
+        "narrow",
+        "full_96",
+        "causal_96",
+        *(f"array_scale_{x}" for x in ("64", "128", "full_64", "full_128")),
+    ),
     "deterministic": (),
 }
 

@@ -1,0 +1,252 @@
+"""A scale that is an array, traced or not: in value and gradient that of the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn.flash_attention import interpreted
+from tests import reference, tolerance
+from tests.backends import quick_jit
+
+B, T, S, N, K, H = 2, 24, 40, 4, 2, 16
+SCALES = (0.4, -0.3, 0.0)  # of one compiled function
+LENGTHS = np.array([33, 0], np.int32)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A backend, and the context in which its kernels run."""
+
+    name: str
+    function: Callable[..., Any]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    dtype: Any = jnp.float32
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@contextmanager
+def on_hopper(*, deterministic: bool) -> Generator[None]:
+    with interpreted(), jattn.deterministic_gradients(deterministic):
+        yield
+
+
+PORTABLE = partial(interpreted, "portable")
+EAGER = Way("eager", jattn.eager_attention)
+XLA = Way(
+    "memory_efficient",
+    partial(jattn.memory_efficient_attention, query_chunk_size=16, key_chunk_size=24),
+)
+FLASH = Way("portable-flash", jattn.flash_attention, PORTABLE)
+CHUNKED = Way("portable-chunked", jattn.memory_efficient_attention, PORTABLE)
+HOPPER = Way("hopper", jattn.flash_attention, partial(on_hopper, deterministic=False), jnp.bfloat16)
+APART = Way(
+    "hopper-apart", jattn.flash_attention, partial(on_hopper, deterministic=True), jnp.bfloat16
+)
+WAYS = [EAGER, XLA, FLASH, CHUNKED, HOPPER, APART]
+CALLS: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "lengths_cap": {"key_value_seq_lengths": LENGTHS, "logits_soft_cap": 2.0},
+}
+
+
+@cache
+def arrays(dtype: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(5)
+    shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, H), "dout": (B, T, N, H)}
+    drawn = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    made = {name: np.asarray(x, dtype) for name, x in drawn.items()}
+    return made | {"dlse": rng.standard_normal((B, T, N)).astype(np.float32)}
+
+
+@cache
+def found(way: Way, call: str, dtype: Any) -> Callable[[float], dict[str, Any]]:
+    """Output, log-sum-exp and gradients by scale, compiled once."""
+    drawn = arrays(dtype)
+
+    @quick_jit
+    def run(scale: jax.Array) -> dict[str, Any]:
+        def attend(q: Any, k: Any, v: Any, scale: Any) -> Any:
+            return way.function(q, k, v, scale=scale, return_residual=True, **CALLS[call])
+
+        (out, lse), vjp = jax.vjp(attend, drawn["q"], drawn["k"], drawn["v"], scale)
+        names = ("q", "k", "v", "scale")
+        gradients = zip(names, vjp((drawn["dout"], drawn["dlse"])), strict=True)
+        return {"out": out, "lse": lse, **dict(gradients)}
+
+    def of(scale: float) -> dict[str, Any]:
+        with way.context():
+            return jax.tree.map(np.asarray, run(jnp.float32(scale)))
+
+    return of
+
+
+@cache
+def exact(
+    call: str, dtype: Any, scale: float, *, with_lse: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the formula makes of it in float64, with the scale inside the query, and magnitudes."""
+    drawn = {name: reference.float64(x) for name, x in arrays(dtype).items()}
+    lengths = CALLS[call].get("key_value_seq_lengths")
+    seen = reference.visible(
+        B, T, S, causal=CALLS[call].get("is_causal", False), key_lengths=lengths
+    )
+    made = reference.attention(
+        drawn["q"] * scale, drawn["k"], drawn["v"], seen=seen, scale=1.0,
+        soft_cap=CALLS[call].get("logits_soft_cap"),
+    )  # fmt: skip
+
+    def by_scale(of: dict[str, Any], q: Any, scale: float) -> dict[str, Any]:
+        return of | {"q": of["q"] * scale, "scale": np.sum(of["q"] * q)}
+
+    d_lse = np.where(np.isfinite(made.lse), drawn["dlse"], 0) * with_lse
+    cotangents = drawn["dout"], d_lse
+    values = {"out": made.out, "lse": made.lse} | made.gradients(*cotangents)
+    sizes = made.magnitudes(*cotangents)
+    return (
+        by_scale(values, drawn["q"], scale),
+        by_scale(sizes, np.abs(drawn["q"]), abs(scale)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("way", "call"),
+    [
+        *((way, call) for way in (EAGER, XLA, FLASH) for call in CALLS),
+        (CHUNKED, "lengths_cap"),
+        (HOPPER, "causal"),
+        (APART, "lengths_cap"),
+    ],
+    ids=str,
+)
+def test_value_and_gradient_are_those_of_the_formula(way: Way, call: str) -> None:
+    for scale in SCALES if way.dtype == jnp.float32 else SCALES[1:2]:
+        got, peer = (found(x, call, way.dtype)(scale) for x in (way, EAGER))
+        values, sizes = exact(call, way.dtype, scale)
+        for name, value in values.items():
+            if way is EAGER:
+                bound = 16 * tolerance.epsilon(way.dtype) * (1 + sizes[name].max())
+                assert tolerance.error(got[name], value) <= bound, name
+            else:
+                tolerance.check_against_peer(
+                    name, got[name], peer[name], value, sizes[name], way.dtype
+                )
+
+
+@pytest.mark.parametrize("way", [XLA, FLASH, APART], ids=str)
+def test_gradients_of_the_rest_alone(way: Way) -> None:
+    """Where the scale is an array without a gradient: 1 / sqrt(H), computed inside jit."""
+    drawn = arrays(way.dtype)
+    scale = 0.25
+
+    @quick_jit
+    def run(size: jax.Array) -> Any:
+        def attend(q: Any) -> Any:
+            return way.function(q, drawn["k"], drawn["v"], scale=1 / jnp.sqrt(size), is_causal=True)
+
+        return jax.vjp(attend, drawn["q"])[1](drawn["dout"])[0]
+
+    with way.context():
+        got = run(jnp.float32(16))
+    drawn64 = {name: reference.float64(x) for name, x in drawn.items()}
+    seen = reference.visible(B, T, S, causal=True)
+    made = reference.attention(drawn64["q"], drawn64["k"], drawn64["v"], seen=seen, scale=scale)
+    cotangents = drawn64["dout"], np.zeros((B, T, N))
+    value, size = made.gradients(*cotangents)["q"], made.magnitudes(*cotangents)["q"]
+    assert got.dtype == way.dtype
+    assert tolerance.error(got, value) <= 4 * tolerance.epsilon(way.dtype) * size.max()
+
+
+@pytest.mark.parametrize("way", [XLA, FLASH], ids=str)
+def test_mapped_over_the_scale(way: Way) -> None:
+    drawn = arrays(jnp.float32)
+    scales = jnp.array([0.4, -0.3, 0.0])
+
+    @quick_jit
+    def run(scales: jax.Array) -> Any:
+        def loss(scale: Any) -> Any:
+            out = way.function(drawn["q"], drawn["k"], drawn["v"], scale=scale, is_causal=True)
+            return (out * drawn["dout"]).sum(), out
+
+        return jax.vmap(jax.grad(loss, has_aux=True))(scales)
+
+    with way.context():
+        d_scale, out = run(scales)
+    for scale, d, o in zip(SCALES, d_scale, out, strict=True):
+        values, sizes = exact("causal", jnp.float32, scale, with_lse=False)
+        np.testing.assert_allclose(o, values["out"], atol=1e-5)
+        np.testing.assert_allclose(d, values["scale"], atol=1e-5 * float(sizes["scale"]))
+
+
+def test_agrees_with_jax_nn() -> None:
+    drawn = arrays(jnp.float32)
+
+    def results(attention: Callable[..., Any], k: Any, v: Any) -> Any:
+        def loss(scale: Any) -> Any:
+            out = attention(drawn["q"], k, v, scale=scale, is_causal=True)
+            return (out * drawn["dout"]).sum()
+
+        return quick_jit(jax.value_and_grad(loss))(jnp.float32(0.4))
+
+    ours = results(jattn.dot_product_attention, drawn["k"], drawn["v"])
+    theirs = results(jax.nn.dot_product_attention, drawn["k"], drawn["v"])
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [jnp.float32(0.3), jnp.bfloat16(0.25), jnp.array([0.3]), jnp.array(2), np.array(0.3)],
+    ids=["scalar", "bfloat16", "one_element", "integer", "numpy"],
+)
+def test_any_real_array_of_one_element(scale: Any) -> None:
+    x = arrays(jnp.float32)["q"]
+    want = jattn.eager_attention(x, x, x, scale=float(np.asarray(scale).reshape(())))
+    np.testing.assert_allclose(jattn.eager_attention(x, x, x, scale=scale), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [bool, complex])
+def test_what_is_no_real_number_is_refused(dtype: Any) -> None:
+    x = arrays(jnp.float32)["q"]
+    with pytest.raises(TypeError, match="scale must be a real number"):
+        jattn.eager_attention(x, x, x, scale=jnp.ones((), dtype))
+
+
+def test_one_for_each_head_is_refused_with_a_way_out() -> None:
+    x = arrays(jnp.float32)["q"]
+    with pytest.raises(ValueError, match=r"scale must be one number, got shape \(4,\).*query"):
+        jattn.dot_product_attention(x, x, x, scale=jnp.ones(N))
+
+
+def test_explain_takes_one_by_shape() -> None:
+    x = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)
+    told = jattn.explain(x, x, x, scale=jax.ShapeDtypeStruct((), jnp.float32))
+    assert told.chosen == "memory_efficient"
+    assert "scale" in told.call
+
+
+@pytest.mark.parametrize(
+    "yes", [1, np.True_, np.int32(1), np.array(True), jnp.array(True)], ids=repr
+)
+def test_flags_are_what_is_true_by_now(yes: Any) -> None:
+    x = arrays(jnp.float32)["q"]
+    want = jax.nn.dot_product_attention(x, x, x, is_causal=True)
+    got = jattn.dot_product_attention(x, x, x, is_causal=yes)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert len(jattn.eager_attention(x, x, x, return_residual=yes)) == 2
+
+
+def test_a_traced_flag_is_refused_with_a_way_out() -> None:
+    x = arrays(jnp.float32)["q"]
+    with pytest.raises(TypeError, match=r"is_causal must be True or False.*lax\.cond"):
+        jax.jit(lambda flag: jattn.dot_product_attention(x, x, x, is_causal=flag))(True)
