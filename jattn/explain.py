@@ -14,6 +14,7 @@ from jattn.backends import table
 from jattn.backends.table import NAMES, Form, Implementation
 from jattn.call.arguments import AttentionOptions, attention_call
 from jattn.call.keywords import check_keywords
+from jattn.call.sizes import is_known
 from jattn.call.spec import AttentionSpec
 from jattn.call.target import Target, asking_about, current_target
 
@@ -184,6 +185,8 @@ def _report(
 
 def _hints(spec: AttentionSpec, options: AttentionOptions) -> tuple[str, ...]:
     """What a call with these facts is often meant to be instead."""
+    if spec.free_sizes:
+        return ()
     places_queries = (
         options.get("query_offset") is not None or options.get("causal_alignment") == "bottom_right"
     )
@@ -217,6 +220,8 @@ def _why(report: BackendReport, chosen: str | None) -> str:
 
 
 def _size(count: int) -> str:
+    if not is_known(count):  # jax.export's free sizes
+        return f"{count} B"
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

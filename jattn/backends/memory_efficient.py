@@ -16,6 +16,7 @@ from jax import Array
 
 from jattn.backends import kernels, query_chunks
 from jattn.backends.tiles import Chunks
+from jattn.call.sizes import is_known, smaller
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives, sharding
@@ -69,8 +70,10 @@ def choose_chunks(
         most_keys = min(most_keys, max(128, 2 ** round(math.log2(max(spec.band.width, 1)))))
     while spec.heads * most_queries * most_keys > budget and most_keys > 64:
         most_queries, most_keys = sorted((most_queries, most_keys // 2))
-    queries = min(most_queries if queries is None else queries, spec.queries)
-    keys = min(most_keys if keys is None else keys, spec.keys)
+    queries = smaller(most_queries if queries is None else queries, spec.queries)
+    keys = smaller(most_keys if keys is None else keys, spec.keys)
+    if not is_known(spec.batch, queries, keys):
+        return Chunks(1, queries, keys)
     rows = max(1, budget // (spec.heads * queries * keys))
     rows = max(r for r in range(1, min(rows, spec.batch) + 1) if spec.batch % r == 0)
     return Chunks(rows, queries, keys)

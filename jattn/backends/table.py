@@ -37,6 +37,7 @@ class Form:
 
     lacks: what a device lacks to run it; None if nothing.
     refusals: why it cannot do a call, with the values, on a device that lacks nothing.
+    takes_free_sizes: whether `jax.export` may leave batch and lengths free.
     """
 
     name: str
@@ -46,11 +47,17 @@ class Form:
     lacks: Callable[[Target], str | None] = lambda target: None
     refusals: Callable[[AttentionSpec, Target], list[str]] = lambda spec, target: []
     automatic: bool = True
+    takes_free_sizes: bool = False
 
     def reasons(self, spec: AttentionSpec, target: Target) -> list[str]:
         """All that keeps it from running."""
         lack = self.lacks(target)
-        return self.refusals(spec, target) if lack is None else [lack]
+        if lack is not None:
+            return [lack]
+        free = [] if self.takes_free_sizes else spec.free_sizes
+        if free:
+            return [f"sizes left free ({', '.join(free)}): a kernel is made for numbers"]
+        return self.refusals(spec, target)
 
 
 # In the order in which they are tried: all that are automatic where none is named, or those of the
@@ -95,12 +102,14 @@ FORMS = (
         attend=memory_efficient.attend,
         kernel=memory_efficient.kernel,
         gradient_bytes=memory_efficient.gradient_bytes,
+        takes_free_sizes=True,
     ),
     Form(
         name="eager",
         attend=lambda spec, operands, target: eager.attend(spec, operands),
         kernel=lambda spec, target: "XLA, the formula",
         gradient_bytes=eager.gradient_bytes,
+        takes_free_sizes=True,
         automatic=False,
     ),
 )

@@ -324,6 +324,8 @@ def _segment_ranges(ids: Array | None, block: int) -> Array | None:
     """(B, S) ids as the least and greatest id of each block, (B, blocks, 2)."""
     if ids is None:
         return None
-    padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
-    grouped = padded.reshape(ids.shape[0], -1, block)
+    batch, size = ids.shape
+    count = -(-size // block)
+    padded = jnp.pad(ids, ((0, 0), (0, count * block - size)), mode="edge")
+    grouped = padded.reshape(batch, count, block)
     return jnp.stack([grouped.min(axis=2), grouped.max(axis=2)], axis=-1)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jattn.call.band import Band
+from jattn.call.sizes import as_index
 from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["KeyIntervals", "hides_some", "past_zeroed", "visible"]
@@ -50,12 +51,13 @@ class KeyIntervals:
         query_offset: Array | None,
     ) -> KeyIntervals:
         """The intervals of a call; lengths longer than the sequence are cut to it."""
+        queries, keys = as_index(spec.queries), as_index(spec.keys)
         return KeyIntervals(
             band=spec.band,
             query_length=(
-                spec.queries if query_lengths is None else jnp.minimum(query_lengths, spec.queries)
+                queries if query_lengths is None else jnp.minimum(query_lengths, queries)
             ),
-            key_length=spec.keys if key_lengths is None else jnp.minimum(key_lengths, spec.keys),
+            key_length=keys if key_lengths is None else jnp.minimum(key_lengths, keys),
             offset=0 if query_offset is None else query_offset,
         )
 

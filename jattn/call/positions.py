@@ -98,7 +98,10 @@ def bottom_right(given: Offset | None, operands: Operands) -> Offset:
         )
     queries, keys = operands.query_lengths, operands.key_lengths
     last_key = operands.key.shape[1] if keys is None else keys
-    return last_key - (operands.query.shape[1] if queries is None else queries)
+    offset = last_key - (operands.query.shape[1] if queries is None else queries)
+    if isinstance(offset, int | Array):
+        return offset
+    return jnp.full(operands.query.shape[0], offset, jnp.int32)  # sizes that jax.export leaves free
 
 
 def band_and_offset(

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from jattn.call.band import Band
+from jattn.call.sizes import is_known
 
 __all__ = ["AttentionSpec", "Operands", "Shape4"]
 
@@ -80,6 +81,12 @@ class AttentionSpec:
     def group(self) -> int:
         """G, the query heads that share one key head."""
         return self.heads // self.kv_heads
+
+    @property
+    def free_sizes(self) -> list[str]:
+        """Those that `jax.export` leaves free, as in "B b, T t"."""
+        sizes = {"B": self.batch, "T": self.queries, "S": self.keys}
+        return [f"{name} {size}" for name, size in sizes.items() if not is_known(size)]
 
     @property
     def accumulator(self) -> np.dtype[np.generic]:
