@@ -411,6 +411,11 @@ def chosen(cases: Iterable[Case], names: str) -> list[Any]:
     ]
 
 
+def thorough(*parameters: Any) -> list[Any]:
+    """Sets of a test's parameters that are tried with --thorough alone."""
+    return [pytest.param(*each, marks=pytest.mark.thorough) for each in parameters]
+
+
 # Every argument, and every pair of arguments that meet in the code, in few calls.
 ORDINARY = """
     plain odd_sizes one_query_one_key groups_of_three value_dim_smaller no_batch_axis negative_scale

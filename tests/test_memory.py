@@ -12,6 +12,7 @@ import pytest
 
 import jattn
 from tests.backends import arrays_in, largest_array
+from tests.cases import thorough
 
 MIB = 2**20
 
@@ -51,6 +52,9 @@ CALLS: dict[str, Any] = {
 }
 
 
+ORDINARY = ("causal", "bias_keys", "segments", "mask_keys_sinks_dropout")
+
+
 def arguments(
     operands: dict[str, str], *, length: int, batch: int = 1, heads: int = 2, kv_heads: int = 1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -71,7 +75,10 @@ def arguments(
     return floats, rest
 
 
-@pytest.mark.parametrize("name", CALLS)
+EVERY = [*ORDINARY, *thorough(*((name,) for name in CALLS if name not in ORDINARY))]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_temporary_memory_of_the_gradient_is_linear(name: str) -> None:
     operands, options = CALLS[name]
     sizes = [

@@ -43,6 +43,7 @@ def same(found: Any, expected: Any, tolerance: float) -> None:
         assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("on_a_cpu")
 def test_gradient_is_that_of_the_formula() -> None:
     arrays = operands()
@@ -135,6 +136,7 @@ for kv_heads, keys, held in (
 """
 
 
+@pytest.mark.thorough
 def test_each_device_runs_its_own_rows_and_heads() -> None:
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",

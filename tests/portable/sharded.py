@@ -89,15 +89,18 @@ def mesh_of(kind: AxisType) -> Any:
     return jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
 
 
-def jit() -> None:
+JIT = [
+    ("1NTS", "B1TS", 2, "x", "y", False),
+    ("BNTS", "11TS", 4, "x", "y", False),
+    ("11TS", "BN1S", 1, "x", "y", True),
+    ("1N1S", "B1T1", 4, None, ("x", "y"), False),
+]
+
+
+def jit(number: str) -> None:
     """Rows and heads stay where they are; sums over them are all that devices exchange."""
     mesh = mesh_of(AxisType.Auto)
-    for bias, mask, kv_heads, batch, heads, shared in (
-        ("BNTS", "B1TS", 4, "x", "y", False),
-        ("1NTS", "11TS", 2, "x", "y", False),
-        ("11TS", "BN1S", 1, "x", "y", True),
-        ("1N1S", "B1T1", 4, None, ("x", "y"), False),
-    ):
+    for bias, mask, kv_heads, batch, heads, shared in [JIT[int(number)]]:
         arrays = arrays_of(bias, mask, kv_heads)
         specs = places(arrays, batch, heads)
         held = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
@@ -145,4 +148,4 @@ def shard_map() -> None:
 
 
 if __name__ == "__main__":
-    {"jit": jit, "explicit": explicit, "shard_map": shard_map}[sys.argv[1]]()
+    {"jit": jit, "explicit": explicit, "shard_map": shard_map}[sys.argv[1]](*sys.argv[2:])

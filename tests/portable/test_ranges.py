@@ -14,7 +14,15 @@ from jattn.call.arguments import attention_call
 from pallas_kernels.portable.columns import parts
 from pallas_kernels.portable.ranges import key_ranges, key_sides, query_ranges, query_sides
 from tests import reference
-from tests.cases import INTERVALS, SEGMENTS_AND_MASKS, Case, operands
+from tests.cases import INTERVALS, SEGMENTS_AND_MASKS, Case, operands, thorough
+
+
+def some(cases: list[Case]) -> list[Any]:
+    """Every fourth always, the others with --thorough."""
+    return [
+        x for i, case in enumerate(cases) for x in ([case] if i % 4 == 1 else thorough((case,)))
+    ]
+
 
 CASES = [
     Case("plain"),
@@ -66,7 +74,7 @@ def tiled(x: reference.Bools, queries: int, keys: int, *, fill: bool) -> referen
     return x.reshape(b, x.shape[1] // queries, queries, -1, keys).swapaxes(2, 3)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", some(CASES), ids=str)
 def test_blocks_of_keys_hold_all_that_a_tile_of_queries_sees(case: Case, seed: int) -> None:
     made = call(case, seed)
     table = key_ranges(made.spec, made.operands, queries=QUERIES, keys=KEYS)
@@ -78,7 +86,7 @@ def test_blocks_of_keys_hold_all_that_a_tile_of_queries_sees(case: Case, seed: i
     check(table, key_sides(made.spec, KEYS), visits, needs_none)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", some(CASES), ids=str)
 def test_blocks_of_queries_hold_all_that_see_a_tile_of_keys(case: Case, seed: int) -> None:
     made = call(case, seed)
     table = query_ranges(made.spec, made.operands, queries=QUERIES, keys=KEYS)
@@ -90,7 +98,7 @@ def test_blocks_of_queries_hold_all_that_see_a_tile_of_keys(case: Case, seed: in
 
 
 @pytest.mark.parametrize("splits", [2, 3, 7])
-@pytest.mark.parametrize("case", CASES[:12], ids=str)
+@pytest.mark.parametrize("case", some(CASES[:12]), ids=str)
 def test_shares_of_a_tile_are_its_blocks_once_each(case: Case, splits: int, seed: int) -> None:
     made = call(case, seed)
     sizes = {"queries": QUERIES, "keys": 4}

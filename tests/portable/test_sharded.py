@@ -9,14 +9,19 @@ import sys
 
 import pytest
 
+from tests.cases import thorough
 
-@pytest.mark.parametrize("program", ["jit", "explicit", "shard_map"])
+
+@pytest.mark.parametrize(
+    "program",
+    ["jit 0", "shard_map", *thorough(("jit 1",), ("jit 2",), ("jit 3",), ("explicit",))],
+)
 def test_interpreted_on_four_devices(program: str) -> None:
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     }
     path = pathlib.Path(__file__).with_name("sharded.py")
-    command = [sys.executable, str(path), program]
+    command = [sys.executable, str(path), *program.split()]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
