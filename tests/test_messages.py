@@ -124,6 +124,13 @@ def test_a_name_like_nothing_has_no_answer() -> None:
     assert nearest(3, table.NAMES) is None
 
 
+def test_heads_that_look_like_lengths_are_told_the_order_of_axes() -> None:
+    query, key = jnp.ones((2, 8, 4, 16)), jnp.ones((2, 8, 12, 16))  # (B, N, T, H)
+    text = message(ValueError, partial(jattn.dot_product_attention, query, key, key))
+    assert text.startswith("query heads (4) must be a multiple of key heads (12)")
+    assert text.endswith("read as (B, T, N, H), not (B, N, T, H)")
+
+
 class TestMasks:
     call = staticmethod(partial(jattn.dot_product_attention, Q, K, K))
 

@@ -182,8 +182,10 @@ def _query_key_value(
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"key's head dim ({k.shape[3]}) must be query's ({q.shape[3]})")
     if q.shape[2] % k.shape[2]:
+        swapped = k.shape[2] > k.shape[1]
         raise ValueError(
             f"query heads ({q.shape[2]}) must be a multiple of key heads ({k.shape[2]})"
+            + ("; arrays are read as (B, T, N, H), not (B, N, T, H)" if swapped else "")
         )
     return q, k, v, has_batch
 
