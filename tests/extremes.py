@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -21,16 +22,25 @@ _NAMES = {"query": "q", "key": "k", "value": "v"}
 
 def compute(backend: Backend, arrays: Results, cotangents: Any, **options: Any) -> Results:
     """Output, log-sum-exp and the gradients of both by each array, named as the arguments."""
+    lengths = {n: jnp.array(options.pop(n)) for n in list(options) if "lengths" in n}
+    run = _everything(backend, tuple(sorted(options.items())))
+    found: Results = run(*jax.tree.map(jnp.asarray, (arrays, lengths, cotangents)))
+    return found
 
-    def everything(arrays: Results, cotangents: Any) -> Results:
+
+@cache
+def _everything(backend: Backend, options: tuple[tuple[str, Any], ...]) -> Any:
+    """Compiled once for each backend, options and shapes."""
+
+    def everything(arrays: Results, lengths: Results, cotangents: Any) -> Results:
         (out, lse), vjp = jax.vjp(
-            lambda arrays: backend(**arrays, **options, return_residual=True), arrays
+            lambda arrays: backend(**arrays, **lengths, **dict(options), return_residual=True),
+            arrays,
         )
         return {"out": out, "lse": lse, **vjp(cotangents)[0]}
 
     # The interpreter's effects cannot be compiled where a call is partitioned.
-    run = everything if backend is hopper.INTERPRETED else quick_jit(everything)
-    return run(*jax.tree.map(jnp.asarray, (arrays, cotangents)))
+    return everything if backend is hopper.INTERPRETED else quick_jit(everything)
 
 
 def check(

@@ -53,11 +53,10 @@ def test_any_sink_is_right_in_hopper_kernels() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("keys", [24, 3000])
-@pytest.mark.parametrize("queries", [1, 70])
 @pytest.mark.parametrize("backend", [*extremes.EVERY, extremes.HOPPER], ids=str)
-def test_any_sink_is_right_on_a_gpu(backend: Backend, queries: int, keys: int) -> None:
-    check(backend, jnp.bfloat16, (keys, 0), queries=queries, keys=keys, size=64)
+def test_any_sink_is_right_on_a_gpu(backend: Backend) -> None:
+    for queries, keys in ((1, 24), (1, 3000), (70, 3000)):
+        check(backend, jnp.bfloat16, (keys, 0), queries=queries, keys=keys, size=64)
 
 
 @pytest.mark.parametrize("backend", extremes.EVERY[1:], ids=str)

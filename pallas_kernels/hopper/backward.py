@@ -4,8 +4,8 @@ A row that sees no key has log-sum-exp -inf. It is given +inf instead, as are ro
 query: exp(S - inf) is zero, so that the kernel knows nothing of them.
 
 The others' log-sum-exp is the sum of two float32, as one has steps of 64 beside 1e9: `high`, it
-rounded, and `low`, the rest. Kernels subtract the rest only in batch rows where it changes weights
-by more than 2^-10, that is where some logit is beyond 10,000 or so.
+rounded, and `low`, the rest. Kernels subtract the rest only in groups of heads where it changes
+weights by more than 2^-10, that is where some logit is beyond 10,000 or so.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def backward(
         ),
         "row_term": jnp.pad(row_term, more),
         "ranges": ranges,
-        "in_two": (jnp.abs(low) > 2**-10).any(axis=(1, 2)).astype(jnp.int32),
+        "in_two": _in_groups(spec, jnp.abs(low) > 2**-10),
     }
     if spec.has_segments:
         inputs["query_segments"] = edge_padded(operands.query_segments, count * tiles.queries)
@@ -118,6 +118,12 @@ def _in_two(top: Array, rest: Array) -> tuple[Array, Array]:
     top = jnp.where(seen, top, 0)
     high = top + rest
     return jnp.where(seen, high, jnp.inf), jnp.where(seen, (top - high) + rest, 0)
+
+
+def _in_groups(spec: AttentionSpec, flags: Array) -> Array:
+    """(B, N, rows) flags as (B, K) int32: whether any is set in a key head's group."""
+    grouped = flags.reshape(flags.shape[0], spec.kv_heads, -1)
+    return grouped.any(axis=2).astype(jnp.int32)
 
 
 def _by_block(high: Array, low: Array, queries: int) -> Array:

@@ -38,13 +38,8 @@ class Block:
         of = self.batch if refs.ranges.shape[0] > 1 else 0
         self.scale = scale_of(spec, refs, self.batch)
         self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
-        # Whether log-sum-exps have a second part that counts: then no visit is a clear one.
-        self.in_two = refs.in_two[self.batch] > 0
-        clear_from, clear_to = (
-            jnp.where(self.in_two, self.visits.count, x)
-            for x in (self.visits.clear_from, self.visits.clear_to)
-        )
-        self.visits = self.visits._replace(clear_from=clear_from, clear_to=clear_to)
+        # Whether log-sum-exps of the group's heads have a second part that counts.
+        self.in_two = refs.in_two[self.batch, self.kv_head] > 0
 
     @property
     def masked(self) -> bool:

@@ -87,7 +87,12 @@ def launch(
         @pl.when(warpgroup < w)
         def _() -> None:
             plgpu.set_max_registers(240, action="increase")
-            _compute(block, warpgroup)
+            # A body each, so that neither takes registers from the other.
+            lax.cond(
+                block.in_two,
+                lambda: _compute(block, warpgroup, in_two=True),
+                lambda: _compute(block, warpgroup, in_two=False),
+            )
 
         @pl.when(warpgroup == w)
         def _() -> None:
@@ -186,8 +191,8 @@ def _load(block: Block) -> None:
         plgpu.barrier_wait(refs.free.at[slot])
 
 
-def _compute(block: Block, warpgroup: Array) -> None:
-    """A compute warpgroup: 64 keys of the tile."""
+def _compute(block: Block, warpgroup: Array, *, in_two: bool) -> None:
+    """A compute warpgroup: 64 keys of the tile. in_two: log-sum-exps have a second part."""
     spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
     head, value = refs.k_smem.shape[-1], refs.v_smem.shape[-1]
     for slot in range(tiles.stages):
@@ -197,7 +202,8 @@ def _compute(block: Block, warpgroup: Array) -> None:
     dk, dv = accumulator(
         "dk", (ROWS, head),
         lambda dk: accumulator(
-            "dv", (ROWS, value), lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv)
+            "dv", (ROWS, value),
+            lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv, in_two=in_two),
         ),
     )  # fmt: skip
     plgpu.wait_smem_to_gmem(0)
@@ -222,22 +228,26 @@ def _accumulator(
 
 
 def _visit_all(
-    block: Block, warpgroup: Array, accumulator: Any, dk_acc: Ref, dv_acc: Ref
+    block: Block,
+    warpgroup: Array,
+    accumulator: Any,
+    dk_acc: Ref,
+    dv_acc: Ref,
+    *,
+    in_two: bool,
 ) -> tuple[Array, Array]:
     """Every visit of the tile in every head of the group; dK and dV."""
     spec, seam, visit = block.spec, block.seam, block.visits
     step = partial(_step, block, warpgroup, accumulator, dk_acc, dv_acc)
 
     def over_head(h: Array) -> None:
-        def loop(start: Any, stop: Any, *, masked: bool, in_two: bool = False) -> None:
+        def loop(start: Any, stop: Any, *, masked: bool) -> None:
             each(start, stop, lambda i: step(h, i, masked=masked, in_two=in_two))
 
-        start = jnp.where(block.in_two, visit.count, 0)
-        loop(0, start, masked=block.masked, in_two=True)
-        if not block.masked or block.tiles.one_loop:
-            loop(start, visit.count, masked=block.masked)
+        if not block.masked or block.tiles.one_loop or in_two:
+            loop(0, visit.count, masked=block.masked)
             return
-        loop(start, visit.clear_from, masked=True)
+        loop(0, visit.clear_from, masked=True)
         loop(visit.clear_from, visit.clear_to, masked=False)
         if spec.band.lower is not None or spec.has_segments:
             loop(visit.clear_to, visit.count, masked=True)
@@ -273,10 +283,9 @@ def _step(
     q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
     first_query = (block.visits.first + i) * tiles.queries
 
-    capped = spec.logits_soft_cap is not None
-
-    def weights(s_acc: Ref, in_flight: int) -> tuple[Array, Array]:
+    def weights(s_acc: Ref, *, in_flight: int) -> tuple[Array, Array]:
         """P, and what dP - D is to be multiplied by."""
+        capped = spec.logits_soft_cap is not None
         s = seam.wait(s_acc, in_flight=0 if capped else in_flight)
         x, c = logits(spec, block.scale, s)
         p = block.weights(x, c, refs.lse_smem.at[slot], in_two=in_two)
@@ -288,30 +297,29 @@ def _step(
 
     def gradient(slope: Array, dp_acc: Ref) -> Array:
         dp = seam.wait(dp_acc, in_flight=0)
-        ds = slope * (dp - block.row(refs.row_term_smem.at[slot]))
-        return ds.astype(spec.dtype)
+        return slope * (dp - block.row(refs.row_term_smem.at[slot]))
 
     def together(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
         seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
         seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
-        p, slope = weights(s_acc, 1)
+        p, slope = weights(s_acc, in_flight=1)
         ds = gradient(slope, dp_acc)
-        return p.astype(spec.dtype), ds
+        return p.astype(spec.dtype), ds.astype(spec.dtype)
 
     def scores(s_acc: Ref) -> tuple[Array, Array]:
         seam.matmul_into(s_acc, k, q.T)
-        return weights(s_acc, 0)
+        return weights(s_acc, in_flight=0)
 
-    def second(slope: Array, dp_acc: Ref) -> Array:
+    def then(slope: Array, dp_acc: Ref) -> Array:
         seam.matmul_into(dp_acc, v, do.T)
         return gradient(slope, dp_acc)
 
     shape = (ROWS, tiles.queries)
     plgpu.barrier_wait(refs.full.at[slot])
-    if in_two:  # rare: one product after the other, as registers are few
+    if in_two:  # rare: one product after the other, as there are no registers for both
         p, slope = accumulator("s", shape, scores)
-        ds = accumulator("dp", shape, partial(second, slope))
-        p = p.astype(spec.dtype)
+        ds = accumulator("dp", shape, partial(then, slope))
+        p, ds = p.astype(spec.dtype), ds.astype(spec.dtype)
     else:
         p, ds = accumulator(
             "s", shape, lambda s_acc: accumulator("dp", shape, partial(together, s_acc))

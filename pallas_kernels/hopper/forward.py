@@ -97,9 +97,10 @@ def forward(
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
         if not plan.in_parts:
             inputs["sinks"] = sinks
-    out, *numbers = _launch(plan, inputs, interpret=interpret)
+    out, sums = _launch(plan, inputs, interpret=interpret)
     out = out[..., : spec.queries, :, : spec.value_dim]
-    top, rest = (jnp.swapaxes(x[..., : spec.queries], -2, -1) for x in numbers)
+    top, total = (jnp.swapaxes(sums[..., i, : spec.queries], -2, -1) for i in range(2))
+    rest = jnp.log(jnp.where(total == 0, 1, total))
     if plan.in_parts:
         return combine(spec, out, top, rest, unit=LN2, sinks=sinks)
     return out, top, rest
@@ -116,19 +117,19 @@ def _copyable(x: Array) -> Array:
     return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
 
 
-def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> list[Array]:
+def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[Array, Array]:
     spec, tiles, seam = plan.spec, plan.tiles, Seam(interpret)
     rows, columns = inputs["q"].shape[1], inputs["v"].shape[3]
     out_shape: tuple[int, ...] = (spec.batch, rows, spec.heads, columns)
     # Whole tiles: a copy of one dimension is not cut at the end of a row.
-    row_shape: tuple[int, ...] = (spec.batch, spec.heads, plan.query_tiles * plan.queries)
+    row_shape: tuple[int, ...] = (spec.batch, spec.heads, 2, plan.query_tiles * plan.queries)
     out_dtype = spec.dtype
     if plan.in_parts:
         out_shape, row_shape = (plan.splits, *out_shape), (plan.splits, *row_shape)
         out_dtype = jnp.float32
     if plan.is_scheduled:
         inputs = inputs | {"schedule": constant(plan.schedule())}
-    names = [*inputs, "out", "top", "rest"]
+    names = [*inputs, "out", "sums"]
     scratch = _scratch(plan, out_dtype, columns)
     if interpret:
         scratch["s_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, tiles.keys), jnp.float32)
@@ -152,11 +153,11 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> list[Ar
                 plgpu.set_max_registers(tiles.registers[1], action="decrease")
             load(plan, refs)
 
-    return plgpu.kernel(  # type: ignore[no-any-return]
+    out, sums = plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(out_shape, out_dtype),
-            *[jax.ShapeDtypeStruct(row_shape, jnp.float32)] * 2,
+            jax.ShapeDtypeStruct(row_shape, jnp.float32),
         ],
         scratch_types=list(scratch.values()),
         grid=(plan.blocks,),
@@ -167,6 +168,7 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> list[Ar
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*inputs.values())
+    return out, sums
 
 
 def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:

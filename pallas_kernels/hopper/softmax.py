@@ -76,14 +76,13 @@ class Softmax(NamedTuple):
         p = jnp.exp2(s * c - across(shift, s.shape[1]))
         return p, Softmax(m, self.l * correction + p.sum(axis=1)), correction
 
-    def finish(self, sink: Array | None) -> tuple[Array, Array, Array]:
-        """What the output is multiplied by; and the keys' log-sum-exp: m, and log l, natural.
+    def factor(self, sink: Array | None) -> Array:
+        """What the output is multiplied by, 0 for a row that sees no key.
 
-        0, -inf and 0 of a row that sees no key. sink: one more logit, natural, which has no value.
+        sink: one more logit, natural, which has no value.
         """
         none = self.l == 0.0
-        l = jnp.where(none, 1.0, self.l)
-        total = l
+        total = jnp.where(none, 1.0, self.l)
         if sink is not None:  # infinite if far above all keys: what is divided by it is 0
-            total = l + jnp.exp2(sink * LOG2E - jnp.where(none, 0.0, self.m))
-        return jnp.where(none, 0.0, 1.0 / total), jnp.where(none, -jnp.inf, self.m), jnp.log(l)
+            total += jnp.exp2(sink * LOG2E - jnp.where(none, 0.0, self.m))
+        return jnp.where(none, 0.0, 1.0 / total)

@@ -1,4 +1,4 @@
-"""The end of a tile: O divided by the sum, and the log-sum-exp as two numbers, on their way out."""
+"""The end of a tile: O divided by the sum, and the rows' maxima and sums, on their way out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.load import query_parts
+from pallas_kernels.hopper.load import copies, query_parts
 from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import Softmax, across
@@ -37,23 +37,24 @@ def store(
     if "sinks" in vars(refs):
         sink = refs.sinks[work.batch if refs.sinks.shape[0] > 1 else 0, work.head]
         sink = seam.layout(jnp.full((ROWS,), sink), plgpu.Layout.WGMMA.reduce(1))
-    factor, *numbers = softmax.finish(sink)
+    factor = softmax.factor(sink)
     if plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_smem = refs.o_smem.at[number]
     else:
         o_smem = refs.q_smem.at[slot, :, pl.ds(0, width)]
     o_smem[...] = (o * across(factor, width)).astype(o_smem.dtype)
-    for i, x in enumerate(numbers):
-        refs.sums_smem[number, i] = x
+    refs.sums_smem[number, 0] = softmax.m
+    refs.sums_smem[number, 1] = softmax.l
     plgpu.commit_smem()
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
     for rows, queries, head in query_parts(plan, work, number):
         out = refs.out.at[(*batch, queries, head, pl.ds(0, width))]
         plgpu.copy_smem_to_gmem(o_smem.at[rows], out)
-        for i, ref in enumerate((refs.top, refs.rest)):
+        # Together where they are whole rows of shared memory.
+        for i in [slice(None)] if copies(plan) == 1 else [0, 1]:
             plgpu.copy_smem_to_gmem(
-                refs.sums_smem.at[number, i, rows], ref.at[(*batch, head, queries)]
+                refs.sums_smem.at[number, i, rows], refs.sums.at[(*batch, head, i, queries)]
             )
     if not plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
