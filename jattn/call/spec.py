@@ -93,6 +93,17 @@ class AttentionSpec:
         """The dtype of sums and softmax: float32, or float64 for float64 inputs."""
         return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 
+    def tiles(self, rows: int) -> int:
+        """Tiles of so many queries of all heads, or of keys, whichever are more.
+
+        0 if a size is not known, as in an exported function.
+        """
+        if not all(isinstance(size, int) for size in (self.batch, self.queries, self.keys)):
+            return 0
+        of_queries = self.heads * -(-self.queries // rows)
+        of_keys = self.kv_heads * -(-self.keys // rows)
+        return self.batch * max(of_queries, of_keys)
+
     @property
     def element_bytes(self) -> int:
         """Bytes of one element of query, key, value and output."""

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import scale_of
 from pallas_kernels.hopper.tiles import ROWS
@@ -30,11 +31,13 @@ COLUMN = WGMMA.reduce(0)  # one value a query
 class Block:
     """One thread block: its tile of keys, and which blocks of queries it visits."""
 
-    def __init__(self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
+    def __init__(
+        self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref, grid: Grid
+    ) -> None:
         self.spec, self.tiles, self.seam, self.refs = spec, tiles, seam, refs
         self.makes_dq = "dq" in vars(refs)
-        self.batch, self.kv_head = lax.axis_index("batch"), lax.axis_index("head")
-        self.tile = lax.axis_index("tile")
+        place = grid.place()
+        self.batch, self.kv_head, self.tile = place["batch"], place["head"], place["tile"]
         of = self.batch if refs.ranges.shape[0] > 1 else 0
         self.scale = scale_of(spec, refs, self.batch)
         self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))

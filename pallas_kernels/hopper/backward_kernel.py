@@ -40,6 +40,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.backward_block import Block, banded, each
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import logits
@@ -78,10 +79,11 @@ def launch(
         }.items():  # fmt: skip
             scratch[f"{name}_stand_in"] = plgpu.SMEM((w, *shape), jnp.float32)
     names = [*inputs, "dk", "dv", *scratch]
+    grid = grid_of(spec, tiles, inputs["ranges"].shape[1])
 
     def kernel(*args: Ref) -> None:
         refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
-        block = Block(spec, tiles, seam, refs)
+        block = Block(spec, tiles, seam, refs, grid)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < w)
@@ -99,9 +101,6 @@ def launch(
             plgpu.set_max_registers(24, action="decrease")
             _load(block)
 
-    axes = {"batch": spec.batch, "head": spec.kv_heads, "tile": inputs["ranges"].shape[1]}
-    if not tiles.tiles_first:
-        axes = {name: axes[name] for name in ("batch", "tile", "head")}
     dk, dv = plgpu.kernel(
         kernel,
         out_type=[
@@ -109,14 +108,19 @@ def launch(
             for columns in (head, value)
         ],
         scratch_types=list(scratch.values()),
-        grid=tuple(axes.values()),
-        grid_names=tuple(axes),
+        **grid.launch,
         num_threads=w + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*inputs.values())
     return dk, dv
+
+
+def grid_of(spec: AttentionSpec, tiles: BackwardTiles, tile_count: int) -> Grid:
+    """A thread block for each tile of keys of each key head."""
+    batch, head, tile = ("batch", spec.batch), ("head", spec.kv_heads), ("tile", tile_count)
+    return Grid((batch, head, tile) if tiles.tiles_first else (batch, tile, head))
 
 
 def dq_share(tiles: BackwardTiles, head: int) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.backward_block import WGMMA, Block, banded, each
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import logits
@@ -63,11 +64,13 @@ def launch(
         for name, columns in {"s": ROWS, "dp": ROWS, "dk": head, "dv": value}.items():
             scratch[f"{name}_stand_in"] = plgpu.SMEM((ROWS, columns), jnp.float32)
     names = [*inputs, "dk", "dv", *scratch]
+    tile_count = inputs["ranges"].shape[1]
+    grid = Grid((("batch", spec.batch), ("tile", tile_count), ("head", spec.kv_heads)))
 
     def kernel(*args: Ref) -> None:
         refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
         warpgroup = lax.axis_index("warpgroup")
-        block = WideBlock(spec, tiles, seam, refs)
+        block = WideBlock(spec, tiles, seam, refs, grid)
 
         @pl.when(warpgroup == VALUE)
         def _() -> None:
@@ -92,8 +95,7 @@ def launch(
             for columns in (head, value)
         ],
         scratch_types=list(scratch.values()),
-        grid=(spec.batch, inputs["ranges"].shape[1], spec.kv_heads),
-        grid_names=("batch", "tile", "head"),
+        **grid.launch,
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -139,8 +141,10 @@ def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -
 class WideBlock(Block):
     """A thread block whose visits are counted through all heads of the group: steps."""
 
-    def __init__(self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
-        super().__init__(spec, tiles, seam, refs)
+    def __init__(
+        self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref, grid: Grid
+    ) -> None:
+        super().__init__(spec, tiles, seam, refs, grid)
         # A tile that no query sees visits some block all the same, of which all is hidden.
         first = jnp.minimum(self.visits.first, refs.lse.shape[2] - 1)
         count = jnp.maximum(self.visits.count, 1)

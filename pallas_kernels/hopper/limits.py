@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 __all__ = ["has_dq_apart", "refusals"]
 
+MOST_BLOCKS = 2**31 - 1  # of a launch; CUDA C++ Programming Guide, "Technical specifications"
 MOST_HEAD_DIM = 256  # wgmma's largest N, and all the registers a warpgroup has for the output
 
 
@@ -35,4 +36,6 @@ def refusals(spec: AttentionSpec) -> list[str]:
         reasons.append(f"its Hopper kernel takes no bias, given {spec.bias_shape}")
     if spec.dropout_rate > 0:
         reasons.append(f"its Hopper kernel takes no dropout, given rate {spec.dropout_rate}")
+    if (count := spec.tiles(64)) > MOST_BLOCKS:
+        reasons.append(f"its Hopper kernel has {count} tiles of 64 rows, more than {MOST_BLOCKS}")
     return reasons

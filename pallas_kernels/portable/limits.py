@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["refusals"]
 
 MOST_HEAD_DIM = 512
+MOST_PROGRAMS = 2**31 - 1  # of a launch
 # Of float32, by its terms and KiB of shared memory, which a backward tile of 16 by 16 must fit.
 MOST_OF_TERMS = {(3, 163): 256, (3, 99): 128, (2, 99): 256}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -53,6 +54,10 @@ def refusals(spec: AttentionSpec) -> list[str]:
     if spec.mask_shape is not None and INDEXED <= prod(spec.mask_shape) <= 2 * INDEXED:
         reasons.append(
             f"its portable kernel takes no mask of 2^31 to 2^32 elements, given {spec.mask_shape}"
+        )
+    if (count := spec.tiles(16)) > MOST_PROGRAMS:
+        reasons.append(
+            f"its portable kernel may have {count} tiles of 16 rows, more than {MOST_PROGRAMS}"
         )
     return reasons
 
