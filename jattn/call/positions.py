@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, export
 from jax.typing import ArrayLike
 
 from jattn.call.band import Band
@@ -59,7 +59,7 @@ def lengths(
     known = _known(x)
     if known is not None and known.size and known.min() < 0:
         raise ValueError(f"{name} must not be negative, got {known.min()} in {known.tolist()}")
-    return _int32(x, 0, size if isinstance(size, int) else INT32.max).reshape(batch)
+    return _int32(x, 0, INT32.max if export.is_symbolic_dim(size) else size).reshape(batch)
 
 
 def as_ids(name: str, x: Array | np.ndarray) -> Array:
@@ -114,11 +114,12 @@ def band_and_offset(
 ) -> tuple[Band, Array | None]:
     """The band of T `queries` and S `keys`, and the queries' offset if it is not part of it."""
     known = isinstance(offset, int)
-    band = Band.of(is_causal=is_causal, window=window, diagonal=offset if known else 0)
+    diagonal = offset if isinstance(offset, int) else 0
+    band = Band.of(is_causal=is_causal, window=window, diagonal=diagonal)
     if band == Band():
         return band, None
     most = MOST_KNOWN if known else MOST
-    if not (isinstance(queries, int) and isinstance(keys, int)):
+    if any(map(export.is_symbolic_dim, (queries, keys))):
         queries = keys = most // 2  # a size that is free in an exported function is less
     if queries + keys > most:
         raise ValueError(
@@ -164,7 +165,7 @@ def _known(x: Array | np.ndarray) -> np.ndarray | None:
 
 def _int32(x: Array | np.ndarray, least: int, most: int) -> Array:
     """The integers clipped to these bounds, as int32, whatever their own dtype."""
-    own = jnp.iinfo(x.dtype)
+    own = jnp.iinfo(x.dtype)  # type: ignore[no-untyped-call]
     bounds = (np.array(b, x.dtype) for b in (max(least, own.min), min(most, own.max)))
     cut = np.clip if isinstance(x, np.ndarray) else jnp.clip
     return jnp.asarray(cut(x, *bounds), jnp.int32)

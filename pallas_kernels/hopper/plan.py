@@ -33,6 +33,7 @@ __all__ = ["Plan", "Work", "make_plan"]
 MULTIPROCESSORS = 132
 TILE_COST = 0.7  # of a tile's start and end, in visits to a block of keys
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
+INT32_MAX = 2**31 - 1
 L2_BYTES = 32 << 20  # of 60 MB: the rest is for queries, output and what is yet to be evicted
 
 
@@ -209,7 +210,8 @@ def make_plan(
     if tiles is None and (2 * plan.works <= multiprocessors or plan.in_parts):
         # Too few tiles to fill the chip: the smallest, and the keys split among blocks.
         plan = _with_tiles(spec, choose_tiles(spec, rows=1), pack)
-        most = -(-spec.keys // (2 * plan.tiles.keys))
+        blocks = max(1, -(-spec.keys // plan.tiles.keys))
+        most = min(-(-blocks // 2), INT32_MAX // blocks)  # a share's first block is a quotient
         plan = replace(plan, splits=max(1, min(multiprocessors // plan.works, most)))
     # A list made beforehand is fair only where the tiles' lengths are known beforehand.
     listed = plan.lengths_known and multiprocessors < plan.works <= MOST_LISTED

@@ -41,13 +41,15 @@ def arrays_of(bias: str, mask: str, kv_heads: int) -> dict[str, Any]:
         "sinks": normal(N),
         "mask": jnp.asarray(rng.random([sizes[letter] for letter in mask]) < 0.8),
         "key_value_seq_lengths": jnp.array([S, 9, 0, 17], jnp.int32),
+        "query_offset": jnp.array([0, -5, 7, 3], jnp.int32),
     }
 
 
 def places(arrays: dict[str, Any], batch: Any, heads: Any) -> dict[str, P]:
     """Rows over the mesh axis `batch`, heads over `heads`, where an array has them."""
     kv_heads = heads if arrays["key"].shape[2] > 1 else None
-    found = {"query": P(batch, None, heads), "sinks": P(heads), "key_value_seq_lengths": P(batch)}
+    found = {"query": P(batch, None, heads), "sinks": P(heads)}
+    found |= {"key_value_seq_lengths": P(batch), "query_offset": P(batch)}
     found |= {"key": P(batch, None, kv_heads), "value": P(batch, None, kv_heads)}
     for name in ("bias", "mask"):
         b, n = arrays[name].shape[:2]
