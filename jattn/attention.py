@@ -231,10 +231,8 @@ def memory_efficient_attention(
     call = attention_call(query, key, value, bias, mask, **options)
     if query_chunk_size is None and key_chunk_size is None:
         return _run(call, "memory_efficient")
-    chunks = memory_efficient.choose_chunks(
-        call.spec, current_target(), query_chunk_size, key_chunk_size
-    )
-    return call.result(*memory_efficient.attend_in_chunks(call.spec, call.operands, chunks))
+    sizes = (query_chunk_size, key_chunk_size)
+    return call.result(*memory_efficient.attend(call.spec, call.operands, current_target(), *sizes))
 
 
 def _run(call: AttentionCall, implementation: Implementation | None) -> Array | tuple[Array, Array]:

@@ -9,9 +9,8 @@ every call.
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import dataclass
 
-import jax
 from jax import Array
 
 from jattn.backends import kernels, query_chunks
@@ -19,13 +18,10 @@ from jattn.backends.tiles import Chunks
 from jattn.call.sizes import is_known, smaller
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
-from jattn.transforms import derivatives, sharding
-from jattn.transforms.rematerialisation import named
-from jattn.transforms.reverse_only import first_order_only, naming_eager, reverse_only
+from jattn.transforms import derivatives
 
 __all__ = [
     "attend",
-    "attend_in_chunks",
     "attend_in_kernels",
     "choose_chunks",
     "gradient_bytes",
@@ -45,17 +41,53 @@ def attend_in_kernels(
     return derivatives.attend(kernels.kernels_of("portable", "chunked"), spec, operands)
 
 
-def attend(spec: AttentionSpec, operands: Operands, target: Target) -> tuple[Array, Array]:
-    """The same in XLA."""
-    return attend_in_chunks(spec, operands, choose_chunks(spec, target))
-
-
-def attend_in_chunks(
-    spec: AttentionSpec, operands: Operands, chunks: Chunks
+def attend(
+    spec: AttentionSpec,
+    operands: Operands,
+    target: Target,
+    query_chunk_size: int | None = None,
+    key_chunk_size: int | None = None,
 ) -> tuple[Array, Array]:
-    """The same with chunk sizes given."""
-    with naming_eager():
-        return _attend(spec, chunks, reverse_only(sharding.varying_alike(operands)))
+    """The same in XLA, with chunk sizes given, or chosen for what one device holds of the call."""
+    loops = _Loops(target, query_chunk_size, key_chunk_size)
+    loops.chunks(spec)
+    return derivatives.attend(loops, spec, operands)
+
+
+@dataclass(frozen=True)
+class _Loops:
+    """The pair of `query_chunks`, with the chunk sizes that were asked for."""
+
+    target: Target
+    queries: int | None
+    keys: int | None
+    can_partition = True
+
+    def chunks(self, spec: AttentionSpec) -> Chunks:
+        return choose_chunks(spec, self.target, self.queries, self.keys)
+
+    def unit(self, spec: AttentionSpec) -> float:
+        return 1.0
+
+    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
+        return query_chunks.forward(spec, self.chunks(spec), operands)
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        row_term: Array,
+        d_out: Array,
+        *,
+        wants_bias: bool,
+        wants_scale: bool,
+    ) -> tuple[Array, ...]:
+        saved = (operands, top, rest, row_term, d_out)
+        return query_chunks.backward(
+            spec, self.chunks(spec), *saved, wants_bias=wants_bias, wants_scale=wants_scale
+        )
 
 
 def choose_chunks(
@@ -75,7 +107,9 @@ def choose_chunks(
     if not is_known(spec.batch, queries, keys):
         return Chunks(1, queries, keys)
     rows = max(1, budget // (spec.heads * queries * keys))
-    rows = max(r for r in range(1, min(rows, spec.batch) + 1) if spec.batch % r == 0)
+    # Rows of a tile share one row of a bias, or have each their own: see `Tile`.
+    alike = math.gcd(spec.batch, *(rows.inner.size for _, rows in spec.mapped_rows))
+    rows = max(r for r in range(1, min(rows, alike) + 1) if alike % r == 0)
     return Chunks(rows, queries, keys)
 
 
@@ -101,40 +135,3 @@ def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     sums = k_side * (spec.head_dim + spec.value_dim) + 4 * q_side
     tile = chunks.rows * chunks.queries * chunks.keys * spec.heads
     return copies + (sums + 4 * tile) * spec.accumulator.itemsize
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array]:
-    out, top, rest = query_chunks.forward(spec, chunks, operands)
-    return out, top + rest
-
-
-type _Saved = tuple[Operands, Array, Array, Array]
-
-
-def _attend_forward(
-    spec: AttentionSpec, chunks: Chunks, operands: Operands
-) -> tuple[tuple[Array, Array], _Saved]:
-    out, *numbers = query_chunks.forward(spec, chunks, operands)
-    out, (top, rest) = named(out, numbers)
-    return (out, top + rest), (operands, out, top, rest)
-
-
-def _attend_backward(
-    spec: AttentionSpec, chunks: Chunks, saved: _Saved, gradients: tuple[Array, Array]
-) -> tuple[Operands]:
-    backward = first_order_only(partial(query_chunks.backward, spec, chunks))
-    found = backward(*saved, *gradients)
-    return (
-        Operands(
-            query=found.query,
-            key=found.key,
-            value=found.value,
-            bias=found.bias,
-            sinks=found.sinks,
-            scale=found.scale,
-        ),
-    )
-
-
-_attend.defvjp(_attend_forward, _attend_backward)

@@ -21,30 +21,15 @@ Pᵀ dO would, runs at half the speed of dOᵀ P on a CPU.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from jattn.backends.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
 from jattn.call.spec import AttentionSpec, Operands
-from jattn.transforms.sharding import in_auto_mode, partition, varying_as
 
-__all__ = ["Gradients", "backward", "forward"]
-
-
-class Gradients(NamedTuple):
-    """Gradients of a call's differentiable operands, in their shapes and dtypes."""
-
-    query: Array
-    key: Array
-    value: Array
-    bias: Array | None
-    sinks: Array | None
-    scale: Array | None
+__all__ = ["backward", "forward"]
 
 
 class _Softmax(NamedTuple):
@@ -62,49 +47,12 @@ class _Sums(NamedTuple):
     key: Array  # (B, K, H, S)
     value: Array  # (B, K, D, S)
     bias: Array | None  # the bias's shape
-    scale: Array | None  # (B,): of each row
 
 
 def forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array, Array]:
-    """Output (B, T, N, D) and the log-sum-exp as two (B, T, N): the maximum and the logarithm of
-    the sum beside it; -inf and 0 of a row that sees no key.
+    """Output (B, T, N, D) and the log-sum-exp as two (B, T, N), without sinks: the maximum and the
+    logarithm of the sum beside it; -inf and 0 of a row that sees no key.
     """
-    b, t, n, _ = partition(operands.query)
-    results = PartitionSpec(b, t, n, None), *[PartitionSpec(b, t, n)] * 2
-    out, top, rest = in_auto_mode(partial(_forward, spec, chunks), results)(operands)
-    return out, top, rest
-
-
-def backward(
-    spec: AttentionSpec,
-    chunks: Chunks,
-    operands: Operands,
-    out: Array,
-    top: Array,
-    rest: Array,
-    d_out: Array,
-    d_lse: Array,
-) -> Gradients:
-    """Gradients, from what forward returned and the gradients of that."""
-    results = jax.tree.map(
-        partition,
-        Gradients(
-            operands.query,
-            operands.key,
-            operands.value,
-            bias=operands.bias,
-            sinks=operands.sinks,
-            scale=operands.scale,
-        ),
-    )
-    gradients: Gradients = in_auto_mode(partial(_backward, spec, chunks), results)(
-        operands, out, top, rest, d_out, d_lse
-    )
-    return gradients
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Array, Array, Array]:
     arrays = HeadMajor.of(spec, chunks, operands)
 
     def chunk(index: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -127,35 +75,32 @@ def _forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[A
         rows = (chunks.rows, spec.kv_heads, spec.group, chunks.queries)
         zeros = jnp.zeros(rows, spec.accumulator)
         start = _Softmax(zeros - jnp.inf, zeros, jnp.zeros((*rows, spec.value_dim), zeros.dtype))
-        found = _finish(spec, tile.visit(step, varying_as(start, operands)), operands.sinks)
+        found = _finish(tile.visit(step, start), tile.sinks())
         return tuple(map(tile.write, written, found))
 
     rows = (spec.batch, spec.kv_heads, spec.group, spec.queries)
     number = jnp.zeros(rows, spec.accumulator)
     empty = jnp.zeros((*rows, spec.value_dim), spec.dtype), number, number
-    written = varying_as(empty, operands)
-    out, top, rest = lax.fori_loop(0, Tile.count(spec, chunks), chunk, written)
+    out, top, rest = lax.fori_loop(0, Tile.count(spec, chunks), chunk, empty)
     return merge_heads(spec, out), merge_heads(spec, top), merge_heads(spec, rest)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _backward(
+def backward(
     spec: AttentionSpec,
     chunks: Chunks,
     operands: Operands,
-    out: Array,
     top: Array,
     rest: Array,
+    row_term: Array,
     d_out: Array,
-    d_lse: Array,
-) -> Gradients:
+    *,
+    wants_bias: bool,
+    wants_scale: bool,
+) -> tuple[Array, ...]:
+    """Gradients of query, key and value, and of the bias if it is wanted."""
     arrays = HeadMajor.of(spec, chunks, operands)
-    d_out = split_heads(spec, d_out)
-    row_term = _row_term(spec, split_heads(spec, out), d_out) - split_heads(spec, d_lse)
-    top, rest = split_heads(spec, top), split_heads(spec, rest)
-    sees_none = top == -jnp.inf
-    top = jnp.where(sees_none, jnp.inf, top)  # exp(S - inf) = 0, whatever S is
-    row_term = jnp.where(sees_none, 0, row_term)
+    top, rest, row_term, d_out = (split_heads(spec, x) for x in (top, rest, row_term, d_out))
+    top = jnp.where(top == -jnp.inf, jnp.inf, top)  # exp(S - inf) = 0, whatever S is
 
     def chunk(index: Array, carry: tuple[Array, _Sums]) -> tuple[Array, _Sums]:
         d_query, sums = carry
@@ -183,26 +128,24 @@ def _backward(
                 key=tile.add_keys(sums.key, _over_rows(spec, query, d_products), j),
                 value=tile.add_keys(sums.value, _over_rows(spec, d_rows, kept_weights), j),
                 bias=None if sums.bias is None else tile.add_block(sums.bias, d_logits, j),
-                scale=sums.scale,
             )
 
         sums = tile.visit(step, sums._replace(query=jnp.zeros_like(sums.query)))
-        if sums.scale is not None:
-            sums = sums._replace(scale=tile.add_rows(sums.scale, _along(query, sums.query)))
-        own = tile.rows(d_query) + (sums.query * tile.scale).astype(d_query.dtype)
+        own = sums.query if wants_scale else sums.query * tile.scale
+        own = tile.rows(d_query) + own.astype(d_query.dtype)
         return tile.write(d_query, own), sums
 
-    empty = jnp.zeros_like(arrays.query), _empty_sums(spec, chunks, operands)
-    d_query, sums = lax.fori_loop(0, Tile.count(spec, chunks), chunk, varying_as(empty, operands))
+    sums = _empty_sums(spec, chunks, operands.bias if wants_bias else None)
+    d_query = arrays.query.astype(sums.query.dtype) if wants_scale else arrays.query
+    empty = jnp.zeros_like(d_query), sums
+    d_query, sums = lax.fori_loop(0, Tile.count(spec, chunks), chunk, empty)
     d_key = sums.key * spec.scale_beside(sums.key, operands)
-    return Gradients(
-        query=merge_heads(spec, d_query),
-        key=jnp.moveaxis(d_key, 3, 1).astype(spec.dtype),
-        value=jnp.moveaxis(sums.value, 3, 1).astype(spec.dtype),
-        bias=None if sums.bias is None else sums.bias.astype(spec.bias_dtype),
-        sinks=_sinks_gradient(spec, operands, top, rest, row_term),
-        scale=None if operands.scale is None else _summed_like(sums.scale, operands.scale),
+    found = (
+        merge_heads(spec, d_query),
+        jnp.moveaxis(d_key, 3, 1).astype(spec.dtype),
+        jnp.moveaxis(sums.value, 3, 1).astype(spec.dtype),
     )
+    return found if sums.bias is None else (*found, sums.bias.astype(spec.bias_dtype))
 
 
 def _logits(
@@ -218,77 +161,43 @@ def _logits(
         slope = 1 - (logits / spec.logits_soft_cap) ** 2
         slope = slope if seen is None else jnp.where(seen, slope, 0)
     if bias is not None:
-        logits = logits + tile.block(bias, j).astype(logits.dtype)
+        logits = logits + tile.block("bias", bias, j).astype(logits.dtype)
     return (logits if seen is None else jnp.where(seen, logits, -jnp.inf)), slope
 
 
-def _finish(
-    spec: AttentionSpec, state: _Softmax, sinks: Array | None
-) -> tuple[Array, Array, Array]:
-    """The tile's output and log-sum-exp; the sink joins the sum as a key without a value."""
-    top, total = state.top, state.total
-    sees_none = (top == -jnp.inf) & (total == 0)  # a maximum may pass over NaN, a sum does not
-    top = jnp.where(top == -jnp.inf, 0, top)
-    out = state.out
+def _finish(state: _Softmax, sinks: Array | None) -> tuple[Array, Array, Array]:
+    """The tile's output, with the sink in each row's sum, and its numbers, without."""
+    sees_none = (state.top == -jnp.inf) & (state.total == 0)  # a maximum may pass over NaN
+    top = jnp.where(state.top == -jnp.inf, 0, state.top)
+    total = jnp.where(sees_none, 1, state.total)
+    out, whole = state.out, total
     if sinks is not None:
-        sink = sinks.astype(top.dtype).reshape(1, spec.kv_heads, spec.group, 1)
+        sink = sinks.astype(top.dtype)
         higher = jnp.maximum(top, sink)
         fade = jnp.exp(top - higher)
-        total, out, top = total * fade + jnp.exp(sink - higher), out * fade[..., None], higher
-    total = jnp.where(sees_none, 1, total)
-    out = jnp.where(sees_none[..., None], 0, out / total[..., None])
+        out, whole = out * fade[..., None], total * fade + jnp.exp(sink - higher)
+    out = jnp.where(sees_none[..., None], 0, out / whole[..., None])
     return out, jnp.where(sees_none, -jnp.inf, top), jnp.log(total)
 
 
-def _row_term(spec: AttentionSpec, out: Array, d_out: Array) -> Array:
-    """rowsum(O dO), in the accumulator's precision."""
-    return jnp.sum(out.astype(spec.accumulator) * d_out.astype(spec.accumulator), axis=-1)
-
-
-def _sinks_gradient(
-    spec: AttentionSpec, operands: Operands, top: Array, rest: Array, row_term: Array
-) -> Array | None:
-    """-sum over rows of P_sink D: a sink takes weight from every value of the row."""
-    if operands.sinks is None:
-        return None
-    sink = operands.sinks.astype(top.dtype).reshape(1, spec.kv_heads, spec.group, 1)
-    gradient = -jnp.sum(jnp.exp((sink - top) - rest) * row_term, axis=(0, 3))
-    return gradient.reshape(spec.heads).astype(operands.sinks.dtype)
-
-
-def _along(query: Array, d_query: Array) -> Array:
-    """(rows,): what each row of the batch adds to the gradient of the scale, as dQ is dZ K.
-
-    d_query: not yet multiplied by the scale. A query that gets no gradient may hold anything.
-    """
-    products = jnp.where(d_query == 0, 0, query.astype(d_query.dtype) * d_query)
-    return jnp.sum(products, axis=(1, 2, 3, 4))
-
-
-def _summed_like(rows: Array | None, scale: Array) -> Array:
-    assert rows is not None
-    return rows if scale.shape == rows.shape else jnp.sum(rows, keepdims=True)
-
-
-def _empty_sums(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> _Sums:
+def _empty_sums(spec: AttentionSpec, chunks: Chunks, bias: Array | None) -> _Sums:
     tile = (chunks.rows, spec.kv_heads, spec.group, chunks.queries, spec.head_dim)
     keys = (spec.batch, spec.kv_heads)
-    bias = operands.bias
+    assert bias is None or spec.d_bias_shape is not None
     return _Sums(
         query=jnp.zeros(tile, spec.accumulator),
         key=jnp.zeros((*keys, spec.head_dim, spec.keys), spec.accumulator),
         value=jnp.zeros((*keys, spec.value_dim, spec.keys), spec.accumulator),
-        bias=None if bias is None else jnp.zeros(bias.shape, _bias_sum_dtype(spec, chunks)),
-        scale=None if operands.scale is None else jnp.zeros(spec.batch, spec.accumulator),
+        bias=None if bias is None else jnp.zeros(spec.d_bias_shape, _bias_sum_dtype(spec, chunks)),
     )
 
 
 def _bias_sum_dtype(spec: AttentionSpec, chunks: Chunks) -> jnp.dtype:
     """The bias's own dtype where one tile writes each element, so that no sum is rounded twice."""
-    assert spec.bias_shape is not None
+    assert spec.d_bias_shape is not None
     assert spec.bias_dtype is not None
-    b, _, t, s = spec.bias_shape
-    one_writer = (t, s) == (spec.queries, spec.keys) and (b > 1 or chunks.rows == spec.batch)
+    b, _, t, s = spec.d_bias_shape
+    one_writer = (t, s) == (spec.queries, spec.keys) and spec.batch in (b, chunks.rows)
     return spec.bias_dtype if one_writer else spec.accumulator
 
 

@@ -138,6 +138,14 @@ class Tile:
             _row_column((self.query_positions >= self.fresh)[None], part.ndim), part, 0
         )
 
+    def sinks(self) -> Array | None:
+        """(rows or 1, K, G, 1), of sinks (N,) or with a row for each of the batch, (B, N)."""
+        sinks = self.arrays.operands.sinks
+        if sinks is None:
+            return None
+        own = sinks if sinks.ndim == 1 else self._of_rows(sinks)
+        return own.reshape(-1, self.spec.kv_heads, self.spec.group, 1)
+
     def keys(self, x: Array, j: Array, *, clear: bool) -> Array:
         """Block j of a per-key array (B, K, S, ·), with zeros past the key lengths."""
         x = lax.dynamic_slice_in_dim(x, self.row, self.chunks.rows, 0)
@@ -154,18 +162,14 @@ class Tile:
         old = lax.dynamic_slice(x, start, part.shape)
         return lax.dynamic_update_slice(x, old + part, start)
 
-    def add_rows(self, x: Array, part: Array) -> Array:
-        """x (B,) with `part`, a number for each of this tile's batch rows, added."""
-        return lax.dynamic_update_slice(x, self._of_rows(x) + part, (self.row,))
-
-    def block(self, x: Array, j: Array) -> Array:
+    def block(self, name: str, x: Array, j: Array) -> Array:
         """Block j of a bias or mask, as wide as it is: (b|1, K, G, t|1, s|1), or K = G = 1."""
-        start, size = self._window(x, j)
+        start, size = self._window(name, x, j)
         return self.spec.grouped(lax.dynamic_slice(x, start, size))
 
     def add_block(self, x: Array, part: Array, j: Array) -> Array:
-        """x, shaped like a bias, with the logits' gradient `part` summed into it at block j."""
-        start, size = self._window(x, j)
+        """x, the bias's gradient, with the logits' gradient `part` summed into it at block j."""
+        start, size = self._window("d_bias", x, j)
         part = part.reshape(
             self.chunks.rows, self.spec.heads, self.chunks.queries, self.chunks.keys
         )
@@ -203,7 +207,7 @@ class Tile:
             its = self._of_rows(operands.key_segments, self._key_start(j), self.chunks.keys)
             seen = seen & (own[:, None, None, :, None] == its[:, None, None, None, :])
         if operands.mask is not None:
-            seen = seen & self.block(operands.mask, j)
+            seen = seen & self.block("mask", operands.mask, j)
         return seen
 
     def kept(self, j: Array) -> Array | None:
@@ -248,11 +252,17 @@ class Tile:
             numbers(operands.query_offset),
         )
 
-    def _window(self, x: Array, j: Array) -> tuple[tuple[Array, ...], tuple[int, ...]]:
-        """Start and size of block j in an array that broadcasts to (B, N, T, S)."""
+    def _window(self, name: str, x: Array, j: Array) -> tuple[tuple[Array, ...], tuple[int, ...]]:
+        """Start and size of block j in a bias, its gradient or a mask.
+
+        The tile's batch rows take one row of it, or as many one after another: `choose_chunks`.
+        """
         spec, chunks = self.spec, self.chunks
-        starts: tuple[Array | int, ...] = (self.row, 0, self.query, self._key_start(j))
-        sizes = (chunks.rows, spec.heads, chunks.queries, chunks.keys)
+        rows = spec.rows(name)
+        first = rows.row(self.row) if rows.is_mixed else self.row
+        starts: tuple[Array | int, ...] = (first, 0, self.query, self._key_start(j))
+        count = chunks.rows if rows.inner.own else 1
+        sizes = (count, spec.heads, chunks.queries, chunks.keys)
         narrow = [n == 1 for n in x.shape]
         start = _at(*(0 if one else at for one, at in zip(narrow, starts, strict=True)))
         return start, tuple(1 if one else n for one, n in zip(narrow, sizes, strict=True))

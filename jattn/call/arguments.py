@@ -161,7 +161,8 @@ def _query_key_value(
     layouts = {"query": (q, "BTNH or TNH"), "key": (k, "BSKH or SKH"), "value": (v, "BSKD or SKD")}
     for name, (x, layout) in layouts.items():
         if x.ndim not in (3, 4):
-            raise ValueError(f"{name} must have shape {layout}, got {x.shape}")
+            more = _folded(name, x.shape) if x.ndim > 4 else ""
+            raise ValueError(f"{name} must have shape {layout}, got {x.shape}{more}")
         if x.ndim != q.ndim:
             raise ValueError(f"{name} must have query's rank ({q.ndim}), got shape {x.shape}")
         if 0 in x.shape:
@@ -188,6 +189,16 @@ def _query_key_value(
             + ("; arrays are read as (B, T, N, H), not (B, N, T, H)" if swapped else "")
         )
     return q, k, v, has_batch
+
+
+def _folded(name: str, shape: tuple[int, ...]) -> str:
+    """What to do with more than one axis before length, heads and head dim."""
+    batch = math.prod(shape[:-3])
+    vmap = "jax.vmap" if len(shape) == 5 else f"{len(shape) - 4} nested jax.vmap"
+    return (
+        f": {vmap} over its first axes (in_axes=None for a bias or mask that all share, which is "
+        f"read where it is, in one call), or {name}.reshape({batch}, *{name}.shape[-3:])"
+    )
 
 
 def _bias(bias: ArrayLike | None, logits_shape: Shape4) -> Array | None:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from jattn.call.band import Band
+from jattn.call.rows import Rows
 from jattn.call.sizes import is_known
 
 __all__ = ["AttentionSpec", "Operands", "Shape4"]
@@ -70,6 +71,7 @@ class AttentionSpec:
     bias_shape: Shape4 | None = None
     bias_dtype: np.dtype[np.generic] | None = None
     mask_shape: Shape4 | None = None
+    mapped_rows: tuple[tuple[str, Rows], ...] = ()
     has_query_lengths: bool = False
     has_key_lengths: bool = False
     has_segments: bool = False
@@ -81,6 +83,27 @@ class AttentionSpec:
     def group(self) -> int:
         """G, the query heads that share one key head."""
         return self.heads // self.kv_heads
+
+    def rows(self, name: str) -> Rows:
+        """Of a "bias", of its gradient, "d_bias", or of a "mask": which row the batch's rows take.
+
+        A gradient has those of its bias but where `jax.vmap` asks for one of each mapped row.
+        """
+        found = dict(self.mapped_rows)
+        if name == "d_bias" and name not in found:
+            name = "bias"
+        if name in found:
+            return found[name]
+        shape = self.mask_shape if name == "mask" else self.bias_shape
+        assert shape is not None
+        return Rows.of(shape[0], self.batch)
+
+    @property
+    def d_bias_shape(self) -> Shape4 | None:
+        """The shape of the bias's gradient."""
+        if self.bias_shape is None:
+            return None
+        return (self.rows("d_bias").count, *self.bias_shape[1:])
 
     @property
     def free_sizes(self) -> list[str]:

@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
 from jattn.call.masking import past_zeroed
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms import sharding
 from jattn.transforms.folding import Arrays, Kernel, folds_into_batch
+from jattn.transforms.mapped import mapped
 from jattn.transforms.per_shard import GRADIENTS, RESULTS, per_explicit_shard, per_shard
 from jattn.transforms.rematerialisation import named
 from jattn.transforms.reverse_only import first_order_only, naming_eager, reverse_only
@@ -33,7 +33,7 @@ __all__ = ["Kernels", "attend"]
 
 
 class Kernels(Protocol):
-    """A pair of kernels, forward and backward, hashable; `backends.kernels` explains arguments."""
+    """Forward and backward, hashable; `backends.kernels` explains the arguments."""
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]: ...
 
@@ -60,28 +60,43 @@ class Kernels(Protocol):
 
 def attend(kernels: Kernels, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
+    arrays = {name: x for name, x in operands._asdict().items() if x is not None}
     with naming_eager():
-        out, lse, _ = _attend(spec, kernels, reverse_only(sharding.varying_alike(operands)))
-    return out, lse
+        out, lse, *_ = mapped(_Attention(kernels), spec, sharding.varying_alike(arrays))
+        return out, lse
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
-    spec: AttentionSpec, kernels: Kernels, operands: Operands
-) -> tuple[Array, Array, _Sums]:
-    """Output, log-sum-exp and the same in two numbers, which has no gradient of its own."""
+type _Results = tuple[Array, Array, Array, Array]
 
+
+@dataclass(frozen=True)
+class _Attention:
+    """`mapped.Forward` by a pair of kernels: output, log-sum-exp, and the same in two numbers.
+
+    Those have no gradient of their own.
+    """
+
+    kernels: Kernels
+
+    def run(self, spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
+        return _forward(self.kernels, spec, arrays)
+
+    def derivative(self, spec: AttentionSpec, moving: Arrays, fixed: Arrays) -> tuple[Array, ...]:
+        return _with_backward(self.kernels, spec, reverse_only(moving), fixed)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> _Results:
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         return kernels.forward(spec, Operands(**arrays))
 
-    arrays = {name: x for name, x in operands._asdict().items() if x is not None}
-    b, t, n, _ = sharding.partition(operands.query)
+    b, t, n, _ = sharding.partition(arrays["query"])
     places = (jax.P(b, t, n),) * 3
     out, top, rest = _run(kernel, kernels, spec, arrays, RESULTS, places)
     unit = kernels.unit(spec)
-    if operands.sinks is not None:
-        rest = jnp.logaddexp(rest, _above(operands.sinks, top, unit))
-    return out, _log_sum_exp(top, rest, unit), (top, rest)
+    if "sinks" in arrays:
+        rest = jnp.logaddexp(rest, _above(arrays["sinks"], top, unit))
+    return out, _log_sum_exp(top, rest, unit), top, rest
 
 
 def _log_sum_exp(top: Array, rest: Array, unit: float) -> Array:
@@ -89,8 +104,8 @@ def _log_sum_exp(top: Array, rest: Array, unit: float) -> Array:
 
 
 def _above(sinks: Array, top: Array, unit: float) -> Array:
-    """The sinks (N,) less the rows' maxima (B, T, N)."""
-    return sinks.astype(top.dtype)[None, None] - _finite(top) * unit
+    """The sinks, (N,) or of each batch row (B, N), less the rows' maxima (B, T, N)."""
+    return sinks.astype(top.dtype).reshape(-1, 1, top.shape[2]) - _finite(top) * unit
 
 
 def _finite(top: Array) -> Array:
@@ -98,89 +113,80 @@ def _finite(top: Array) -> Array:
     return jnp.where(top > -jnp.inf, top, 0)
 
 
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Wanted:
-    """Which gradients are, of those that cost something to leave in."""
-
-    bias: bool
-    scale: bool
-
-    @staticmethod
-    def of(marked: Any) -> _Wanted:
-        """Of the operands, marked by whether they are differentiated."""
-        given = (marked.bias, marked.scale)
-        return _Wanted(*(x is not None and bool(x.perturbed) for x in given))
+type _Saved = tuple[Arrays, Arrays, Array, Array, Array]
 
 
-type _Sums = tuple[Array, Array]  # top and rest
-type _Saved = tuple[Operands, Array, _Sums, _Wanted]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_backward(
+    kernels: Kernels, spec: AttentionSpec, moving: Arrays, fixed: Arrays
+) -> tuple[Array, ...]:
+    return mapped(_Attention(kernels), spec, moving | fixed)
 
 
-def _attend_forward(
-    spec: AttentionSpec, kernels: Kernels, marked: Operands
-) -> tuple[tuple[Array, Array, _Sums], _Saved]:
-    operands: Operands = jax.tree.map(lambda x: x.value, marked)
-    out, _, sums = _attend(spec, kernels, operands)
-    out, sums = named(out, sums)
-    lse = _log_sum_exp(*sums, kernels.unit(spec))
-    return (out, lse, sums), (operands, out, sums, _Wanted.of(marked))
+def _forward_rule(
+    kernels: Kernels, spec: AttentionSpec, moving: Arrays, fixed: Arrays
+) -> tuple[_Results, _Saved]:
+    out, _, *sums = mapped(_Attention(kernels), spec, moving | fixed)
+    out, (top, rest) = named(out, sums)
+    lse = _log_sum_exp(top, rest, kernels.unit(spec))
+    return (out, lse, top, rest), (moving, fixed, out, top, rest)
 
 
-def _attend_backward(
-    spec: AttentionSpec, kernels: Kernels, saved: _Saved, gradients: tuple[Any, Any, Any]
-) -> tuple[Operands]:
-    operands, out, sums, wanted = saved
-    d_out, d_lse = (
-        sharding.varying_as(jnp.zeros_like(x), operands) if isinstance(d, SymbolicZero) else d
-        for x, d in zip((out, sums[0]), gradients[:2], strict=True)
-    )
-    backward = first_order_only(partial(_backward, spec, kernels, wanted))
-    return (backward(operands, out, sums, d_out, d_lse),)
+def _backward_rule(
+    kernels: Kernels, spec: AttentionSpec, saved: _Saved, gradients: _Results
+) -> tuple[dict[str, Array | None], None]:
+    moving, fixed, *results = saved
+    d_out, d_lse, *_ = gradients
+    wanted = tuple(name for name in ("bias", "scale", "sinks") if name in moving)
+    backward = first_order_only(partial(_backward, kernels, spec, wanted))
+    found = backward(Operands(**moving, **fixed), *results, d_out, d_lse)._asdict()
+    return {name: found[name] for name in moving}, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+_with_backward.defvjp(_forward_rule, _backward_rule)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(
-    spec: AttentionSpec,
     kernels: Kernels,
-    wanted: _Wanted,
+    spec: AttentionSpec,
+    wanted: tuple[str, ...],  # of bias, scale and sinks: those that moved
     operands: Operands,
     out: Array,
-    sums: _Sums,
+    top: Array,
+    rest: Array,
     d_out: Array,
     d_lse: Array,
 ) -> Operands:
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         own = {name: x for name, x in arrays.items() if name in Operands._fields}
         saved = (arrays[name] for name in ("top", "rest", "row_term", "d_out"))
-        return kernels.backward(
-            spec, Operands(**own), *saved, wants_bias=wanted.bias, wants_scale=wanted.scale
-        )
+        wants = {f"wants_{name}": name in wanted for name in ("bias", "scale")}
+        return kernels.backward(spec, Operands(**own), *saved, **wants)
 
     d_out = d_out.astype(spec.dtype)
     if operands.query_lengths is not None:
         d_out = past_zeroed(d_out, operands.query_lengths)
-    row_term = jnp.einsum("btnd,btnd->btn", out, d_out, preferred_element_type=jnp.float32) - d_lse
-    top, rest = sums
-    row_term = jnp.where(top > -jnp.inf, row_term, 0)
+    products = out.astype(spec.accumulator) * d_out.astype(spec.accumulator)
+    row_term = jnp.where(top > -jnp.inf, products.sum(axis=-1) - d_lse, 0)
     arrays = {
         name: x for name, x in operands._asdict().items() if x is not None and name != "sinks"
     }
     arrays |= {"top": top, "rest": rest, "row_term": row_term, "d_out": d_out}
-    results = (*GRADIENTS, "bias") if wanted.bias else GRADIENTS
+    results = (*GRADIENTS, "bias") if "bias" in wanted else GRADIENTS
     places = tuple(sharding.partition(arrays[name]) for name in results)
     found = _run(kernel, kernels, spec, arrays, results, places)
-    sinks = None
-    if operands.sinks is not None:
+    gradients = dict(zip(results, found, strict=True))
+    if "sinks" in wanted:
+        assert operands.sinks is not None
         above = _above(operands.sinks, top, kernels.unit(spec))
         weights = jnp.where(top > -jnp.inf, jnp.exp(jnp.minimum(above - rest, 0)), 0)
-        sinks = -jnp.sum(weights * row_term, axis=(0, 1)).astype(operands.sinks.dtype)
-    gradients = dict(zip(results, found, strict=True))
-    if wanted.scale:
+        summed_over = (0, 1) if operands.sinks.ndim == 1 else 1
+        sinks = -jnp.sum(weights * row_term, axis=summed_over)
+        gradients["sinks"] = sinks.astype(operands.sinks.dtype)
+    if "scale" in wanted:
         gradients |= _by_scale(spec, operands, gradients["query"])
-    return Operands(**gradients, sinks=sinks)
+    return Operands(**gradients)
 
 
 def _by_scale(spec: AttentionSpec, operands: Operands, unscaled: Array) -> Arrays:
@@ -188,11 +194,13 @@ def _by_scale(spec: AttentionSpec, operands: Operands, unscaled: Array) -> Array
 
     The other's is the sum over dS Q Kᵀ. A query that gets no gradient may hold anything.
     """
+    assert operands.scale is not None
+    own = operands.scale.shape[0] > 1
     query = operands.query.astype(unscaled.dtype)
     products = jnp.where(unscaled == 0, 0, query * unscaled)
     return {
         "query": (unscaled * spec.scale_beside(unscaled, operands)).astype(spec.dtype),
-        "scale": jnp.sum(products).reshape(1),
+        "scale": products.sum(axis=(1, 2, 3) if own else None).reshape(-1),
     }
 
 

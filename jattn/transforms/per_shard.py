@@ -10,6 +10,8 @@ gradients of one key head for many query heads, and of a bias that is broadcast.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +29,9 @@ from jattn.transforms.folding import Arrays, Kernel
 
 __all__ = ["GRADIENTS", "RESULTS", "per_explicit_shard", "per_shard"]
 
-# The axes of each array in the partitioner's notation, N being `_query_heads`.
+# The axes of each array, N being query heads and b the batch; see `_rule` for the partitioner's.
+# A bias or mask for some rows of the batch has B: what it has of the outermost of the axes that the
+# batch is made of.
 _AXES = {
     "query": "b t N h",
     "key": "b s k h",
@@ -60,7 +64,7 @@ def per_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
 
     def partitioned(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         axes = {name: _axes_of(name, x.shape, spec) for name, x in _in_order(arrays).items()}
-        out_axes = [axes.get(name) or _AXES[name] for name in results]
+        out_axes = _out_axes(axes, results, spec)
 
         @custom_partitioning
         def call(*held: Array) -> tuple[Array, ...]:
@@ -68,7 +72,7 @@ def per_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
 
         def partition(mesh: Mesh, arguments: Any, _: Any) -> Any:
             query, key, *_ = (_entries(x.sharding, len(x.shape)) for x in arguments)
-            kept = _Kept.of(spec, query, key)
+            kept = _Kept.of(spec, mesh, query, key)
 
             def placed(axes: str) -> NamedSharding:
                 return NamedSharding(mesh, kept.place(axes))
@@ -78,7 +82,8 @@ def per_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
 
             return mesh, on_each, tuple(map(placed, out_axes)), tuple(map(placed, axes.values()))
 
-        rule, factors = _rule(spec, list(axes.values()), ", ".join(out_axes))
+        names = ("d_bias" if name == "bias" else name for name in results)
+        rule, factors = _rule(spec, axes, dict(zip(names, out_axes, strict=True)))
         whole = ("t", "h", "s", "d", *(("word",) if "dropout_seeds" in axes else ()))
         call.def_partition(
             partition=partition,
@@ -113,9 +118,9 @@ def per_explicit_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
         if not typed:
             return kernel(spec, arrays)
         axes = {name: _axes_of(name, x.shape, spec) for name, x in _in_order(arrays).items()}
-        out_axes = [axes.get(name) or _AXES[name] for name in results]
+        out_axes = _out_axes(axes, results, spec)
         query, key = (tuple(sharding.partition(arrays[name])) for name in ("query", "key"))
-        kept = _Kept.of(spec, query, key)
+        kept = _Kept.of(spec, mesh, query, key)
         placed = [jax.sharding.reshard(arrays[name], kept.place(of)) for name, of in axes.items()]
 
         def on_each(*held: Array) -> tuple[Array, ...]:
@@ -141,9 +146,11 @@ class _Kept(NamedTuple):
     key_heads: Any = None
 
     @staticmethod
-    def of(spec: AttentionSpec, query: tuple[Any, ...], key: tuple[Any, ...]) -> _Kept:
+    def of(spec: AttentionSpec, mesh: Any, query: tuple[Any, ...], key: tuple[Any, ...]) -> _Kept:
         """By how query and key are sharded, an entry for each of their axes."""
         batch, _, heads, _ = query
+        if _outermost(spec) % math.prod(mesh.shape[axis] for axis in _names(batch)):
+            batch = None
         key_heads = key[2]
         if spec.kv_heads > 1 and heads != key_heads:
             heads = key_heads = None
@@ -151,17 +158,16 @@ class _Kept(NamedTuple):
 
     def place(self, axes: str) -> PartitionSpec:
         """How an array with these axes is laid out."""
-        named = {"b": self.batch, "k": self.key_heads, "N": self.heads}
+        named = {"b": self.batch, "B": self.batch, "k": self.key_heads, "N": self.heads}
         return PartitionSpec(*map(named.get, axes.split()))
 
     def summed_over(self, axes: str) -> tuple[str, ...]:
         """The mesh axes over which a result is a sum: those kept of what it does not have."""
         own = axes.split()
-        missing = () if "b" in own else (self.batch,)
+        missing = () if "b" in own or "B" in own else (self.batch,)
         if "N" not in own and not ("k" in own and self.key_heads is not None):
             missing += (self.heads,)
-        groups = (axis if isinstance(axis, tuple) else (axis,) for axis in missing)
-        return tuple(axis for group in groups for axis in group if axis is not None)
+        return tuple(axis for entry in missing for axis in _names(entry))
 
 
 def _on_a_device(
@@ -182,7 +188,8 @@ def _on_a_device(
         f"{name}_shape": own[name].shape for name in ("bias", "mask") if name in own
     }
     batch, kv_heads = own["query"].shape[0], own["key"].shape[2]
-    part = replace(spec, batch=batch, heads=heads, kv_heads=kv_heads, **shapes)
+    rows = tuple((name, rows.part(spec.batch // batch)) for name, rows in spec.mapped_rows)
+    part = replace(spec, batch=batch, heads=heads, kv_heads=kv_heads, mapped_rows=rows, **shapes)
     found = kernel(part, own)
     return tuple(_added_up(x, kept.summed_over(of)) for x, of in zip(found, out_axes, strict=True))
 
@@ -196,9 +203,29 @@ def _entries(placed: Any, rank: int) -> tuple[Any, ...]:
     return found + (None,) * (rank - len(found))
 
 
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a `PartitionSpec`."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _outermost(spec: AttentionSpec) -> int:
+    """The size of the outermost axis that the batch is made of, where rows of it share a bias."""
+    mixed = [rows.outer.size for _, rows in spec.mapped_rows if rows.is_mixed]
+    return math.gcd(*mixed) if mixed else spec.batch
+
+
 def _in_order(arrays: Arrays) -> Arrays:
     """In the table's order: that of a pytree's dict is its names'."""
     return {name: arrays[name] for name in _AXES if name in arrays}
+
+
+def _out_axes(axes: dict[str, str], results: tuple[str, ...], spec: AttentionSpec) -> list[str]:
+    found = {**_AXES, **axes}
+    if spec.d_bias_shape is not None:
+        found["bias"] = _axes_of("d_bias", spec.d_bias_shape, spec)
+    return [found[name] for name in results]
 
 
 def _axes_of(name: str, shape: tuple[int, ...], spec: AttentionSpec) -> str:
@@ -207,18 +234,40 @@ def _axes_of(name: str, shape: tuple[int, ...], spec: AttentionSpec) -> str:
         return "b N"
     if name == "scale" and shape != (spec.batch,):
         return "one"
-    if name not in ("bias", "mask"):
+    if name not in ("bias", "mask", "d_bias"):
         return _AXES[name]
-    full = (spec.batch, spec.heads, spec.queries, spec.keys)
-    axes = zip(_AXES[name].split(), shape, full, strict=True)
-    return " ".join(axis if n == of else f"{name}{axis.lower()}" for axis, n, of in axes)
+    rows = spec.rows(name)
+    own = {True: "B" if rows.is_mixed else "b", False: f"{name}b"}
+    full = (spec.heads, spec.queries, spec.keys)
+    axes = zip("Nts", shape[1:], full, strict=True)
+    return " ".join(
+        [own[rows.outer.own], *(x if n == of else f"{name}{x.lower()}" for x, n, of in axes)]
+    )
 
 
-def _rule(spec: AttentionSpec, axes: list[str], results: str) -> tuple[str, dict[str, int]]:
-    """The partitioner's rule, and the sizes it asks for: a query head is (key head, its group)."""
-    rule = f"{', '.join(axes)} -> {results}"
-    if spec.group == 1:
-        return rule.replace("N", "k"), {}
-    if spec.kv_heads == 1:
-        return rule.replace("N", "n"), {}
-    return rule.replace("N", "(k g)"), {"g": spec.group}
+def _rule(
+    spec: AttentionSpec, axes: dict[str, str], results: dict[str, str]
+) -> tuple[str, dict[str, int]]:
+    """The partitioner's rule, and the sizes it asks for: of what is nowhere an axis of its own.
+
+    A query head is (key head, its group). Where rows of the batch share a bias, a row is (outer,
+    inner), of which a bias or mask may have the outer, and inner ones of its own.
+    """
+    outer = _outermost(spec)
+    sizes = {"g": spec.group, "outer": outer, "inner": spec.batch // outer}
+    named = {"N": "k" if spec.group == 1 else "n" if spec.kv_heads == 1 else "(k g)"}
+    if outer < spec.batch:
+        named["b"] = "(outer inner)"
+
+    def written(name: str, of: str) -> str:
+        own = dict(named)
+        if "B" in of.split():
+            sizes[f"{name}inner"] = spec.rows(name).count // outer
+            own["B"] = "outer" if sizes[f"{name}inner"] == 1 else f"(outer {name}inner)"
+        return " ".join(own.get(axis, axis) for axis in of.split())
+
+    sides = (", ".join(written(name, of) for name, of in side.items()) for side in (axes, results))
+    rule = " -> ".join(sides)
+    alone = set(re.sub(r"\(.*?\)", "", rule).replace(",", "").split())
+    compound = set(re.sub(r"[(),]", " ", rule).split()) - alone
+    return rule, {name: size for name, size in sizes.items() if name in compound}

@@ -1,14 +1,12 @@
-"""What jax's sharded array types ask of a loop, under `jax.shard_map` and explicit meshes."""
+"""What jax's sharded array types ask of a call, under `jax.shard_map` and explicit meshes."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import jax
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
-__all__ = ["in_auto_mode", "partition", "placed", "varying_alike", "varying_as"]
+__all__ = ["partition", "placed", "varying_alike", "varying_as"]
 
 
 def varying_alike[T](tree: T) -> T:
@@ -44,17 +42,6 @@ def placed(x: Array, place: PartitionSpec) -> Array:
         return x
     laid_out: Array = jax.sharding.reshard(x, place)
     return laid_out
-
-
-def in_auto_mode[**P, R](function: Callable[P, R], results: object) -> Callable[P, R]:
-    """The same function; under a mesh with explicit axes, the compiler partitions what is inside.
-
-    results: the partition of each result, a tree like the function's.
-    """
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return function
-    automatic: Callable[P, R] = jax.sharding.auto_axes(function, out_sharding=results)
-    return automatic
 
 
 def _manual_axes(x: Array) -> frozenset[str]:

@@ -36,10 +36,10 @@ __all__ = ["bias_gradient"]
 def bias_gradient(
     spec: AttentionSpec, inputs: dict[str, Array], tiles: Tiles, *, interpret: bool
 ) -> Array:
-    """In the bias's shape, (B or 1, N or 1, T, S), and dtype."""
-    assert spec.bias_shape is not None
+    """In the gradient's shape, (rows, N or 1, T, S), and the bias's dtype."""
+    assert spec.d_bias_shape is not None
     assert spec.bias_dtype is not None
-    rows, heads, _, _ = spec.bias_shape
+    rows, heads, _, _ = spec.d_bias_shape
     names = [*inputs, "d_bias"]
 
     def kernel(*refs: Ref) -> None:
@@ -48,7 +48,7 @@ def bias_gradient(
 
     grid = (-(-spec.keys // tiles.keys), -(-spec.queries // tiles.queries), rows * heads)
     (d_bias,) = call(
-        kernel, [jax.ShapeDtypeStruct(spec.bias_shape, spec.bias_dtype)], list(inputs.values()),
+        kernel, [jax.ShapeDtypeStruct(spec.d_bias_shape, spec.bias_dtype)], list(inputs.values()),
         grid=grid, name="bias_gradient", warps=tiles.warps, stages=tiles.stages,
         interpret=interpret,
     )  # fmt: skip
@@ -58,8 +58,8 @@ def bias_gradient(
 def _kernel(
     spec: AttentionSpec, tiles: Tiles, place: tuple[Array, ...], refs: SimpleNamespace
 ) -> None:
-    assert spec.bias_shape is not None
-    rows, heads, _, _ = spec.bias_shape
+    assert spec.d_bias_shape is not None
+    rows, heads, _, _ = spec.d_bias_shape
     j, i, owner = place
     own_row, own_head = divided(owner, heads)
     shared_rows, shared_heads = spec.batch // rows, spec.heads // heads
@@ -67,7 +67,8 @@ def _kernel(
 
     def step(n: Array, d_bias: Array, *, masked: bool) -> Array:
         next_row, next_head = divided(n, shared_heads)
-        batch, head = own_row + next_row, own_head + next_head
+        batch = spec.rows("d_bias").member(own_row, next_row)
+        head = own_head + next_head
         kv_head, _ = divided(head, spec.group)
         limits = (
             query_limit(spec, refs, batch, tiles.queries),

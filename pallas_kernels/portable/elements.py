@@ -71,9 +71,9 @@ def both(a: Mask, b: Mask) -> Mask:
     return a & b
 
 
-def placed(shape: Shape4, at: Place) -> tuple[Index, Mask]:
-    """Where a tile's elements are in an array that broadcasts to (B, N, T, S); which exist."""
-    indices = (at.batch, at.head, at.query, at.key)
+def placed(spec: AttentionSpec, name: str, shape: Shape4, at: Place) -> tuple[Index, Mask]:
+    """Where a tile's elements are in a bias, its gradient or a mask, by name; which exist."""
+    indices = (spec.rows(name).row(at.batch), at.head, at.query, at.key)
     index = tuple(0 if n == 1 else i for n, i in zip(shape, indices, strict=True))
     by_row, by_key = (any(jnp.ndim(i) for i in part) for part in (index[1:3], index[3:]))
     inside = both(at.queries_inside if by_row else None, at.keys_inside if by_key else None)
@@ -100,7 +100,7 @@ def logits(spec: AttentionSpec, refs: SimpleNamespace, at: Place, s: Array) -> L
         x = _tanh(spec, x * (scale / cap))
         slope = 1 - x * x
     if spec.bias_shape is not None:
-        index, inside = placed(spec.bias_shape, at)
+        index, inside = placed(spec, "bias", spec.bias_shape, at)
         bias = _matrix(load(refs.bias, index, inside)).astype(jnp.float32)
         x = multiply_add(x, scale if cap is None else cap, bias)
     elif cap is None and (spec.scale is None or spec.scale <= 0):
@@ -154,7 +154,7 @@ def _seen(spec: AttentionSpec, refs: SimpleNamespace, at: Place) -> Mask:
             key = load(refs.key_segments, (at.batch, at.key), at.keys_inside)
             seen = both(seen, query == key)
     if spec.mask_shape is not None:
-        index, inside = placed(spec.mask_shape, at)
+        index, inside = placed(spec, "mask", spec.mask_shape, at)
         mask = load(refs.mask, index, inside)
         seen = both(seen, _matrix(mask).astype(jnp.int32) != 0)
     return seen

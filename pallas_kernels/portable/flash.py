@@ -85,9 +85,9 @@ def backward(
 
 def _way(spec: AttentionSpec) -> str | None:
     """Where the bias's gradient is summed: over keys, over queries, over what shares it, or not."""
-    if spec.bias_shape is None:
+    if spec.d_bias_shape is None:
         return None
-    b, n, t, s = spec.bias_shape
+    b, n, t, s = spec.d_bias_shape
     if s == 1:
         return "rows"
     if t == 1:
@@ -96,8 +96,12 @@ def _way(spec: AttentionSpec) -> str | None:
 
 
 def _summed(spec: AttentionSpec, partial: Array) -> Array:
-    """(B, N, T, 1) or (B, N, 1, S) summed to the bias's shape, in its dtype."""
-    assert spec.bias_shape is not None
-    pairs = zip(partial.shape, spec.bias_shape, strict=True)
-    axes = tuple(axis for axis, (whole, own) in enumerate(pairs) if own < whole)
-    return jnp.sum(partial, axis=axes, keepdims=True).astype(spec.bias_dtype)
+    """(B, N, T, 1) or (B, N, 1, S) summed to the gradient's shape, in the bias's dtype."""
+    assert spec.d_bias_shape is not None
+    axes = spec.rows("d_bias").axes
+    partial = partial.reshape(*(axis.size for axis in axes), *partial.shape[1:])
+    shared = tuple(i for i, axis in enumerate(axes) if not axis.own)
+    total = jnp.sum(partial, axis=shared).reshape(-1, *partial.shape[len(axes) :])
+    pairs = zip(total.shape, spec.d_bias_shape, strict=True)
+    narrow = tuple(axis for axis, (whole, own) in enumerate(pairs) if own < whole)
+    return jnp.sum(total, axis=narrow, keepdims=True).astype(spec.bias_dtype)

@@ -168,9 +168,9 @@ def query_gradients(
     dtype = jnp.float32 if unscaled else spec.dtype
     results = {"dq": jax.ShapeDtypeStruct((*rows, spec.head_dim), dtype)}
     if bias == "whole":
-        assert spec.bias_shape is not None
+        assert spec.d_bias_shape is not None
         assert spec.bias_dtype is not None
-        results["d_bias"] = jax.ShapeDtypeStruct(spec.bias_shape, spec.bias_dtype)
+        results["d_bias"] = jax.ShapeDtypeStruct(spec.d_bias_shape, spec.bias_dtype)
     elif bias == "rows":
         shape = (spec.batch, spec.heads, spec.queries)
         results["row_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -230,7 +230,7 @@ def _query_kernel(
         _, dx, dz = gradients(spec, refs, at, numbers, s, dp)
         dq = columns.plus(dq, columns.times(dz, k))
         if d_bias is not None:
-            index, inside = placed(d_bias.shape, at)
+            index, inside = placed(spec, "d_bias", d_bias.shape, at)
             store(d_bias, index, dx * factor, inside)
         if row is not None:
             row = row + dx.sum(axis=1, keepdims=True)
