@@ -29,6 +29,7 @@ _SET_ON_THE_MODULE = (
     "module", "mask", "bias",
 )  # fmt: skip
 _PER_ROW = ("query_seq_lengths", "key_value_seq_lengths", "query_offset")
+_ARRAYS = (*_PER_ROW, "query_segment_ids", "key_value_segment_ids", "sinks")
 
 
 def attention_fn(
@@ -152,13 +153,11 @@ class AttentionFn:
 
 def _check(options: AttentionOptions) -> None:
     """Raises what a call with these options raises, of the smallest shapes that they fit."""
-    shapes = {name: np.shape(cast(Any, x)) for name, x in options.items()}
-    query_ids, key_ids = (
-        shapes.get(name, ()) for name in ("query_segment_ids", "key_value_segment_ids")
-    )
-    per_row = (shapes.get(name, ()) for name in _PER_ROW)
+    shapes = {name: np.shape(cast(Any, options.get(name))) for name in _ARRAYS}
+    query_ids, key_ids = (shapes[name] for name in ("query_segment_ids", "key_value_segment_ids"))
+    per_row = (shapes[name] for name in _PER_ROW)
     batch = max((shape[0] for shape in (query_ids, key_ids, *per_row) if shape), default=1)
-    (heads, *_) = shapes.get("sinks") or (1,)
+    (heads, *_) = shapes["sinks"] or (1,)
 
     def zeros(ids: tuple[int, ...]) -> Array:
         return jnp.zeros((batch, ids[-1] if ids else 1, heads, 1))

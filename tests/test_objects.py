@@ -144,6 +144,7 @@ class TestOptionsAreCheckedWhenMade:
             (ValueError, "implementation", {"implementation": "xla"}),
             (ValueError, "causal_alignment", {"causal_alignment": "centre"}),
             (ValueError, "local_window_size", {"local_window_size": -1}),
+            (ValueError, "local_window_size", {"local_window_size": ((1, 2), 3)}),
             (ValueError, "logits_soft_cap", {"logits_soft_cap": 0.0}),
             (TypeError, "is_causal", {"is_causal": "yes"}),
             (TypeError, "scale", {"scale": "auto"}),
