@@ -3,7 +3,8 @@
     out = dropout(softmax(soft_cap(Q Kᵀ * scale) + bias)) V
 
 It holds the T x S logits, so its memory is quadratic; it runs only when named. It is plain jnp, so
-it has every derivative: forward, reverse, and of any order.
+it has every derivative: forward, reverse, and of any order. All is float32 (float64 for float64
+inputs), rounded to the inputs' dtype once, at the end: no weight and no gradient between.
 """
 
 from __future__ import annotations
@@ -22,12 +23,9 @@ __all__ = ["attend", "gradient_bytes"]
 
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
-    query, key, value = _without_padding(spec, operands)
+    query, key, value = (x.astype(spec.accumulator) for x in _without_padding(spec, operands))
     query = query.reshape(spec.batch, spec.queries, spec.kv_heads, spec.group, spec.head_dim)
-    logits = jnp.einsum(
-        "btkgh,bskh->bkgts", query, key,
-        preferred_element_type=spec.accumulator, precision=spec.precision,
-    )  # fmt: skip
+    logits = jnp.einsum("btkgh,bskh->bkgts", query, key, precision=spec.precision)
     seen = None
     if masking.hides_some(spec):
         seen = spec.grouped(masking.visible(spec, operands))
@@ -39,32 +37,58 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     if seen is not None:
         logits = jnp.where(seen, logits, -jnp.inf)
 
-    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    no_maximum = top == -jnp.inf
     sinks = None
     if operands.sinks is not None:
         sinks = operands.sinks.astype(logits.dtype).reshape(1, spec.kv_heads, spec.group, 1, 1)
-        top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
-    top = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(logits - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    sees_none = no_maximum & (total == 0)  # a maximum may pass over NaN, a sum does not
-    if sinks is not None:
-        total = total + jnp.exp(sinks - top)
-    total = jnp.where(sees_none, 1, total)
+    weights, _, lse = _softmax(logits, sinks)
     if operands.dropout_seeds is not None:
         kept = _kept(spec, operands.dropout_seeds)
         weights = jnp.where(kept, weights / (1 - spec.dropout_rate), 0)
 
-    out = jnp.einsum(
-        "bkgts,bskd->btkgd", weights.astype(spec.dtype), value,
-        preferred_element_type=spec.accumulator, precision=spec.precision,
-    )  # fmt: skip
-    out = (out / jnp.moveaxis(total, 3, 1)).astype(spec.dtype)
-    out = out.reshape(spec.batch, spec.queries, spec.heads, spec.value_dim)
-    lse = jnp.where(sees_none, -jnp.inf, top + jnp.log(total))[..., 0]
-    lse = jnp.moveaxis(lse, -1, 1).reshape(spec.batch, spec.queries, spec.heads)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, value, precision=spec.precision)
+    out = out.astype(spec.dtype).reshape(spec.batch, spec.queries, spec.heads, spec.value_dim)
+    lse = jnp.moveaxis(lse[..., 0], -1, 1).reshape(spec.batch, spec.queries, spec.heads)
     return named(out, lse)
+
+
+type _Softmax = tuple[Array, Array | None, Array]
+
+
+@jax.custom_jvp
+def _softmax(logits: Array, sinks: Array | None) -> _Softmax:
+    """Weights of the keys (..., T, S), of the sink (..., T, 1), and log-sum-exp (..., T, 1).
+
+    Its derivative is written in the weights themselves: what a row's gradients have in common then
+    cancels to the last bit, however they were rounded.
+    """
+    top = logits.max(axis=-1, keepdims=True)
+    no_maximum = top == -jnp.inf
+    if sinks is not None:
+        top = jnp.maximum(top, sinks)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    sees_none = no_maximum & (total == 0)  # a maximum may pass over NaN, a sum does not
+    sink_weight = None
+    if sinks is not None:
+        sink_weight = jnp.where(sees_none, 0, jnp.exp(sinks - top))
+        total = total + sink_weight
+    total = jnp.where(sees_none, 1, total)
+    lse = jnp.where(sees_none, -jnp.inf, top + jnp.log(total))
+    return weights / total, None if sink_weight is None else sink_weight / total, lse
+
+
+@_softmax.defjvp
+def _softmax_jvp(
+    primals: tuple[Array, Array | None], tangents: tuple[Array, Array | None]
+) -> tuple[_Softmax, _Softmax]:
+    found = weights, sink_weight, _ = _softmax(*primals)
+    d_logits, d_sinks = tangents
+    d_lse = (weights * d_logits).sum(axis=-1, keepdims=True)
+    if sink_weight is None or d_sinks is None:
+        return found, (weights * (d_logits - d_lse), None, d_lse)
+    d_lse = d_lse + sink_weight * d_sinks
+    return found, (weights * (d_logits - d_lse), sink_weight * (d_sinks - d_lse), d_lse)
 
 
 def gradient_bytes(spec: AttentionSpec, target: Target) -> int:

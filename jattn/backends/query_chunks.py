@@ -21,9 +21,11 @@ Pᵀ dO would, runs at half the speed of dOᵀ P on a CPU.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jattn.backends.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
@@ -214,23 +216,33 @@ def _times_keys(spec: AttentionSpec, weights: Array, key: Array) -> Array:
 def _over_rows(spec: AttentionSpec, rows: Array, weights: Array) -> Array:
     """(r, K, G, q, h) x (r, K, G, q, s) -> (r, K, h, s): Qᵀ dS and dOᵀ P, summed over the group."""
     r, k, g, q, s = weights.shape
-    return jnp.einsum(
-        "rkmh,rkms->rkhs",
-        rows.reshape(r, k, g * q, -1),
-        weights.reshape(r, k, g * q, s).astype(spec.dtype),
-        preferred_element_type=spec.accumulator,
-        precision=spec.precision,
-    )
+    rows, weights = rows.reshape(r, k, g * q, -1), weights.reshape(r, k, g * q, s)
+    return _einsum("rkmh,rkms->rkhs", spec, rows, weights)
 
 
 def _product(equation: str, spec: AttentionSpec, rows: Array, key: Array) -> Array:
     """A product over the rows of a tile, all heads of a group against their one key head."""
     r, k, g, q, last = rows.shape
-    out = jnp.einsum(
-        equation,
-        rows.reshape(r, k, g * q, last).astype(spec.dtype),
-        key,
-        preferred_element_type=spec.accumulator,
-        precision=spec.precision,
-    )
+    out = _einsum(equation, spec, rows.reshape(r, k, g * q, last), key)
     return out.reshape(r, k, g, q, out.shape[-1])
+
+
+def _einsum(equation: str, spec: AttentionSpec, a: Array, b: Array) -> Array:
+    """A product summed in the accumulator, of operands in the call's dtype.
+
+    On a CPU, which has no units for floats of two bytes, of operands in the accumulator: XLA there
+    converts them, or refuses (it depends on their strides and batch axes); and nothing is rounded.
+    """
+
+    def of(dtype: np.dtype[np.generic], a: Array, b: Array) -> Array:
+        return jnp.einsum(
+            equation, a.astype(dtype), b.astype(dtype),
+            preferred_element_type=spec.accumulator, precision=spec.precision,
+        )  # fmt: skip
+
+    if spec.dtype == spec.accumulator:
+        return of(spec.dtype, a, b)
+    product: Array = lax.platform_dependent(
+        a, b, cpu=partial(of, spec.accumulator), default=partial(of, spec.dtype)
+    )
+    return product
