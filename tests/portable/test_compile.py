@@ -52,6 +52,7 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
         "mask_soft_cap_sinks": 36,
         "packed": 8,
         "one_query": 36,
+        "offsets": 616,  # a band and a shared bias: 576 where the offset is known
     },
 }
 
