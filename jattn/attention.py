@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Never, Unpack
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -229,7 +230,7 @@ def memory_efficient_attention(
     """
     check_keywords("memory_efficient_attention", options)
     call = attention_call(query, key, value, bias, mask, **options)
-    if query_chunk_size is None and key_chunk_size is None:
+    if (query_chunk_size is None and key_chunk_size is None) or call.spec.is_empty:
         return _run(call, "memory_efficient")
     sizes = (query_chunk_size, key_chunk_size)
     return call.result(*memory_efficient.attend(call.spec, call.operands, current_target(), *sizes))
@@ -237,5 +238,16 @@ def memory_efficient_attention(
 
 def _run(call: AttentionCall, implementation: Implementation | None) -> Array | tuple[Array, Array]:
     target = current_target()
+    if call.spec.is_empty:
+        table.candidates(implementation)  # refuses a name that is none
+        return call.result(*_of_nothing(call))
     form = table.choose(call.spec, target, implementation)
     return call.result(*form.attend(call.spec, call.operands, target))
+
+
+def _of_nothing(call: AttentionCall) -> tuple[Array, Array]:
+    """What queries give that see no key, or none of them: no backend has to know of it."""
+    spec, query = call.spec, call.operands.query
+    rows = (spec.batch, spec.queries, spec.heads)
+    out = jnp.zeros((*rows, spec.value_dim), query.dtype)
+    return out, jnp.full(rows, -jnp.inf, spec.accumulator)

@@ -65,9 +65,9 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
 
 
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
-    """Output (B, T, N, D); the log-sum-exp is never asked of cuDNN and comes as NaN."""
+    """Output (B, T, N, D); the log-sum-exp is never asked of cuDNN and comes as 0."""
     out = _attend(spec, operands.query, operands.key, operands.value, operands.bias)
-    return out, jnp.full(out.shape[:-1], jnp.nan, spec.accumulator)
+    return out, jnp.zeros(out.shape[:-1], spec.accumulator)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

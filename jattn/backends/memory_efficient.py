@@ -104,7 +104,7 @@ def choose_chunks(
         most_queries, most_keys = sorted((most_queries, most_keys // 2))
     queries = smaller(most_queries if queries is None else queries, spec.queries)
     keys = smaller(most_keys if keys is None else keys, spec.keys)
-    if not is_known(spec.batch, queries, keys):
+    if spec.is_empty or not is_known(spec.batch, queries, keys):
         return Chunks(1, queries, keys)
     rows = max(1, budget // (spec.heads * queries * keys))
     # Rows of a tile share one row of a bias, or have each their own: see `Tile`.

@@ -165,8 +165,8 @@ def _query_key_value(
             raise ValueError(f"{name} must have shape {layout}, got {x.shape}{more}")
         if x.ndim != q.ndim:
             raise ValueError(f"{name} must have query's rank ({q.ndim}), got shape {x.shape}")
-        if 0 in x.shape:
-            raise ValueError(f"{name} must have no empty dimension, got shape {x.shape}")
+        if 0 in x.shape[-2:]:
+            raise ValueError(f"{name} must have heads and a head dim above 0, got shape {x.shape}")
         if x.dtype.name not in DTYPES:
             raise TypeError(f"{name} must have a dtype of {', '.join(DTYPES)}, got {x.dtype}")
         if x.dtype != q.dtype:

@@ -112,6 +112,13 @@ class AttentionSpec:
         return [f"{name} {size}" for name, size in sizes.items() if not is_known(size)]
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is no batch row, no query or no key."""
+        return any(
+            isinstance(size, int) and size == 0 for size in (self.batch, self.queries, self.keys)
+        )
+
+    @property
     def accumulator(self) -> np.dtype[np.generic]:
         """The dtype of sums and softmax: float32, or float64 for float64 inputs."""
         return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
