@@ -14,7 +14,7 @@ from jattn.backends import memory_efficient, table
 from jattn.backends.table import Implementation
 from jattn.call.arguments import Alignment, AttentionCall, AttentionOptions, Window, attention_call
 from jattn.call.keywords import check_keywords
-from jattn.call.target import current_target
+from jattn.call.target import target_of
 
 __all__ = [
     "dot_product_attention",
@@ -233,14 +233,15 @@ def memory_efficient_attention(
     if (query_chunk_size is None and key_chunk_size is None) or call.spec.is_empty:
         return _run(call, "memory_efficient")
     sizes = (query_chunk_size, key_chunk_size)
-    return call.result(*memory_efficient.attend(call.spec, call.operands, current_target(), *sizes))
+    target = target_of(call.operands)
+    return call.result(*memory_efficient.attend(call.spec, call.operands, target, *sizes))
 
 
 def _run(call: AttentionCall, implementation: Implementation | None) -> Array | tuple[Array, Array]:
-    target = current_target()
     if call.spec.is_empty:
         table.candidates(implementation)  # refuses a name that is none
         return call.result(*_of_nothing(call))
+    target = target_of(call.operands)
     form = table.choose(call.spec, target, implementation)
     return call.result(*form.attend(call.spec, call.operands, target))
 

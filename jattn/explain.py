@@ -16,7 +16,7 @@ from jattn.call.arguments import AttentionOptions, attention_call
 from jattn.call.keywords import check_keywords
 from jattn.call.sizes import is_known
 from jattn.call.spec import AttentionSpec
-from jattn.call.target import Target, asking_about, current_target
+from jattn.call.target import Target, asking_about, target_of
 
 __all__ = ["BackendReport", "Explanation", "explain"]
 
@@ -131,7 +131,8 @@ def explain(
     spec = _spec(dict(query=query, key=key, value=value, bias=bias, mask=mask, **options))
     candidates = table.candidates(implementation)
     with asking_about(device):
-        target = current_target()
+        given = (query, key, value, bias, mask, *options.values())
+        target = target_of([x for x in given if isinstance(x, jax.Array)])
         reports = [_report(name, spec, target, candidates) for name in NAMES]
         runs = (form.name for form in candidates if not form.reasons(spec, target))
         chosen = next(runs, None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
-__all__ = ["Target", "asking_about", "current_target"]
+__all__ = ["Target", "asking_about", "current_target", "target_of"]
 
 # Compute capability by device name, for a device that is not there to be asked: compiling on one
 # machine for another. NVIDIA, "CUDA GPU compute capability", by data-centre and workstation part.
@@ -78,6 +78,32 @@ def _named(device: object) -> Target:
     return Target("gpu", f"NVIDIA {name}", _CAPABILITY_OF_NAME[name], is_supposed=True)
 
 
+def target_of(arrays: object) -> Target:
+    """The device of a tree of arrays, if they are there and committed to it; else the current one.
+
+    What `jax.jit` traces is nowhere yet. Differentiated or mapped outside it, arrays still are.
+    """
+    values = [_value(x) for x in jax.tree.leaves(arrays)]
+    known = [x for x in values if x is not None]
+    committed = [x for x in known if x.committed]
+    if not committed or len(known) < len(values) or _is_set():
+        return current_target()
+    return _of_device(next(iter(committed[0].devices())))
+
+
+def _is_set() -> bool:
+    """Whether a context says what the target is."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return _supposed.value is not None or abstract is not None
+
+
+def _value(x: object) -> jax.Array | None:
+    """The array inside, below what differentiates and maps it; None if there is none yet."""
+    while isinstance(x, jax.core.Tracer):
+        x = getattr(x, "primal", getattr(x, "val", None))
+    return x if isinstance(x, jax.Array) else None
+
+
 def current_target() -> Target:
     """The abstract mesh's device if one is set, else the default device; read while tracing."""
     supposed: Target | None = _supposed.value
@@ -90,7 +116,10 @@ def current_target() -> Target:
             abstract.device_kind,
             _capability_of_name(abstract.device_kind),
         )
-    device = _default_device()
+    return _of_device(_default_device())
+
+
+def _of_device(device: jax.Device) -> Target:
     capability = getattr(device, "compute_capability", None)
     return Target(
         _platform(device.platform, device.device_kind),
