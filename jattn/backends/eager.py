@@ -84,11 +84,17 @@ def _softmax_jvp(
 ) -> tuple[_Softmax, _Softmax]:
     found = weights, sink_weight, _ = _softmax(*primals)
     d_logits, d_sinks = tangents
-    d_lse = (weights * d_logits).sum(axis=-1, keepdims=True)
+
+    def weighted(x: Array) -> Array:
+        # Chosen, not multiplied, where nothing is seen: a hidden value may be so large that what
+        # comes back to its weight is infinite.
+        return weights * jnp.where(weights == 0, 0, x)
+
+    d_lse = weighted(d_logits).sum(axis=-1, keepdims=True)
     if sink_weight is None or d_sinks is None:
-        return found, (weights * (d_logits - d_lse), None, d_lse)
+        return found, (weighted(d_logits - d_lse), None, d_lse)
     d_lse = d_lse + sink_weight * d_sinks
-    return found, (weights * (d_logits - d_lse), sink_weight * (d_sinks - d_lse), d_lse)
+    return found, (weighted(d_logits - d_lse), sink_weight * (d_sinks - d_lse), d_lse)
 
 
 def gradient_bytes(spec: AttentionSpec, target: Target) -> int:

@@ -97,7 +97,7 @@ def against(a: Matrix, b: Matrix) -> Array:
 def times(p: Array, b: Matrix) -> Sums:
     """P B, part by part, P as B is: rounded to its dtype, or in terms."""
     count = len(b[0])
-    factor = terms(p, count) if count > 1 else (p.astype(b[0][0].dtype),)
+    factor = terms(p, count, any_size=False) if count > 1 else (p.astype(b[0][0].dtype),)
     return tuple(product(factor, y) for y in b)
 
 

@@ -40,17 +40,27 @@ def factor(spec: AttentionSpec, x: Array) -> Array:
     return x if count == 1 else jnp.stack(terms(x, count))
 
 
-def terms(x: Array, count: int) -> tuple[Array, ...]:
-    """Several of bfloat16 whose sum is x, float32, to the bits that they have."""
+def terms(x: Array, count: int, *, any_size: bool = True) -> tuple[Array, ...]:
+    """Several of bfloat16 whose sum is x, float32, to the bits that they have.
+
+    any_size: x may hold numbers next to the largest, whose terms are finite too; infinities, which
+      are themselves and zeros; and NaN, which are NaN. Costs something for each number: weights
+      have none of these.
+    """
     found = []
     for _ in range(count - 1):
-        found.append(_rounded(x))
-        x = x - found[-1]
+        term = _rounded(x, any_size=any_size)
+        found.append(term)
+        rest = x - term
+        x = jnp.where(jnp.abs(term) == jnp.inf, jnp.zeros_like(x), rest) if any_size else rest
     return tuple(term.astype(jnp.bfloat16) for term in (*found, x))
 
 
-def _rounded(x: Array) -> Array:
+def _rounded(x: Array, *, any_size: bool) -> Array:
     """To the eight bits of bfloat16, as float32: a conversion there and back XLA may leave out."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    bits = (bits + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000)
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    up = bits + jnp.uint32(0x8000)
+    if any_size:
+        to_infinity = (bits & jnp.uint32(0x7FFF8000)) == jnp.uint32(0x7F7F8000)
+        up = jnp.where(to_infinity, bits, up)
+    return lax.bitcast_convert_type(up & jnp.uint32(0xFFFF0000), jnp.float32)

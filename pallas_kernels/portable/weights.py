@@ -11,9 +11,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.portable.elements import Place, dropped, logits
+from pallas_kernels.portable.elements import Place, dropped, logits, may_hide
 from pallas_kernels.portable.triton import exp2
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def gradients(
     top, rest, row_term = rows
     x, c, slope = logits(spec, refs, at, s)
     p = exp2(x, c, top, rest)
+    if at.masked or may_hide(spec):
+        dp = jnp.where(p == 0.0, 0.0, dp)  # a hidden value may be so large that its dP is infinite
     kept = dropped(spec, refs, at, p)
     if spec.dropout_rate > 0:
         dx = kept * dp - p * (row_term * (1 - spec.dropout_rate))
