@@ -24,7 +24,6 @@ COLLECTIVE = re.compile(
 )
 PLACES = {
     "rows": (4, 1, (P("x"),) * 3 + (P(), P(), P("x"))),
-    "heads": (1, 4, (P(None, None, "y"),) * 3 + (P(None, "y"), P("y"), P())),
     "both": (2, 2, (P("x", None, "y"),) * 3 + (P(), P(), P("x"))),
 }
 

@@ -79,7 +79,8 @@ class _Attention:
     kernels: Kernels
 
     def run(self, spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        return _forward(self.kernels, spec, arrays)
+        found: _Results = _forward(self.kernels, spec, arrays)
+        return found
 
     def derivative(self, spec: AttentionSpec, moving: Arrays, fixed: Arrays) -> tuple[Array, ...]:
         return _with_backward(self.kernels, spec, reverse_only(moving), fixed)
@@ -161,8 +162,13 @@ def _backward(
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         own = {name: x for name, x in arrays.items() if name in Operands._fields}
         saved = (arrays[name] for name in ("top", "rest", "row_term", "d_out"))
-        wants = {f"wants_{name}": name in wanted for name in ("bias", "scale")}
-        return kernels.backward(spec, Operands(**own), *saved, **wants)
+        return kernels.backward(
+            spec,
+            Operands(**own),
+            *saved,
+            wants_bias="bias" in wanted,
+            wants_scale="scale" in wanted,
+        )
 
     d_out = d_out.astype(spec.dtype)
     if operands.query_lengths is not None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jattn.call.rows import Rows
 from jattn.call.spec import AttentionSpec
 
 __all__ = ["Arrays", "Kernel", "batched_call", "folds_into_batch"]
@@ -56,7 +57,7 @@ def batched_call(
     - sinks: those may be (N,), for all rows of the batch, and become (B, N) only where mapped;
     - a bias or mask, which is read where it is: `AttentionSpec.rows` says which row of it.
     """
-    rows = {
+    rows: dict[str, Rows] = {
         name: spec.rows(name).within(size, own=is_batched[name])
         for name in ("bias", "mask")
         if name in arrays

@@ -78,7 +78,8 @@ def _jvp(primals: Any, tangents: Any, *, forward: Any, spec: Any, names: Any, **
     fixed = {name: x for name, x in arrays.items() if name not in moving}
 
     def derivative(moving: Arrays) -> Results:
-        return forward.derivative(spec, moving, fixed)
+        found: Results = forward.derivative(spec, moving, fixed)
+        return found
 
     found = jax.jvp(derivative, ({name: arrays[name] for name in moving},), (moving,))
     return found
