@@ -114,9 +114,7 @@ class AttentionSpec:
     @property
     def is_empty(self) -> bool:
         """Whether there is no batch row, no query or no key."""
-        return any(
-            isinstance(size, int) and size == 0 for size in (self.batch, self.queries, self.keys)
-        )
+        return any(is_known(size) and size == 0 for size in (self.batch, self.queries, self.keys))
 
     @property
     def accumulator(self) -> np.dtype[np.generic]:
