@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,18 +74,30 @@ def test_a_gpu_backend_refuses_what_is_on_the_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
-def test_on_a_machine_with_a_gpu(name: str) -> None:
-    found = CALLS[name](on_cpu())
-    assert {device.platform for device in found.devices()} == {"cpu"}
-    with jax.default_device(jax.devices("cpu")[0]):
-        np.testing.assert_allclose(found, jax.jit(CALLS[name])(on_cpu()), atol=1e-5)
+def test_on_a_machine_with_a_gpu(name: str, dtype: Any) -> None:
+    cpu = jax.devices("cpu")[0]
+    x = on_cpu().astype(dtype)
+    with jattn.attention_backend("eager"):
+        want = np.asarray(CALLS["call" if name == "chunks" else name](x.astype(jnp.float32)))
+    atol = (1e-5 if dtype == jnp.float32 else 0.03) * max(1, np.abs(want).max())
+    for function in (CALLS[name], jax.jit(CALLS[name])):
+        found = [function(x)]
+        with jax.default_device(cpu):
+            found.append(function(x))
+        for one in found:
+            assert one.devices() == {cpu}
+            np.testing.assert_allclose(np.asarray(one, np.float32), want, atol=atol)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-def test_arrays_on_the_gpu_still_take_its_kernels() -> None:
-    x = drawn(jax.devices()[0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_arrays_on_the_gpu_still_take_its_kernels(dtype: Any) -> None:
+    x = drawn(jax.devices("gpu")[0]).astype(dtype)
     assert jattn.explain(x, x, x).chosen == "flash"
-    text: str = jax.jit(lambda x: attend(x, x, x)).lower(x).compile().as_text()
-    assert "custom-call" in text
+    for function in (CALLS["call"], gradient):
+        compiled = jax.jit(function).lower(x).compile()
+        assert re.search("custom_call_target=.*(triton|mosaic)", compiled.as_text())
+        assert {device.platform for device in compiled(x).devices()} == {"gpu"}

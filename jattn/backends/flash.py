@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 
 from jax import Array
 
-from jattn.backends import kernels
+from jattn.backends import elsewhere, kernels
 from jattn.backends.kernels import Family
 from jattn.call.determinism import is_deterministic
 from jattn.call.spec import AttentionSpec, Operands
@@ -38,12 +38,12 @@ def attend_on_hopper(
     spec: AttentionSpec, operands: Operands, target: Target
 ) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N), by the Hopper kernels."""
-    return derivatives.attend(kernels.kernels_of("hopper", "flash"), spec, operands)
+    return derivatives.attend(elsewhere.kernels_anywhere("hopper", "flash"), spec, operands)
 
 
 def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> tuple[Array, Array]:
     """The same by the portable kernels."""
-    return derivatives.attend(kernels.kernels_of("portable", "flash"), spec, operands)
+    return derivatives.attend(elsewhere.kernels_anywhere("portable", "flash"), spec, operands)
 
 
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:

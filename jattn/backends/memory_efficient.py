@@ -8,14 +8,10 @@ every call.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from jax import Array
 
-from jattn.backends import kernels, query_chunks
-from jattn.backends.tiles import Chunks
-from jattn.call.sizes import is_known, smaller
+from jattn.backends import elsewhere
+from jattn.backends.loops import Loops, choose_chunks
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
@@ -23,22 +19,16 @@ from jattn.transforms import derivatives
 __all__ = [
     "attend",
     "attend_in_kernels",
-    "choose_chunks",
     "gradient_bytes",
     "kernel",
 ]
-
-# Chunk sizes by platform: (logits per step, most queries, most keys). CPU: a step's logits should
-# stay in the last-level cache. GPU: enough work per step to hide the launch of its kernels.
-_STEP_LOGITS = {"cpu": 2**20, "gpu": 2**26}
-_MOST = {"cpu": (256, 512), "gpu": (1024, 1024)}
 
 
 def attend_in_kernels(
     spec: AttentionSpec, operands: Operands, target: Target
 ) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N), by the Pallas kernels."""
-    return derivatives.attend(kernels.kernels_of("portable", "chunked"), spec, operands)
+    return derivatives.attend(elsewhere.kernels_anywhere("portable", "chunked"), spec, operands)
 
 
 def attend(
@@ -49,74 +39,9 @@ def attend(
     key_chunk_size: int | None = None,
 ) -> tuple[Array, Array]:
     """The same in XLA, with chunk sizes given, or chosen for what one device holds of the call."""
-    loops = _Loops(target, query_chunk_size, key_chunk_size)
+    loops = Loops(target, query_chunk_size, key_chunk_size)
     loops.chunks(spec)
     return derivatives.attend(loops, spec, operands)
-
-
-@dataclass(frozen=True)
-class _Loops:
-    """The pair of `query_chunks`, with the chunk sizes that were asked for."""
-
-    target: Target
-    queries: int | None
-    keys: int | None
-    can_partition = True
-
-    def chunks(self, spec: AttentionSpec) -> Chunks:
-        return choose_chunks(spec, self.target, self.queries, self.keys)
-
-    def unit(self, spec: AttentionSpec) -> float:
-        return 1.0
-
-    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
-        return query_chunks.forward(spec, self.chunks(spec), operands)
-
-    def backward(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        row_term: Array,
-        d_out: Array,
-        *,
-        wants_bias: bool,
-        wants_scale: bool,
-    ) -> tuple[Array, ...]:
-        saved = (operands, top, rest, row_term, d_out)
-        return query_chunks.backward(
-            spec, self.chunks(spec), *saved, wants_bias=wants_bias, wants_scale=wants_scale
-        )
-
-
-def choose_chunks(
-    spec: AttentionSpec, target: Target, queries: int | None = None, keys: int | None = None
-) -> Chunks:
-    """Chunk sizes by shape and platform, or those asked for, cut to the sequence."""
-    _check_chunk_size("query_chunk_size", queries)
-    _check_chunk_size("key_chunk_size", keys)
-    platform = "cpu" if target.platform == "cpu" else "gpu"
-    budget, (most_queries, most_keys) = _STEP_LOGITS[platform], _MOST[platform]
-    if spec.band.width is not None:  # blocks wider than the band would be mostly hidden
-        most_keys = min(most_keys, max(128, 2 ** round(math.log2(max(spec.band.width, 1)))))
-    while spec.heads * most_queries * most_keys > budget and most_keys > 64:
-        most_queries, most_keys = sorted((most_queries, most_keys // 2))
-    queries = smaller(most_queries if queries is None else queries, spec.queries)
-    keys = smaller(most_keys if keys is None else keys, spec.keys)
-    if spec.is_empty or not is_known(spec.batch, queries, keys):
-        return Chunks(1, queries, keys)
-    rows = max(1, budget // (spec.heads * queries * keys))
-    # Rows of a tile share one row of a bias, or have each their own: see `Tile`.
-    alike = math.gcd(spec.batch, *(rows.inner.size for _, rows in spec.mapped_rows))
-    rows = max(r for r in range(1, min(rows, alike) + 1) if alike % r == 0)
-    return Chunks(rows, queries, keys)
-
-
-def _check_chunk_size(name: str, size: object) -> None:
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 1):
-        return
-    raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
 
 
 def kernel(spec: AttentionSpec, target: Target) -> str:

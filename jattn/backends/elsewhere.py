@@ -1,0 +1,118 @@
+"""Kernels for NVIDIA's GPUs that are the loops in XLA where the program runs on anything else.
+
+What `jax.jit` traces on a machine with a GPU may be lowered for its CPU: for arrays that are
+committed there, or exported for both. The loops then save what the kernels would, and take it.
+
+A row's maximum m is saved in the kernels' unit u, as a float32 t, and what t u lacks of it is in
+the number beside it. Both need the product t u exactly, hi + lo: it is of numbers cut in two halves
+of 12 bits, whose products a compiler may join to sums as it likes, since none of them is rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jattn.backends.kernels import Family, Kernels, kernels_of
+from jattn.backends.loops import Loops
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.target import Target
+from jattn.transforms.per_platform import on_nvidia
+
+__all__ = ["kernels_anywhere"]
+
+_LOOPS = Loops(Target("cpu", "cpu"), None, None)
+_HIGH_BITS = 0xFFFFF000  # of a float32: sign, exponent and the first 11 of 23 bits
+
+
+def kernels_anywhere(
+    family: Family, algorithm: Literal["flash", "chunked"]
+) -> Kernels | _WithLoops:
+    """The pair, with the loops beside it but where its text is interpreted."""
+    kernels = kernels_of(family, algorithm)
+    return kernels if kernels.interpret else _WithLoops(kernels)
+
+
+@dataclass(frozen=True)
+class _WithLoops:
+    """A pair of kernels, and the loops for where they do not run (`derivatives.Kernels`)."""
+
+    kernels: Kernels
+
+    @property
+    def can_partition(self) -> bool:
+        return self.kernels.can_partition
+
+    def unit(self, spec: AttentionSpec) -> float:
+        return self.kernels.unit(spec)
+
+    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
+        kernel = partial(self.kernels.forward, spec)
+        out, top, rest = on_nvidia(kernel, partial(_forward, self.unit(spec), spec), operands)
+        return out, top, rest
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        row_term: Array,
+        d_out: Array,
+        *,
+        wants_bias: bool,
+        wants_scale: bool,
+    ) -> tuple[Array, ...]:
+        wanted = {"wants_bias": wants_bias, "wants_scale": wants_scale}
+        return on_nvidia(
+            partial(self.kernels.backward, spec, **wanted),
+            partial(_backward, self.unit(spec), spec, **wanted),
+            *(operands, top, rest, row_term, d_out),
+        )
+
+
+def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
+    out, natural, rest = _LOOPS.forward(spec, operands)
+    seen = natural > -jnp.inf
+    finite = jnp.where(seen, natural, 0)
+    top = finite / unit
+    high, low = _product(top, unit)
+    return out, jnp.where(seen, top, -jnp.inf), rest + ((finite - high) - low)
+
+
+def _backward(
+    unit: float,
+    spec: AttentionSpec,
+    operands: Operands,
+    top: Array,
+    rest: Array,
+    row_term: Array,
+    d_out: Array,
+    *,
+    wants_bias: bool,
+    wants_scale: bool,
+) -> tuple[Array, ...]:
+    seen = top > -jnp.inf
+    high, low = _product(jnp.where(seen, top, 0), unit)
+    natural = jnp.where(seen, high, -jnp.inf)
+    saved = (natural, rest + low, row_term, d_out)
+    return _LOOPS.backward(spec, operands, *saved, wants_bias=wants_bias, wants_scale=wants_scale)
+
+
+def _product(x: Array, unit: float) -> tuple[Array, Array]:
+    """x * float32(unit) as a float32 and what it lacks."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(_HIGH_BITS)
+    x_high = lax.bitcast_convert_type(bits, jnp.float32)
+    x_low = x - x_high
+    u = np.float32(unit)
+    u_high = (u.view(np.uint32) & np.uint32(_HIGH_BITS)).view(np.float32)
+    u_low = u - u_high
+    first, second, third = x_high * u_high, x_high * u_low, x_low * u_high
+    last = x_low * u_low
+    high = first + (second + (third + last))
+    return high, (((first - high) + second) + third) + last
