@@ -416,6 +416,12 @@ def thorough(*parameters: Any) -> list[Any]:
     return [pytest.param(*each, marks=pytest.mark.thorough) for each in parameters]
 
 
+def first(count: int, parameters: Iterable[Any]) -> list[Any]:
+    """As many of a test's parameters always, the others with --thorough."""
+    each = list(parameters)
+    return [*each[:count], *thorough(*((x,) for x in each[count:]))]
+
+
 # Every argument, and every pair of arguments that meet in the code, in few calls.
 ORDINARY = """
     plain odd_sizes one_query_one_key groups_of_three value_dim_smaller no_batch_axis negative_scale

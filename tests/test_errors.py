@@ -260,7 +260,7 @@ WRONG = [
         "'heads'",
         broadcast_dropout="heads",
     ),
-    case("residual_int", TypeError, "return_residual", "1", return_residual=1),
+    case("residual_text", TypeError, "return_residual", "'yes'", return_residual="yes"),
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax import Array
 
 import jattn
+from tests.cases import first
 
 FUNCTIONS = [jattn.memory_efficient_attention, jattn.eager_attention]
 
@@ -24,7 +25,7 @@ def _error(found: Array, expected: Array) -> float:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", first(1, ["bfloat16", "float16"]))
 @pytest.mark.parametrize(
     "transform",
     [
@@ -50,7 +51,7 @@ def test_mapped_gradients(function: Callable, dtype: str, transform: Callable) -
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", first(1, ["float16", "bfloat16"]))
 def test_heads_before_positions(function: Callable, dtype: str) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 2, 4, 8)).astype(dtype)
 

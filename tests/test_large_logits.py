@@ -15,6 +15,7 @@ import pytest
 import jattn
 from tests import extremes
 from tests.backends import EAGER, Backend, Results, quick_jit
+from tests.cases import first
 from tests.hopper import exact as hopper
 
 LEAST = float(np.finfo(np.float32).min)
@@ -95,30 +96,31 @@ def check_sums(backend: Backend, arrays: Results) -> None:
     np.testing.assert_allclose(weight_sums(backend, arrays), 1, atol=0.01)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", first(1, ["-1e9", *(n for n in CASES if n != "-1e9")]))
 @pytest.mark.parametrize("backend", extremes.EVERY, ids=str)
 def test_weights_of_a_row_add_up_to_one(backend: Backend, name: str) -> None:
     check_sums(backend, CASES[name](queries=8))
 
 
-@pytest.mark.parametrize("name", ["-1e9", "finfo.min", "3e38", "uneven products"])
+@pytest.mark.parametrize("name", first(1, ["finfo.min", "-1e9", "3e38", "uneven products"]))
 @pytest.mark.parametrize("backend", extremes.EVERY, ids=str)
 def test_results_are_exact(backend: Backend, name: str) -> None:
     extremes.check(backend, CASES[name](queries=8))
 
 
-@pytest.mark.parametrize("name", ["-1e9", "products of 1e4"])
+@pytest.mark.parametrize("name", first(1, ["products of 1e4", "-1e9"]))
 def test_results_are_exact_where_keys_are_split(name: str) -> None:
     arrays = CASES[name](queries=1, keys=600)
     extremes.check(KERNELS, arrays)
     check_sums(KERNELS, arrays)
 
 
-@pytest.mark.parametrize("number", [1e3, 1e4])
+@pytest.mark.parametrize("number", first(1, [1e4, 1e3]))
 def test_weights_add_up_to_one_in_hopper_kernels(number: float) -> None:
     check_sums(extremes.HOPPER, constant(number, dtype=jnp.bfloat16))
 
 
+@pytest.mark.thorough
 def test_sinks_share_a_row_of_large_products() -> None:
     """A sink as large as the products has the weight of one key more."""
     arrays = hidden_by(-1e9) | {"sinks": np.array([-1e9, -1e30], np.float32)}

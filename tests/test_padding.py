@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.backends import BACKENDS, DEFAULT, Backend, Results, call, quick_jit
-from tests.cases import EVERYTHING, Case, operands
+from tests.backends import BACKENDS, CHUNKED, DEFAULT, EAGER, Backend, Results, call, quick_jit
+from tests.cases import EVERYTHING, Case, first, operands, thorough
 
 LENGTHS: dict[str, Any] = {"query_lengths": (13, 24), "key_lengths": (21, 0)}
 PADDED = [
@@ -65,9 +65,16 @@ def planted(case: Case, seed: int, poison: float) -> Results:
     return arrays
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("poison", first(1, [np.nan, np.inf, 1e30]))
 @pytest.mark.parametrize(
-    ("backend", "case"), [*product(BACKENDS, PADDED), (DEFAULT, EVERYTHING)], ids=str
+    ("backend", "case"),
+    [
+        *product(BACKENDS, PADDED[1:3]),
+        (CHUNKED, EVERYTHING),
+        *thorough(*product(BACKENDS, PADDED[:1] + PADDED[3:4])),
+        *thorough((EAGER, EVERYTHING), (DEFAULT, EVERYTHING)),
+    ],
+    ids=str,
 )
 def test_padding_changes_no_bit(backend: Backend, case: Case, poison: float, seed: int) -> None:
     run = compiled(backend, case, seed)

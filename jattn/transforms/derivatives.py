@@ -101,7 +101,7 @@ def _forward(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> _Results:
 
 
 def _log_sum_exp(top: Array, rest: Array, unit: float) -> Array:
-    return jnp.where(top > -jnp.inf, _finite(top) * unit + rest, -jnp.inf)
+    return jnp.where(top == -jnp.inf, -jnp.inf, _finite(top) * unit + rest)
 
 
 def _above(sinks: Array, top: Array, unit: float) -> Array:
@@ -110,8 +110,8 @@ def _above(sinks: Array, top: Array, unit: float) -> Array:
 
 
 def _finite(top: Array) -> Array:
-    """The maxima with 0 for a row that sees no key."""
-    return jnp.where(top > -jnp.inf, top, 0)
+    """The maxima with 0 for a row that sees no key; NaN stays NaN."""
+    return jnp.where(top == -jnp.inf, 0, top)
 
 
 type _Saved = tuple[Arrays, Arrays, Array, Array, Array]
@@ -174,7 +174,7 @@ def _backward(
     if operands.query_lengths is not None:
         d_out = past_zeroed(d_out, operands.query_lengths)
     products = out.astype(spec.accumulator) * d_out.astype(spec.accumulator)
-    row_term = jnp.where(top > -jnp.inf, products.sum(axis=-1) - d_lse, 0)
+    row_term = jnp.where(top == -jnp.inf, 0, products.sum(axis=-1) - d_lse)
     arrays = {
         name: x for name, x in operands._asdict().items() if x is not None and name != "sinks"
     }
@@ -186,7 +186,7 @@ def _backward(
     if "sinks" in wanted:
         assert operands.sinks is not None
         above = _above(operands.sinks, top, kernels.unit(spec))
-        weights = jnp.where(top > -jnp.inf, jnp.exp(jnp.minimum(above - rest, 0)), 0)
+        weights = jnp.where(top == -jnp.inf, 0, jnp.exp(jnp.minimum(above - rest, 0)))
         summed_over = (0, 1) if operands.sinks.ndim == 1 else 1
         sinks = -jnp.sum(weights * row_term, axis=summed_over)
         gradients["sinks"] = sinks.astype(operands.sinks.dtype)

@@ -53,7 +53,8 @@ def spec_of(case: Case) -> AttentionSpec:
         found.append(attention_call(q, k, v, **options).spec)
         return q
 
-    call(Backend("spec", record), drawn, drawn.differentiable)
+    # Traced: of known lengths negative ones are refused.
+    jax.eval_shape(lambda: call(Backend("spec", record), drawn, drawn.differentiable))
     return found[0]
 
 
