@@ -65,6 +65,7 @@ same(gradient(sharded)(q, k), gradient(whole)(q, k))
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_sharded_attention_is_the_same(name: str) -> None:
     env = os.environ | {
