@@ -66,15 +66,14 @@ def test_run_on_a_cpu_they_are_as_exact(backend: Backend, name: str, seed: int) 
     check_what_sees_nothing_is_zero(backend, case, seed)
 
 
-@pytest.mark.parametrize(
-    ("backend", "name"),
-    [(HOPPER, "uneven products"), (FLASH, "-1e9"), *thorough((CHUNKED, "3e38"))],
-    ids=str,
-)
-def test_weights_sum_to_1_beside_large_logits(backend: Backend, name: str) -> None:
-    """The rows' maxima are saved in another unit than the loops'."""
-    arrays = LARGE[name](dtype=jnp.bfloat16 if backend is HOPPER else np.float32)
-    np.testing.assert_allclose(weight_sums(backend, arrays), 1, atol=0.01)
+def test_weights_sum_to_1_beside_large_logits() -> None:
+    """The rows' maxima are saved in another unit than the loops', where a float32 is another one.
+
+    In steps of 256, by one of which weights would be all or nothing.
+    """
+    arrays = LARGE["uneven products"](dtype=jnp.bfloat16)
+    arrays["query"] = arrays["query"] * (1 + np.arange(64) / 64).astype(jnp.bfloat16)[:, None, None]
+    np.testing.assert_allclose(weight_sums(HOPPER, arrays), 1, atol=0.01)
 
 
 def drawn(seed: int) -> jax.Array:

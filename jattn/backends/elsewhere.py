@@ -3,9 +3,9 @@
 What `jax.jit` traces on a machine with a GPU may be lowered for its CPU: for arrays that are
 committed there, or exported for both. The loops then save what the kernels would, and take it.
 
-A row's maximum m is saved in the kernels' unit u, as a float32 t, and what t u lacks of it is in
-the number beside it. Both need the product t u exactly, hi + lo: it is of numbers cut in two halves
-of 12 bits, whose products a compiler may join to sums as it likes, since none of them is rounded.
+A row's maximum is saved in the kernels' unit, and what it loses by that in the number beside it.
+Forward and backward take the same product with the unit for it, to the last bit: of numbers cut in
+two halves of 12 bits, whose products are not rounded, so that a compiler may join them to sums.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class _WithLoops:
         wants_bias: bool,
         wants_scale: bool,
     ) -> tuple[Array, ...]:
-        wanted = {"wants_bias": wants_bias, "wants_scale": wants_scale}
-        return on_nvidia(
-            partial(self.kernels.backward, spec, **wanted),
-            partial(_backward, self.unit(spec), spec, **wanted),
-            *(operands, top, rest, row_term, d_out),
+        kernel = partial(self.kernels.backward, spec)
+        loops = partial(_backward, self.unit(spec), spec)
+        kernel, loops = (
+            partial(of, wants_bias=wants_bias, wants_scale=wants_scale) for of in (kernel, loops)
         )
+        return on_nvidia(kernel, loops, operands, top, rest, row_term, d_out)
 
 
 def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
@@ -81,8 +81,8 @@ def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Arra
     seen = natural > -jnp.inf
     finite = jnp.where(seen, natural, 0)
     top = finite / unit
-    high, low = _product(top, unit)
-    return out, jnp.where(seen, top, -jnp.inf), rest + ((finite - high) - low)
+    rest = rest + (finite - _natural(top, unit))
+    return out, jnp.where(seen, top, -jnp.inf), rest
 
 
 def _backward(
@@ -98,21 +98,17 @@ def _backward(
     wants_scale: bool,
 ) -> tuple[Array, ...]:
     seen = top > -jnp.inf
-    high, low = _product(jnp.where(seen, top, 0), unit)
-    natural = jnp.where(seen, high, -jnp.inf)
-    saved = (natural, rest + low, row_term, d_out)
+    natural = jnp.where(seen, _natural(jnp.where(seen, top, 0), unit), -jnp.inf)
+    saved = (natural, rest, row_term, d_out)
     return _LOOPS.backward(spec, operands, *saved, wants_bias=wants_bias, wants_scale=wants_scale)
 
 
-def _product(x: Array, unit: float) -> tuple[Array, Array]:
-    """x * float32(unit) as a float32 and what it lacks."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(_HIGH_BITS)
-    x_high = lax.bitcast_convert_type(bits, jnp.float32)
-    x_low = x - x_high
+def _natural(top: Array, unit: float) -> Array:
+    """top * unit, and the same number for the same arguments, whatever it is compiled with."""
+    bits = lax.bitcast_convert_type(top, jnp.uint32) & jnp.uint32(_HIGH_BITS)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    low = top - high
     u = np.float32(unit)
     u_high = (u.view(np.uint32) & np.uint32(_HIGH_BITS)).view(np.float32)
     u_low = u - u_high
-    first, second, third = x_high * u_high, x_high * u_low, x_low * u_high
-    last = x_low * u_low
-    high = first + (second + (third + last))
-    return high, (((first - high) + second) + third) + last
+    return high * u_high + (high * u_low + (low * u_high + low * u_low))

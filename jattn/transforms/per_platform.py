@@ -28,6 +28,8 @@ def on_nvidia(
     To stand inside of what knows vmap and derivatives. Both give arrays of the same shapes; the
     dtypes are the kernel's.
     """
+    leaves: list[Array]
+    tree: Any
     leaves, tree = jax.tree.flatten(arrays)
 
     def call(*held: Array) -> Results:
