@@ -15,6 +15,7 @@ import pytest
 
 import jattn
 from jattn.call import target
+from tests.cases import thorough
 
 GPU = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
 attend = partial(jattn.dot_product_attention, is_causal=True)
@@ -49,7 +50,9 @@ CALLS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @pytest.mark.usefixtures("beside_a_gpu")
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", ["call", "vmap of gradient", *thorough(("gradient",), ("vmap",), ("chunks",))]
+)
 def test_committed_to_the_cpu(name: str) -> None:
     found = CALLS[name](on_cpu())
     with jattn.attention_backend("eager"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 import jattn
+from jattn.backends.kernels import lacks, only
+from jattn.call.target import current_target
 from jattn.flash_attention import interpreted
 from tests import reference, tolerance
 from tests.backends import quick_jit
+from tests.cases import thorough
 
 B, T, S, N, K, H = 2, 24, 40, 4, 2, 16
 SCALES = (0.4, -0.3, 0.0)  # of one compiled function
@@ -54,11 +57,19 @@ HOPPER = Way("hopper", jattn.flash_attention, partial(on_hopper, deterministic=F
 APART = Way(
     "hopper-apart", jattn.flash_attention, partial(on_hopper, deterministic=True), jnp.bfloat16
 )
-WAYS = [EAGER, XLA, FLASH, CHUNKED, HOPPER, APART]
+# The kernels themselves.
+ON_HOPPER = Way("hopper on a GPU", jattn.flash_attention, dtype=jnp.bfloat16)
+APART_ON_HOPPER = replace(
+    ON_HOPPER, name="hopper-apart on a GPU", context=jattn.deterministic_gradients
+)
+ON_GPU = Way("portable-flash on a GPU", jattn.flash_attention, partial(only, "portable"))
+ON_GPU_16 = replace(ON_GPU, name="portable-flash, bfloat16, on a GPU", dtype=jnp.bfloat16)
+CHUNKED_ON_GPU = Way("portable-chunked on a GPU", jattn.memory_efficient_attention)
 CALLS: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": True},
     "lengths_cap": {"key_value_seq_lengths": LENGTHS, "logits_soft_cap": 2.0},
 }
+BIAS = np.random.default_rng(6).standard_normal((1, N, T, S)).astype(np.float32)
 
 
 @cache
@@ -70,6 +81,10 @@ def arrays(dtype: Any) -> dict[str, Any]:
     return made | {"dlse": rng.standard_normal((B, T, N)).astype(np.float32)}
 
 
+def options(call: str) -> dict[str, Any]:
+    return {"bias": BIAS, "is_causal": True} if call == "bias" else CALLS[call]
+
+
 @cache
 def found(way: Way, call: str, dtype: Any) -> Callable[[float], dict[str, Any]]:
     """Output, log-sum-exp and gradients by scale, compiled once."""
@@ -78,7 +93,7 @@ def found(way: Way, call: str, dtype: Any) -> Callable[[float], dict[str, Any]]:
     @quick_jit
     def run(scale: jax.Array) -> dict[str, Any]:
         def attend(q: Any, k: Any, v: Any, scale: Any) -> Any:
-            return way.function(q, k, v, scale=scale, return_residual=True, **CALLS[call])
+            return way.function(q, k, v, scale=scale, return_residual=True, **options(call))
 
         (out, lse), vjp = jax.vjp(attend, drawn["q"], drawn["k"], drawn["v"], scale)
         names = ("q", "k", "v", "scale")
@@ -98,13 +113,12 @@ def exact(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the formula makes of it in float64, with the scale inside the query, and magnitudes."""
     drawn = {name: reference.float64(x) for name, x in arrays(dtype).items()}
-    lengths = CALLS[call].get("key_value_seq_lengths")
-    seen = reference.visible(
-        B, T, S, causal=CALLS[call].get("is_causal", False), key_lengths=lengths
-    )
+    asked = options(call)
+    lengths = asked.get("key_value_seq_lengths")
+    seen = reference.visible(B, T, S, causal=asked.get("is_causal", False), key_lengths=lengths)
     made = reference.attention(
         drawn["q"] * scale, drawn["k"], drawn["v"], seen=seen, scale=1.0,
-        soft_cap=CALLS[call].get("logits_soft_cap"),
+        soft_cap=asked.get("logits_soft_cap"), bias=asked.get("bias"),
     )  # fmt: skip
 
     def by_scale(of: dict[str, Any], q: Any, scale: float) -> dict[str, Any]:
@@ -123,14 +137,37 @@ def exact(
 @pytest.mark.parametrize(
     ("way", "call"),
     [
-        *((way, call) for way in (EAGER, XLA, FLASH) for call in CALLS),
-        (CHUNKED, "lengths_cap"),
+        *((way, "lengths_cap") for way in (EAGER, XLA, FLASH)),
         (HOPPER, "causal"),
-        (APART, "lengths_cap"),
+        *thorough(
+            *((way, "causal") for way in (EAGER, XLA, FLASH)),
+            *((way, "lengths_cap") for way in (CHUNKED, APART)),
+        ),
     ],
     ids=str,
 )
 def test_value_and_gradient_are_those_of_the_formula(way: Way, call: str) -> None:
+    check(way, call)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    ("way", "call"),
+    [
+        *((way, call) for way in (ON_HOPPER, APART_ON_HOPPER) for call in CALLS),
+        *((way, call) for way in (ON_GPU, ON_GPU_16, CHUNKED_ON_GPU) for call in (*CALLS, "bias")),
+    ],
+    ids=str,
+)
+def test_in_kernels_on_a_gpu(way: Way, call: str) -> None:
+    if way in (ON_HOPPER, APART_ON_HOPPER) and lacks("hopper", current_target()):
+        pytest.skip("the GPU is not a Hopper one")
+    check(way, call)
+
+
+def check(way: Way, call: str) -> None:
+    """Output, log-sum-exp and every gradient against float64, beside eager."""
     for scale in SCALES if way.dtype == jnp.float32 else SCALES[1:2]:
         got, peer = (found(x, call, way.dtype)(scale) for x in (way, EAGER))
         values, sizes = exact(call, way.dtype, scale)
@@ -144,7 +181,7 @@ def test_value_and_gradient_are_those_of_the_formula(way: Way, call: str) -> Non
                 )
 
 
-@pytest.mark.parametrize("way", [XLA, FLASH, APART], ids=str)
+@pytest.mark.parametrize("way", [XLA, *thorough((FLASH,), (APART,))], ids=str)
 def test_gradients_of_the_rest_alone(way: Way) -> None:
     """Where the scale is an array without a gradient: 1 / sqrt(H), computed inside jit."""
     drawn = arrays(way.dtype)
@@ -168,7 +205,7 @@ def test_gradients_of_the_rest_alone(way: Way) -> None:
     assert tolerance.error(got, value) <= 4 * tolerance.epsilon(way.dtype) * size.max()
 
 
-@pytest.mark.parametrize("way", [XLA, FLASH], ids=str)
+@pytest.mark.parametrize("way", [XLA, *thorough((FLASH,))], ids=str)
 def test_mapped_over_the_scale(way: Way) -> None:
     drawn = arrays(jnp.float32)
     scales = jnp.array([0.4, -0.3, 0.0])
