@@ -160,7 +160,7 @@ def test_large_logits_in_hopper_kernels_on_a_gpu(
         {"local_window_size": (30, 9)},
         {"key_value_seq_lengths": (300,)},
     ]
-    for options, make, number in product(every, [constant, uneven], [1e3, largest]):
+    for options, (make, number) in product(every, [(uneven, 1e3), (constant, largest)]):
         arrays = make(number, queries=96, keys=333, dtype=jnp.dtype(dtype))
         arrays = {name: np.tile(x, (1, 1, 1, size // 64)) for name, x in arrays.items()}
         exact = weight_sums(EAGER, arrays, **options)
