@@ -117,8 +117,8 @@ def backward(
             logits, slope = _logits(tile, query, key, j, clear=clear)
             weights = jnp.exp((logits - tile_top) - tile_rest)
             d_weights = _against_keys(spec, d_rows, value)
-            # A hidden value may be so large that its dP is infinite.
-            d_weights = jnp.where(weights == 0, 0, d_weights)
+            if not clear:  # a hidden value may be so large that its dP is infinite
+                d_weights = jnp.where(weights == 0, 0, d_weights)
             kept_weights = weights
             kept = tile.kept(j)
             if kept is not None:
