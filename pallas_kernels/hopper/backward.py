@@ -10,10 +10,11 @@ weights by more than 2^-10, that is where some logit is beyond 10,000 or so.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jattn.call.masking import past_zeroed
@@ -75,10 +76,12 @@ def backward(
         "k": _whole(key, tiles),
         "v": _whole(value, tiles),
         "do": _whole(d_out, tiles),
-        "lse": _by_block(
-            jnp.pad(high, more, constant_values=jnp.inf), jnp.pad(low, more), tiles.queries
+        "rows": _by_block(
+            jnp.pad(high, more, constant_values=jnp.inf),
+            jnp.pad(low, more),
+            jnp.pad(row_term, more),
+            queries=tiles.queries,
         ),
-        "row_term": jnp.pad(row_term, more),
         "ranges": ranges,
         "in_two": _in_groups(spec, jnp.abs(low) > 2**-10),
     }
@@ -126,9 +129,17 @@ def _in_groups(spec: AttentionSpec, flags: Array) -> Array:
     return grouped.any(axis=2).astype(jnp.int32)
 
 
-def _by_block(high: Array, low: Array, queries: int) -> Array:
-    """(B, N, rows) twice as (B, N, blocks, 2, queries): a block's are copied together."""
-    return jnp.stack([x.reshape(*x.shape[:2], -1, queries) for x in (high, low)], axis=3)
+def _by_block(*vectors: Array, queries: int) -> Array:
+    """Each (B, N, rows), as (B, N, blocks, vectors, queries): a block's are copied together.
+
+    By choices, which XLA makes together with the vectors, and not by a concatenation, which it
+    makes by itself.
+    """
+    parts = [x.reshape(*x.shape[:2], -1, 1, queries) for x in vectors]
+    which = lax.broadcasted_iota(jnp.int32, (len(parts), queries), 0)
+    return functools.reduce(
+        lambda made, i: jnp.where(which == i, parts[i], made), range(1, len(parts)), parts[0]
+    )
 
 
 def _at_once(
@@ -140,8 +151,8 @@ def _at_once(
         dq, dk, dv = results
         dk[...], dv[...] = backward_kernel.launch(spec, tiles, inputs, dq, interpret=interpret)
 
-    b, n, rows = inputs["row_term"].shape
-    dq = jnp.zeros((b, rows, n, inputs["q"].shape[3]), jnp.float32)
+    b, n, blocks, _, queries = inputs["rows"].shape
+    dq = jnp.zeros((b, blocks * queries, n, inputs["q"].shape[3]), jnp.float32)
     # Not by `new_ref`, whose effect cannot be partitioned.
     dq, dk, dv = pl.run_state(run)((dq, *(jnp.zeros_like(inputs[name]) for name in "kv")))
     return dq, dk, dv

@@ -21,11 +21,12 @@ from pallas_kernels.hopper.visits import Visits
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["WGMMA", "Block", "banded", "each"]
+__all__ = ["HIGH", "LOW", "ROW", "ROW_TERM", "WGMMA", "Block", "banded", "each"]
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a key
 COLUMN = WGMMA.reduce(0)  # one value a query
+HIGH, LOW, ROW_TERM = range(3)  # a query's vectors: its log-sum-exp in two, and its row term
 
 
 class Block:
@@ -50,7 +51,7 @@ class Block:
         return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
 
     def weights(self, x: Array, c: float, lse: Ref, *, in_two: bool) -> Array:
-        """exp of the logits (64, queries), x c in base 2, less the log-sum-exps (2, queries)."""
+        """exp of the logits (64, queries), x c in base 2, less the log-sum-exps in two."""
         exponent = x * c - self.row(lse.at[0])
         return jnp.exp2(exponent - self.row(lse.at[1]) if in_two else exponent)
 

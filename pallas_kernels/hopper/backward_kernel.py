@@ -20,7 +20,7 @@ Shared memory, with the barriers that guard it (`full`: a copy has landed; `free
 done; both for each slot of a ring):
 
     k_smem, v_smem (128, H), (128, D)                              kv_full
-    q_smem, do_smem (stages, queries, H or D), lse_smem, row_term_smem    full[slot], free[slot]
+    q_smem, do_smem (stages, queries, H or D), rows_smem         full[slot], free[slot]
     ds_smem        (2, 128, queries)                               ds_full
     dq_smem        (2, half of a block's dQ)                 waits for its own warpgroup's copy
 """
@@ -38,12 +38,21 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.backward_block import Block, banded, each
+from pallas_kernels.hopper.backward_block import (
+    HIGH,
+    LOW,
+    ROW,
+    ROW_TERM,
+    WGMMA,
+    Block,
+    banded,
+    each,
+)
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
-from pallas_kernels.hopper.softmax import logits
+from pallas_kernels.hopper.softmax import across, logits
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
@@ -89,12 +98,7 @@ def launch(
         @pl.when(warpgroup < w)
         def _() -> None:
             plgpu.set_max_registers(240, action="increase")
-            # A body each, so that neither takes registers from the other.
-            lax.cond(
-                block.in_two,
-                lambda: _compute(block, warpgroup, in_two=True),
-                lambda: _compute(block, warpgroup, in_two=False),
-            )
+            _compute(block, warpgroup)
 
         @pl.when(warpgroup == w)
         def _() -> None:
@@ -143,11 +147,11 @@ def _scratch(
         "v_smem": matrix(tiles.keys, value),
         "q_smem": matrix(stages, queries, head),
         "do_smem": matrix(stages, queries, value),
-        "lse_smem": plgpu.SMEM((stages, 2, queries), jnp.float32),
-        "row_term_smem": plgpu.SMEM((stages, queries), jnp.float32),
+        "rows_smem": plgpu.SMEM((stages, 3, queries), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
-        "full": plgpu.Barrier(num_arrivals=4 + spec.has_segments, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=3 + spec.has_segments, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
+        "folded": plgpu.Barrier(num_barriers=stages),
     }
     if makes_dq:
         scratch["ds_smem"] = matrix(2, tiles.keys, queries)
@@ -184,9 +188,8 @@ def _load(block: Block) -> None:
             plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
 
         copy(refs.q.at[batch, queries, head], refs.q_smem)
-        copy(refs.lse.at[batch, head, at], refs.lse_smem)
+        copy(refs.rows.at[batch, head, at], refs.rows_smem)
         copy(refs.do.at[batch, queries, head], refs.do_smem)
-        copy(refs.row_term.at[batch, head, queries], refs.row_term_smem)
         if spec.has_segments:
             copy(refs.query_segments.at[batch, queries], refs.q_segments)
 
@@ -195,8 +198,8 @@ def _load(block: Block) -> None:
         plgpu.barrier_wait(refs.free.at[slot])
 
 
-def _compute(block: Block, warpgroup: Array, *, in_two: bool) -> None:
-    """A compute warpgroup: 64 keys of the tile. in_two: log-sum-exps have a second part."""
+def _compute(block: Block, warpgroup: Array) -> None:
+    """A compute warpgroup: 64 keys of the tile."""
     spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
     head, value = refs.k_smem.shape[-1], refs.v_smem.shape[-1]
     for slot in range(tiles.stages):
@@ -206,8 +209,7 @@ def _compute(block: Block, warpgroup: Array, *, in_two: bool) -> None:
     dk, dv = accumulator(
         "dk", (ROWS, head),
         lambda dk: accumulator(
-            "dv", (ROWS, value),
-            lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv, in_two=in_two),
+            "dv", (ROWS, value), lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv)
         ),
     )  # fmt: skip
     plgpu.wait_smem_to_gmem(0)
@@ -232,13 +234,7 @@ def _accumulator(
 
 
 def _visit_all(
-    block: Block,
-    warpgroup: Array,
-    accumulator: Any,
-    dk_acc: Ref,
-    dv_acc: Ref,
-    *,
-    in_two: bool,
+    block: Block, warpgroup: Array, accumulator: Any, dk_acc: Ref, dv_acc: Ref
 ) -> tuple[Array, Array]:
     """Every visit of the tile in every head of the group; dK and dV."""
     spec, seam, visit = block.spec, block.seam, block.visits
@@ -246,9 +242,9 @@ def _visit_all(
 
     def over_head(h: Array) -> None:
         def loop(start: Any, stop: Any, *, masked: bool) -> None:
-            each(start, stop, lambda i: step(h, i, masked=masked, in_two=in_two))
+            each(start, stop, lambda i: step(h, i, masked=masked))
 
-        if not block.masked or block.tiles.one_loop or in_two:
+        if not block.masked or block.tiles.one_loop:
             loop(0, visit.count, masked=block.masked)
             return
         loop(0, visit.clear_from, masked=True)
@@ -263,6 +259,32 @@ def _visit_all(
     return seam.wait(dk_acc, in_flight=0), seam.wait(dv_acc, in_flight=0)
 
 
+def _fold(block: Block, warpgroup: Array, slot: Array) -> None:
+    """dO and D of a block times what the low part of the log-sum-exp takes from P.
+
+        P = f P'      dV = P'ᵀ (f dO)      dSᵀ = P'ᵀ (V (f dO)ᵀ - f D)      f = 2^-low
+
+    So that P', which knows the high part alone, does for P.
+    """
+    spec, seam, refs = block.spec, block.seam, block.refs
+
+    @pl.when(warpgroup == 0)
+    def _() -> None:
+        for row in range(0, block.tiles.queries, ROWS):
+            rows = pl.ds(row, ROWS)
+            factor = jnp.exp2(-seam.load(refs.rows_smem.at[slot, LOW, rows], ROW))
+            row_term = refs.rows_smem.at[slot, ROW_TERM, rows]
+            row_term[...] = seam.load(row_term, ROW) * factor
+            for column in range(0, refs.do_smem.shape[-1], 64):
+                do = refs.do_smem.at[slot, rows, pl.ds(column, 64)]
+                folded = seam.load(do, WGMMA).astype(jnp.float32) * across(factor, 64)
+                do[...] = folded.astype(spec.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.folded.at[slot])
+
+    plgpu.barrier_wait(refs.folded.at[slot])
+
+
 def _step(
     block: Block,
     warpgroup: Array,
@@ -273,7 +295,6 @@ def _step(
     i: Array,
     *,
     masked: bool,
-    in_two: bool,
 ) -> None:
     """Visit i of head h: one block of queries."""
     spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
@@ -287,47 +308,26 @@ def _step(
     q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
     first_query = (block.visits.first + i) * tiles.queries
 
-    def weights(s_acc: Ref, *, in_flight: int) -> tuple[Array, Array]:
-        """P, and what dP - D is to be multiplied by."""
-        capped = spec.logits_soft_cap is not None
-        s = seam.wait(s_acc, in_flight=0 if capped else in_flight)
-        x, c = logits(spec, block.scale, s)
-        p = block.weights(x, c, refs.lse_smem.at[slot], in_two=in_two)
-        if masked:
-            p = block.hide(p, warpgroup * ROWS, first_query, slot)
-        if not capped:
-            return p, p
-        return p.astype(spec.dtype), p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
-
-    def gradient(slope: Array, dp_acc: Ref) -> Array:
-        dp = seam.wait(dp_acc, in_flight=0)
-        return slope * (dp - block.row(refs.row_term_smem.at[slot]))
-
-    def together(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
+    def weights(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
         seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
         seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
-        p, slope = weights(s_acc, in_flight=1)
-        ds = gradient(slope, dp_acc)
+        capped = spec.logits_soft_cap is not None
+        s = seam.wait(s_acc, in_flight=0 if capped else 1)
+        x, c = logits(spec, block.scale, s)
+        p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
+        if masked:
+            p = block.hide(p, warpgroup * ROWS, first_query, slot)
+        slope = p
+        if capped:
+            slope, p = p * (1 - x * x), p.astype(spec.dtype)  # d tanh(y) = 1 - tanh² y
+        dp = seam.wait(dp_acc, in_flight=0)
+        ds = slope * (dp - block.row(refs.rows_smem.at[slot, ROW_TERM]))
         return p.astype(spec.dtype), ds.astype(spec.dtype)
-
-    def scores(s_acc: Ref) -> tuple[Array, Array]:
-        seam.matmul_into(s_acc, k, q.T)
-        return weights(s_acc, in_flight=0)
-
-    def then(slope: Array, dp_acc: Ref) -> Array:
-        seam.matmul_into(dp_acc, v, do.T)
-        return gradient(slope, dp_acc)
 
     shape = (ROWS, tiles.queries)
     plgpu.barrier_wait(refs.full.at[slot])
-    if in_two:  # rare: one product after the other, as there are no registers for both
-        p, slope = accumulator("s", shape, scores)
-        ds = accumulator("dp", shape, partial(then, slope))
-        p, ds = p.astype(spec.dtype), ds.astype(spec.dtype)
-    else:
-        p, ds = accumulator(
-            "s", shape, lambda s_acc: accumulator("dp", shape, partial(together, s_acc))
-        )
+    pl.when(block.in_two)(partial(_fold, block, warpgroup, slot))
+    p, ds = accumulator("s", shape, lambda s_acc: accumulator("dp", shape, partial(weights, s_acc)))
     if not block.makes_dq:
         seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO
         seam.matmul_into(dk_acc, ds, q)  # dK += dSᵀ Q

@@ -17,7 +17,7 @@ Shared memory, with the barriers that guard it (`full`: a copy has landed; `free
 done):
 
     q_smem, do_smem    (W, 64, H), (W, 64, D)         rows_full[w]       dQ goes out through Q
-    lse_smem, row_term_smem    (W, 2, 64), (W, 64)
+    rows_smem          (W, 3, 64)
     k_smem             (key slots, keys, H)           k_full[slot], k_free[slot]
     v_smem             (stages, keys, D)              v_full[slot], v_free[slot]
 """
@@ -32,10 +32,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jattn.call.masking import hides_some
+from pallas_kernels.hopper.backward_block import ROW_TERM
+from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
@@ -66,17 +69,17 @@ def launch(
 
     unscaled: what dS K is multiplied by instead of the scale.
 
-    inputs: q, k, v and do, in sizes that can be copied in tiles; lse in base 2 by blocks,
-      (B, N, blocks, 2, 64 or 128), rounded and what that leaves, infinite and 0 where a row sees
-      nothing; and row_term (B, N, rows). Rows are a multiple of 128. What is left multiplies all
-      weights of a row by one factor, and so its dQ.
+    inputs: q, k, v and do, in sizes that can be copied in tiles; and `rows` by blocks,
+      (B, N, blocks, 3, 64 or 128): the log-sum-exp in base 2, rounded and what that leaves,
+      infinite and 0 where a row sees nothing, and the row term. Rows are a multiple of 128. What
+      is left multiplies all weights of a row by one factor, and so its dQ.
     """
     seam = Seam(interpret)
     head, value = inputs["q"].shape[3], inputs["v"].shape[3]
     tiles = tiles or choose_query_tiles(spec, head, value)
     plan = plan_of(spec, tiles)
-    inputs = {name: inputs[name] for name in ("q", "k", "v", "do", "lse", "row_term")}
-    inputs["zero"] = jnp.zeros(1, jnp.int32)
+    inputs = {name: inputs[name] for name in ("q", "k", "v", "do", "rows")}
+    inputs["zero"] = constant(np.zeros(1, np.int32))
     for name in ("query_lengths", "key_lengths", "query_offset"):
         if getattr(operands, name) is not None:
             inputs[name] = getattr(operands, name)
@@ -177,9 +180,8 @@ def _scratch(plan: Plan, tiles: QueryTiles, head: int, value: int) -> dict[str, 
         "do_smem": matrix(w, ROWS, value),
         "k_smem": matrix(key_slots, tiles.keys, head),
         "v_smem": matrix(stages, tiles.keys, value),
-        "lse_smem": plgpu.SMEM((w, 2, ROWS), jnp.float32),
-        "row_term_smem": plgpu.SMEM((w, ROWS), jnp.float32),
-        "rows_full": ring(w, 4 + spec.has_segments),
+        "rows_smem": plgpu.SMEM((w, 3, ROWS), jnp.float32),
+        "rows_full": ring(w, 3 + spec.has_segments),
         "k_full": ring(key_slots, 1 + spec.has_segments),
         "k_free": ring(key_slots, w),
         "v_full": ring(stages, 1),
@@ -198,13 +200,10 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         full, rows = refs.rows_full.at[w], pl.ds(work.query + w * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, work.head], refs.q_smem.at[w], full)
         plgpu.copy_gmem_to_smem(refs.do.at[batch, rows, work.head], refs.do_smem.at[w], full)
-        size = refs.lse.shape[-1]
+        size = refs.rows.shape[-1]
         block = quotient(work.query, size) + w * ROWS // size
-        lse = refs.lse.at[batch, work.head, block, :, pl.ds(w * ROWS % size, ROWS)]
-        plgpu.copy_gmem_to_smem(lse, refs.lse_smem.at[w], full)
-        plgpu.copy_gmem_to_smem(
-            refs.row_term.at[batch, work.head, rows], refs.row_term_smem.at[w], full
-        )
+        own = refs.rows.at[batch, work.head, block, :, pl.ds(w * ROWS % size, ROWS)]
+        plgpu.copy_gmem_to_smem(own, refs.rows_smem.at[w], full)
         if plan.spec.has_segments:
             ids = refs.query_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.q_segments.at[w], full)
@@ -255,7 +254,7 @@ class Rows:
         dq = self.accumulator(self.visit_all, "dq", refs.q_smem.shape[-1])
         q_smem = refs.q_smem.at[number]
         scale = self.scale if unscaled is None else unscaled
-        factor = jnp.exp2(-self.seam.load(refs.lse_smem.at[number, 1], ROW))
+        factor = jnp.exp2(-self.seam.load(refs.rows_smem.at[number, 1], ROW))
         dq = dq * across(factor * scale, dq.shape[1])
         q_smem[...] = dq.astype(self.plan.spec.dtype)
         plgpu.commit_smem()
@@ -309,11 +308,11 @@ class Rows:
             slope = None if spec.logits_soft_cap is None else 1 - x * x
             if masked:
                 x = hide(self.plan, seam, refs, self.work, self.steps, self.warpgroup, x, i, k_slot)
-            p = jnp.exp2(x * c - self.row(refs.lse_smem.at[self.warpgroup.number, 0]))
+            p = jnp.exp2(x * c - self.row(refs.rows_smem.at[self.warpgroup.number, 0]))
             if slope is not None:
                 p = p * slope  # d tanh(y) = 1 - tanh² y
             dp = seam.wait(dp_acc, in_flight=late)
-            row_term = self.row(refs.row_term_smem.at[self.warpgroup.number])
+            row_term = self.row(refs.rows_smem.at[self.warpgroup.number, ROW_TERM])
             ds = p * (seam.layout(dp, WGMMA) - row_term)
             plgpu.barrier_arrive(refs.v_free.at[v_slot])
             if before is not None:

@@ -34,7 +34,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.backward_block import WGMMA, Block, banded, each
+from pallas_kernels.hopper.backward_block import ROW_TERM, WGMMA, Block, banded, each
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
@@ -146,7 +146,7 @@ class WideBlock(Block):
     ) -> None:
         super().__init__(spec, tiles, seam, refs, grid)
         # A tile that no query sees visits some block all the same, of which all is hidden.
-        first = jnp.minimum(self.visits.first, refs.lse.shape[2] - 1)
+        first = jnp.minimum(self.visits.first, refs.rows.shape[2] - 1)
         count = jnp.maximum(self.visits.count, 1)
         self.visits = self.visits._replace(first=first, count=count)
         self.steps = count * spec.group
@@ -189,7 +189,8 @@ def _load(block: WideBlock) -> None:
         full = refs.q_full.at[slot]
         plgpu.barrier_wait(refs.q_free.at[slot])
         plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, head], refs.q_smem.at[slot], full)
-        plgpu.copy_gmem_to_smem(refs.lse.at[batch, head, first], refs.lse_smem.at[slot], full)
+        lse = refs.rows.at[batch, head, first, pl.ds(0, 2)]
+        plgpu.copy_gmem_to_smem(lse, refs.lse_smem.at[slot], full)
         if spec.has_segments:
             ids = refs.query_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.q_segments.at[slot], full)
@@ -197,9 +198,8 @@ def _load(block: WideBlock) -> None:
         full = refs.do_full.at[slot]
         plgpu.barrier_wait(refs.do_free.at[slot])
         plgpu.copy_gmem_to_smem(refs.do.at[batch, rows, head], refs.do_smem.at[slot], full)
-        plgpu.copy_gmem_to_smem(
-            refs.row_term.at[batch, head, rows], refs.row_term_smem.at[slot], full
-        )
+        row_term = refs.rows.at[batch, head, first, ROW_TERM]
+        plgpu.copy_gmem_to_smem(row_term, refs.row_term_smem.at[slot], full)
 
     each(0, block.steps, fetch)
     for slot in range(refs.q_smem.shape[0]):

@@ -8,7 +8,8 @@ an element mask; those between do not.
               mask     mask   |  clear    clear  | mask
                               clear_from         clear_to
 
-Made by XLA before the kernel, O(tiles) integers.
+O(tiles) integers: a constant where nothing about them is traced, else made by XLA before the
+kernel.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
+from pallas_kernels.hopper.constant import constant
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["Visits", "edge_padded", "visits"]
+
+
+MOST_KNOWN = 4096  # tiles of a constant, which takes 5 us of tracing each
 
 
 class Visits(NamedTuple):
@@ -39,6 +45,9 @@ class Visits(NamedTuple):
 def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) -> Array:
     """(B or 1, tiles, 4) int32: the `Visits` of each tile of `keys` keys to blocks of `queries`."""
     tiles, count = -(-spec.keys // keys), -(-spec.queries // queries)
+    traced = (operands.query_lengths, operands.key_lengths, operands.query_offset)
+    if tiles <= MOST_KNOWN and not spec.has_segments and all(x is None for x in traced):
+        return constant(_known(spec, tiles, queries=queries, keys=keys))
     intervals = KeyIntervals.of_batch(spec, operands, 1)
     start = jnp.arange(tiles, dtype=jnp.int32)[None] * keys
     first, stop = blocks.query_blocks(intervals, start, start + keys, queries)
@@ -72,11 +81,31 @@ def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) 
         clear_first = blocks.first_true(clear)
         after = jnp.where(~clear & (block > clear_first[..., None]), block, count).min(axis=2)
         clear_stop = jnp.where(clear.any(axis=2), after, clear_first)
-    total = jnp.maximum(stop - first, 0)
+    return jnp.stack(_counted(jnp, first, stop, clear_first, clear_stop), axis=-1).astype(jnp.int32)
+
+
+def _known(
+    spec: AttentionSpec, tiles: int, *, queries: int, keys: int
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """(1, tiles, 4): the same of a call whose intervals follow from its shapes."""
+    intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
+    found = []
+    for start in range(0, tiles * keys, keys):
+        first, stop = blocks.query_blocks(intervals, start, start + keys, queries)
+        clear = blocks.unmasked_query_blocks(intervals, start, start + keys, queries)
+        if spec.band.lower is None:  # as above
+            clear = clear[0], stop if start + keys <= spec.keys else clear[0]
+        found.append(_counted(np, first, stop, *clear))
+    return np.array([found], np.int32)
+
+
+def _counted(xp: Any, first: Any, stop: Any, clear_first: Any, clear_stop: Any) -> Visits:
+    """The visits to blocks [first, stop), of which [clear_first, clear_stop) need no mask."""
+    total = xp.maximum(stop - first, 0)
     some = clear_first < clear_stop
-    clear_from = jnp.where(some, jnp.clip(clear_first - first, 0, total), total)
-    clear_to = jnp.where(some, jnp.clip(clear_stop - first, clear_from, total), total)
-    return jnp.stack([first, total, clear_from, clear_to], axis=-1).astype(jnp.int32)
+    clear_from = xp.where(some, xp.clip(clear_first - first, 0, total), total)
+    clear_to = xp.where(some, xp.clip(clear_stop - first, clear_from, total), total)
+    return Visits(first, total, clear_from, clear_to)
 
 
 def edge_padded(ids: Array | None, size: int) -> Array:
