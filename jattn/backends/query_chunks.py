@@ -117,7 +117,7 @@ def backward(
             logits, slope = _logits(tile, query, key, j, clear=clear)
             weights = jnp.exp((logits - tile_top) - tile_rest)
             d_weights = _against_keys(spec, d_rows, value)
-            if not clear:  # a hidden value may be so large that its dP is infinite
+            if not clear or spec.bias_shape is not None:  # a hidden value's dP may be infinite
                 d_weights = jnp.where(weights == 0, 0, d_weights)
             kept_weights = weights
             kept = tile.kept(j)
