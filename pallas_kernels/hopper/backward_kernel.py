@@ -20,8 +20,8 @@ Shared memory, with the barriers that guard it (`full`: a copy has landed; `free
 done; both for each slot of a ring):
 
     k_smem, v_smem (128, H), (128, D)                              kv_full
-    q_smem, do_smem (stages, queries, H or D), rows_smem         full[slot], free[slot]
-    ds_smem        (2, 128, queries)                               ds_full
+    q_smem, do_smem (stages, queries, H or D), rows_smem           full[slot], free[slot]
+    ds_smem        (2, 128, queries)                               both: warpgroups are here
     dq_smem        (2, half of a block's dQ)                 waits for its own warpgroup's copy
 """
 
@@ -151,12 +151,11 @@ def _scratch(
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
         "full": plgpu.Barrier(num_arrivals=3 + spec.has_segments, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
-        "folded": plgpu.Barrier(num_barriers=stages),
+        "both": plgpu.Barrier(num_arrivals=w),
     }
     if makes_dq:
         scratch["ds_smem"] = matrix(2, tiles.keys, queries)
         scratch["dq_smem"] = matrix(w, *dq_share(tiles, head), dtype=jnp.float32)
-        scratch["ds_full"] = plgpu.Barrier(num_arrivals=w)
     if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.has_segments:
@@ -214,8 +213,8 @@ def _compute(block: Block, warpgroup: Array) -> None:
     )  # fmt: skip
     plgpu.wait_smem_to_gmem(0)
     if block.makes_dq:  # both warpgroups' dQ read all of k_smem
-        plgpu.barrier_arrive(refs.ds_full)
-        plgpu.barrier_wait(refs.ds_full)
+        plgpu.barrier_arrive(refs.both)
+        plgpu.barrier_wait(refs.both)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     rows = pl.ds(block.tile * tiles.keys + warpgroup * ROWS, ROWS)
     refs.k_smem[mine] = (dk * block.scale).astype(spec.dtype)
@@ -280,9 +279,9 @@ def _fold(block: Block, warpgroup: Array, slot: Array) -> None:
                 folded = seam.load(do, WGMMA).astype(jnp.float32) * across(factor, 64)
                 do[...] = folded.astype(spec.dtype)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(refs.folded.at[slot])
 
-    plgpu.barrier_wait(refs.folded.at[slot])
+    plgpu.barrier_arrive(refs.both)
+    plgpu.barrier_wait(refs.both)
 
 
 def _step(
@@ -337,9 +336,9 @@ def _step(
     ds_smem = refs.ds_smem.at[remainder(n, 2)]
     ds_smem[mine] = ds
     plgpu.commit_smem()
-    plgpu.barrier_arrive(refs.ds_full)
+    plgpu.barrier_arrive(refs.both)
     seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO
-    plgpu.barrier_wait(refs.ds_full)
+    plgpu.barrier_wait(refs.both)
 
     dq_smem = refs.dq_smem.at[warpgroup]
     by_columns = tiles.queries == ROWS
