@@ -89,7 +89,8 @@ def dot_product_attention(
         int is both; None on a side leaves it open. Any int from 0 on.
       implementation: a backend's name ("flash", "cudnn", "memory_efficient", "eager"), several to
         be tried in order, or None for the best that can; see `explain` and `attention_backend`.
-      return_residual: also return the log-sum-exp of each row's logits.
+      return_residual: also return the log-sum-exp of each row's logits; that of a query which sees
+        no key is infinite, which `jax_debug_infs` reports.
       query_segment_ids: (B, T) integers of 32 bits; a query sees the keys of its own segment.
       key_value_segment_ids: (B, S), likewise. Sorted ids (packed documents) are skipped by block.
       causal_alignment: "top_left" puts query i at key i; "bottom_right" puts the last query at the
@@ -251,4 +252,4 @@ def _of_nothing(call: AttentionCall) -> tuple[Array, Array]:
     spec, query = call.spec, call.operands.query
     rows = (spec.batch, spec.queries, spec.heads)
     out = jnp.zeros((*rows, spec.value_dim), query.dtype)
-    return out, jnp.full(rows, -jnp.inf, spec.accumulator)
+    return out, jnp.full(rows, -jnp.inf if spec.wants_residual else 0, spec.accumulator)

@@ -1,4 +1,4 @@
-"""Under JAX's strictest settings, and in 64-bit mode, each backend traces every kind of call.
+"""Under JAX's strictest settings, in 64-bit mode, each backend traces every kind of call.
 
 Traced only, which is where such settings refuse.
 """
@@ -15,20 +15,36 @@ from jax.extend.core import jaxprs_in_params
 
 from tests import backends
 from tests.backends import Backend, call
-from tests.cases import BIASES, EVERYTHING, INTERVALS, LOGITS, SEGMENTS_AND_MASKS, SHAPES, operands
+from tests.cases import (
+    BIASES,
+    EVERYTHING,
+    INTERVALS,
+    LOGITS,
+    SEGMENTS_AND_MASKS,
+    SHAPES,
+    operands,
+    thorough,
+)
 from tests.hopper import calls as hopper_calls
 from tests.hopper import exact as hopper
 from tests.portable import exact as portable
 
 GENERAL = [SHAPES[11], *INTERVALS[4::7], *SEGMENTS_AND_MASKS[::4], *BIASES[1::5], *LOGITS[1::3]]
-GENERAL += [EVERYTHING]
+FEW = [EVERYTHING, next(case for case in INTERVALS if case.offset is not None)]
+HOPPER = hopper_calls.SMALL
 CALLS = [
-    (backends.EAGER, GENERAL),
-    (backends.CHUNKED, GENERAL),
-    (backends.DEFAULT, GENERAL[::3]),
-    (portable.FLASH, GENERAL),
-    (portable.CHUNKED, GENERAL[1::3]),
-    (hopper.INTERPRETED, hopper_calls.SMALL),
+    (backends.EAGER, FEW),
+    (backends.CHUNKED, FEW),
+    (portable.FLASH, FEW),
+    (hopper.INTERPRETED, HOPPER[2:7:2]),
+    *thorough(
+        (backends.EAGER, GENERAL),
+        (backends.CHUNKED, GENERAL),
+        (backends.DEFAULT, GENERAL[::3]),
+        (portable.FLASH, GENERAL),
+        (portable.CHUNKED, GENERAL[1::3]),
+        (hopper.INTERPRETED, HOPPER),
+    ),
 ]
 
 
@@ -59,9 +75,9 @@ def wide_arrays(jaxpr: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("backend", "cases"), CALLS, ids=str)
-def test_nothing_is_promoted_and_nothing_grows_to_64_bits(backend: Backend, cases: Any) -> None:
+def test_nothing_is_promoted_leaks_or_grows_to_64_bits(backend: Backend, cases: Any) -> None:
     strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
-    with strict[0], strict[1], jax.enable_x64(True):
+    with strict[0], strict[1], jax.enable_x64(True), jax.checking_leaks():
         for case in cases:
             found = set(wide_arrays(traced(backend, case)))
             assert not found, (case, found)

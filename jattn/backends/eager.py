@@ -5,9 +5,13 @@
 It holds the T x S logits, so its memory is quadratic; it runs only when named. It is plain jnp, so
 it has every derivative: forward, reverse, and of any order. All is float32 (float64 for float64
 inputs), rounded to the inputs' dtype once, at the end: no weight and no gradient between.
+
+It is one jitted function, so that `jax_debug_infs` does not see the -inf of a hidden logit.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +25,9 @@ from jattn.transforms.rematerialisation import named
 __all__ = ["attend", "gradient_bytes"]
 
 
+@partial(jax.jit, static_argnums=0)
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
-    """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
+    """Output (B, T, N, D) and log-sum-exp (B, T, N), 0 where nobody asks for it."""
     query, key, value = (x.astype(spec.accumulator) for x in _without_padding(spec, operands))
     query = query.reshape(spec.batch, spec.queries, spec.kv_heads, spec.group, spec.head_dim)
     logits = jnp.einsum("btkgh,bskh->bkgts", query, key, precision=spec.precision)
@@ -48,6 +53,8 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     out = jnp.einsum("bkgts,bskd->btkgd", weights, value, precision=spec.precision)
     out = out.astype(spec.dtype).reshape(spec.batch, spec.queries, spec.heads, spec.value_dim)
     lse = jnp.moveaxis(lse[..., 0], -1, 1).reshape(spec.batch, spec.queries, spec.heads)
+    if not spec.wants_residual:
+        lse = jnp.zeros_like(lse)
     return named(out, lse)
 
 

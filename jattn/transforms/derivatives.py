@@ -8,6 +8,10 @@ D = rowsum(O dO) - dlse, and what the sinks add to the sum, and their gradient,
 The log-sum-exp is kept as two numbers, top unit + rest: the row's maximum in the kernels' unit, and
 the logarithm of the sum of exponentials beside it. A float32 beside 1e9 has steps of 64: in one
 number the sum would be lost, and all weights of a row be wrong by one factor.
+
+Outside `jax.jit` the results of what is jitted here are what `jax_debug_infs` looks at. They are
+finite, but for the log-sum-exp of a row that sees no key where the caller asks for it: such a row's
+-inf and 0 are kept as 0 and a number that no sum has.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jattn.call.masking import past_zeroed
@@ -97,11 +102,32 @@ def _forward(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> _Results:
     unit = kernels.unit(spec)
     if "sinks" in arrays:
         rest = jnp.logaddexp(rest, _above(arrays["sinks"], top, unit))
-    return out, _log_sum_exp(top, rest, unit), top, rest
+    top, rest = _kept(top, rest)
+    return out, _log_sum_exp(kernels, spec, top, rest), top, rest
 
 
-def _log_sum_exp(top: Array, rest: Array, unit: float) -> Array:
-    return jnp.where(top == -jnp.inf, -jnp.inf, _finite(top) * unit + rest)
+def _kept(top: Array, rest: Array) -> tuple[Array, Array]:
+    """The two numbers as they are handed on and saved: finite."""
+    sees_none = top == -jnp.inf
+    return jnp.where(sees_none, 0, top), jnp.where(sees_none, _none(rest), rest)
+
+
+def _unkept(top: Array, rest: Array) -> tuple[Array, Array]:
+    """What `_kept` was given."""
+    sees_none = rest == _none(rest)
+    return jnp.where(sees_none, -jnp.inf, top), jnp.where(sees_none, 0, rest)
+
+
+def _none(rest: Array) -> float:
+    """The logarithm of no sum."""
+    return float(np.finfo(rest.dtype).min)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _log_sum_exp(kernels: Kernels, spec: AttentionSpec, top: Array, rest: Array) -> Array:
+    """Natural; of a row that sees no key -inf, or where nobody asks for it 0."""
+    lse = top * kernels.unit(spec) + rest
+    return jnp.where(rest == _none(rest), -jnp.inf if spec.wants_residual else 0, lse)
 
 
 def _above(sinks: Array, top: Array, unit: float) -> Array:
@@ -129,7 +155,7 @@ def _forward_rule(
 ) -> tuple[_Results, _Saved]:
     out, _, *sums = mapped(_Attention(kernels), spec, moving | fixed)
     out, (top, rest) = named(out, sums)
-    lse = _log_sum_exp(top, rest, kernels.unit(spec))
+    lse = _log_sum_exp(kernels, spec, top, rest)
     return (out, lse, top, rest), (moving, fixed, out, top, rest)
 
 
@@ -170,6 +196,7 @@ def _backward(
             wants_scale="scale" in wanted,
         )
 
+    top, rest = _unkept(top, rest)
     d_out = d_out.astype(spec.dtype)
     if operands.query_lengths is not None:
         d_out = past_zeroed(d_out, operands.query_lengths)

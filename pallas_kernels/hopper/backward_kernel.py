@@ -54,6 +54,7 @@ from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import across, logits
 from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.warpgroups import run
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -105,8 +106,9 @@ def launch(
             plgpu.set_max_registers(24, action="decrease")
             _load(block)
 
-    dk, dv = plgpu.kernel(
+    dk, dv = run(
         kernel,
+        inputs,
         out_type=[
             jax.ShapeDtypeStruct((spec.batch, rows, spec.kv_heads, columns), spec.dtype)
             for columns in (head, value)
@@ -114,10 +116,9 @@ def launch(
         scratch_types=list(scratch.values()),
         **grid.launch,
         num_threads=w + 1,
-        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*inputs.values())
+        interpret=interpret,
+    )
     return dk, dv
 
 

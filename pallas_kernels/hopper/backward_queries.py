@@ -46,6 +46,7 @@ from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import across, logits, scale_of
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY, Tiles
+from pallas_kernels.hopper.warpgroups import run
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
@@ -114,17 +115,17 @@ def launch(
             plgpu.set_max_registers(least, action="decrease")
             _load(plan, tiles, refs, work, steps)
 
-    return plgpu.kernel(  # type: ignore[no-any-return]
+    return run(  # type: ignore[no-any-return]
         kernel,
+        inputs,
         out_type=jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype),
         scratch_types=list(scratch.values()),
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=tiles.warpgroups + 1,
-        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*inputs.values())
+        interpret=interpret,
+    )
 
 
 @dataclass(frozen=True)

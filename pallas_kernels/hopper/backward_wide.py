@@ -41,6 +41,7 @@ from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import logits
 from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.warpgroups import run
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -88,8 +89,9 @@ def launch(
             _load(block)
 
     rows = inputs["k"].shape[1]
-    dk, dv = plgpu.kernel(
+    dk, dv = run(
         kernel,
+        inputs,
         out_type=[
             jax.ShapeDtypeStruct((spec.batch, rows, spec.kv_heads, columns), spec.dtype)
             for columns in (head, value)
@@ -97,10 +99,9 @@ def launch(
         scratch_types=list(scratch.values()),
         **grid.launch,
         num_threads=3,
-        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*inputs.values())
+        interpret=interpret,
+    )
     return dk, dv
 
 

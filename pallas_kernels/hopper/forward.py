@@ -49,6 +49,7 @@ from pallas_kernels.hopper.seam import Ref, Seam, copyable, padded_width, transf
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import LN2
 from pallas_kernels.hopper.tiles import ROWS, Tiles
+from pallas_kernels.hopper.warpgroups import run
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
@@ -153,8 +154,9 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
                 plgpu.set_max_registers(tiles.registers[1], action="decrease")
             load(plan, refs)
 
-    out, sums = plgpu.kernel(
+    out, sums = run(
         kernel,
+        inputs,
         out_type=[
             jax.ShapeDtypeStruct(out_shape, out_dtype),
             jax.ShapeDtypeStruct(row_shape, jnp.float32),
@@ -163,11 +165,10 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=tiles.warpgroups + 1,
-        thread_name="warpgroup",
         # Rows of wgmma's layout are reduced without shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*inputs.values())
+        interpret=interpret,
+    )
     return out, sums
 
 
