@@ -90,13 +90,16 @@ def found(way: Way, call: str, dtype: Any) -> Callable[[float], dict[str, Any]]:
     """Output, log-sum-exp and gradients by scale, compiled once."""
     drawn = arrays(dtype)
 
+    more = dict(options(call))
+    names = ["q", "k", "v", "scale", *(["bias"] if "bias" in more else [])]
+    bias = [more.pop("bias")] if "bias" in more else []
+
     @quick_jit
     def run(scale: jax.Array) -> dict[str, Any]:
-        def attend(q: Any, k: Any, v: Any, scale: Any) -> Any:
-            return way.function(q, k, v, scale=scale, return_residual=True, **options(call))
+        def attend(q: Any, k: Any, v: Any, scale: Any, *bias: Any) -> Any:
+            return way.function(q, k, v, *bias, scale=scale, return_residual=True, **more)
 
-        (out, lse), vjp = jax.vjp(attend, drawn["q"], drawn["k"], drawn["v"], scale)
-        names = ("q", "k", "v", "scale")
+        (out, lse), vjp = jax.vjp(attend, *(drawn[name] for name in "qkv"), scale, *bias)
         gradients = zip(names, vjp((drawn["dout"], drawn["dlse"])), strict=True)
         return {"out": out, "lse": lse, **dict(gradients)}
 
