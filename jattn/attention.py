@@ -239,11 +239,10 @@ def memory_efficient_attention(
 
 
 def _run(call: AttentionCall, implementation: Implementation | None) -> Array | tuple[Array, Array]:
-    if call.spec.is_empty:
-        table.candidates(implementation)  # refuses a name that is none
-        return call.result(*_of_nothing(call))
     target = target_of(call.operands)
     form = table.choose(call.spec, target, implementation)
+    if call.spec.is_empty:
+        return call.result(*_of_nothing(call))
     return call.result(*form.attend(call.spec, call.operands, target))
 
 

@@ -38,7 +38,7 @@ def test_nothing_in_gives_nothing_and_no_keys_give_zeros(function: Any, sizes: A
         out, lse = function(**arrays, **options, return_residual=True)
         return out.sum(), (out, lse)
 
-    with interpreted():
+    with interpreted("portable"):
         for run in (loss, jax.jit(loss)):
             gradient, (out, lse) = jax.grad(run, has_aux=True)(arrays)
             assert out.shape == (b, t, 4, 6)
@@ -54,6 +54,12 @@ def test_without_a_batch_axis_and_in_chunks() -> None:
     assert out.shape == query.shape
     assert out.dtype == jnp.bfloat16
     assert not out.any()
+
+
+def test_what_is_refused_otherwise_is_refused() -> None:
+    x = jnp.ones((0, 4, 2, 8))
+    with pytest.raises(jattn.UnsupportedAttentionError, match="float32"):
+        jattn.dot_product_attention(x, x, x, implementation="cudnn")
 
 
 def test_explain_takes_them() -> None:
