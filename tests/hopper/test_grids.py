@@ -21,7 +21,7 @@ from tests.hopper.calls import Half, arguments, spec_of
 from tests.hopper.exact import hopper  # noqa: F401
 
 BIG = [
-    Half("batch", 65_537, 16, 16, 1, 1, 8),
+    Half("batch", 80_000, 16, 16, 1, 1, 64),
     Half("batch_wide", 65_537, 16, 16, 1, 1, 136),
     Half("many_heads", 1, 16, 16, 71_280, 71_280, 8, causal=True),
     Half("batch_and_heads", 80_000, 16, 16, 2, 2, 8, soft_cap=5.0),
