@@ -424,12 +424,9 @@ def first(count: int, parameters: Iterable[Any]) -> list[Any]:
 
 # Every argument, and every pair of arguments that meet in the code, in few calls.
 ORDINARY = """
-    plain odd_sizes one_query_one_key groups_of_three value_dim_smaller no_batch_axis negative_scale
-    causal_more_queries bottom_right_more_keys window_pair window_bottom_right_more_queries
-    window_causal_bottom_right offsets_each_way lengths_causal_bottom_right negative_lengths
-    segments_packed_causal segments_unsorted_cross segments_window_lengths mask_heads
-    mask_hides_everything mask_sparse bias_11TS bias_BN1S bias_11T1 bias_keys_window_lengths
-    bias_one_query soft_cap_bias_causal sinks_causal_lengths dropout_odd_causal dropout_shared
-    everything everything_top_left everything-bfloat16 everything-float16 bias_float32-bfloat16
-    one_query-float16
+    odd_sizes one_query_one_key groups_of_three value_dim_smaller no_batch_axis negative_scale
+    window_bottom_right_more_queries offsets_each_way lengths_causal_bottom_right negative_lengths
+    segments_unsorted_cross mask_hides_everything bias_BN1S bias_keys_window_lengths
+    sinks_causal_lengths dropout_shared everything everything_top_left everything-bfloat16
+    everything-float16 one_query-float16
 """

@@ -40,9 +40,12 @@ def can(backend: Backend, case: Case) -> bool:
     return not limits.refusals(portable.spec_of(case))
 
 
-# The kernels meet each feature in tests/hopper and tests/portable; all meet in the last call.
+# The kernels meet each feature in tests/hopper and tests/portable too.
+ALWAYS = AGREED[-1], XLA
 CALLS = [
-    pytest.param(case, backend, marks=() if case is AGREED[-1] else pytest.mark.thorough)
+    pytest.param(
+        case, backend, marks=() if case is AGREED[-1] and backend is XLA else pytest.mark.thorough
+    )
     for case in AGREED
     for backend in EVERY
     if can(backend, case)

@@ -21,7 +21,7 @@ __all__ = ["hopper"]
 thorough = pytest.mark.thorough
 
 ON_A_GPU = SMALL + LARGE + SHARED
-ORDINARY = "lengths offsets packed one_query_split_keys latent_window"
+ORDINARY = "offsets packed one_query_split_keys latent_window"
 
 
 def test_every_shared_case_without_a_mask_bias_or_dropout_is_tried() -> None:

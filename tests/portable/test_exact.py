@@ -19,10 +19,9 @@ from tests.portable.exact import BOTH, CHUNKED, FLASH, ampere, check, compute, s
 __all__ = ["ampere"]
 
 FLASH_ORDINARY = """
-    groups_of_three mask_keys causal_blocks packed one_query_offsets wide_float32
-    everything-bfloat16
+    mask_keys packed one_query_offsets wide_float32 everything-bfloat16
 """
-CHUNKED_ORDINARY = "one_query_many_keys everything"
+CHUNKED_ORDINARY = "everything"
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.usefixtures("ampere")]
 
