@@ -26,6 +26,7 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
     ("b200", "chunked", "forward"): {"causal_256": 24},
     ("b200", "flash", "forward"): {"causal_256": 4, "float32_512": 576},
     ("b200", "flash", "backward"): {"float32_512": 22996, "tf32_512": 516},
+    ("l4", "chunked", "forward"): {"causal_64": 24},
     ("l4", "flash", "forward"): {"causal_192": 20},
     ("l4", "flash", "backward"): {"causal_256": 12, "float32_64": 8},
     # Tiles that spill nothing were slower, of float32 and where 128 is the query-chunked head dim.
