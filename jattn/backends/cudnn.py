@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 # By its own name from now on: a user may put jattn's function in its place in jax.nn.
 from jax.nn import dot_product_attention as jax_attention
 
+from jattn.backends.elsewhere import WithLoops
 from jattn.call.band import Band
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
-from jattn.transforms.rematerialisation import LOG_SUM_EXP, named
+from jattn.transforms import derivatives
 
 __all__ = ["attend", "lacks", "refusals"]
 
@@ -33,7 +34,7 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
     """Why cuDNN cannot do the call with the semantics promised; empty if it can."""
     found = {
         "this process has no GPU, and cuDNN plans a call where the GPU is": (
-            jax.default_backend() != "gpu" and not target.is_supposed
+            not _has_gpu() and not target.is_supposed
         ),
         f"dtype {spec.dtype.name} is not bfloat16 or float16": spec.element_bytes != 2,
         f"value head dim {spec.value_dim} differs from head dim {spec.head_dim}": (
@@ -41,6 +42,9 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
         ),
         f"a mask {spec.mask_shape} that hides a whole row would give the mean of the values": (
             spec.mask_shape is not None
+        ),
+        f"bias {spec.bias_shape}: one float32 for log-sum-exp loses the weights beside -1e9": (
+            spec.bias_shape is not None
         ),
         f"an odd length (T {spec.queries}, S {spec.keys}) has no gradient": (
             spec.queries % 2 != 0 or spec.keys % 2 != 0
@@ -58,77 +62,84 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
         ),
         "return_residual: its log-sum-exp is rounded and has no gradient": spec.wants_residual,
         **_head_dim(spec, target),
-        **_bias(spec),
         **_band(spec),
     }
     return [reason for reason, applies in found.items() if applies]
 
 
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
-    """Output (B, T, N, D); the log-sum-exp is never asked of cuDNN and comes as 0."""
-    out = _attend(spec, operands.query, operands.key, operands.value, operands.bias)
-    return out, jnp.zeros(out.shape[:-1], spec.accumulator)
+    """Output (B, T, N, D) and log-sum-exp (B, T, N), which nobody asks of cuDNN, as 0."""
+    return derivatives.attend(WithLoops(_Fused()), spec, operands)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    spec: AttentionSpec, query: Array, key: Array, value: Array, bias: Array | None
-) -> Array:
-    return _cudnn(spec, query, key, value, bias)
+@dataclass(frozen=True)
+class _Fused:
+    """cuDNN's pair (`derivatives.Kernels`), out of the one differentiable function that JAX has.
+
+    It keeps a row's log-sum-exp as one float32, which is `top`.
+    """
+
+    can_partition = True
+    takes_output = True
+
+    def unit(self, spec: AttentionSpec) -> float:
+        return 1.0
+
+    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
+        out, backward = self._differentiable(spec, operands)
+        (top,) = (x.swapaxes(1, 2) for x in jax.tree.leaves(backward) if _is_by_row(spec, x))
+        return out, top, jnp.zeros_like(top)
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        saved_out: Array,
+        d_out: Array,
+        /,
+        *,
+        wants_bias: bool,
+        wants_scale: bool,
+    ) -> tuple[Array, ...]:
+        out, backward = self._differentiable(spec, operands)
+
+        def saved(x: Any) -> Any:
+            if x is out:
+                return saved_out
+            return top.swapaxes(1, 2) if _is_by_row(spec, x) else x
+
+        # Of its own forward nothing is left, and the compiler leaves it out.
+        gradients: tuple[Array, ...] = jax.tree.map(saved, backward)(d_out)
+        return gradients
+
+    def _differentiable(self, spec: AttentionSpec, operands: Operands) -> Any:
+        window = None if spec.band.lower is None else (-spec.band.lower, 0)
+        call = partial(
+            jax_attention,
+            scale=spec.scale,
+            is_causal=spec.band.upper is not None,
+            local_window_size=window,
+            implementation="cudnn",
+        )
+        return jax.vjp(call, operands.query, operands.key, operands.value)
 
 
-def _cudnn(
-    spec: AttentionSpec, query: Array, key: Array, value: Array, bias: Array | None
-) -> Array:
-    window = None if spec.band.lower is None else (-spec.band.lower, 0)
-    out: Array = jax_attention(
-        query,
-        key,
-        value,
-        bias,
-        scale=spec.scale,
-        is_causal=spec.band.upper is not None,
-        local_window_size=window,
-        implementation="cudnn",
-    )
-    return out
+def _is_by_row(spec: AttentionSpec, x: Any) -> bool:
+    """Of what JAX's rule saves: whether it is the log-sum-exp, (B, N, T)."""
+    found: bool = x.dtype == spec.accumulator and x.shape == (spec.batch, spec.heads, spec.queries)
+    return found
 
 
-def _attend_forward(spec: AttentionSpec, *inputs: Array | None) -> tuple[Array, Any]:
-    """jax's own rule, with names on what it saves beside the inputs."""
-    out, backward = jax.vjp(partial(_cudnn, spec), *inputs)
-    named_out, _ = named(out, None)
-    rows = (out.size // spec.value_dim, spec.accumulator)
-
-    def keep(x: Any) -> Any:
-        if x is out:
-            return named_out
-        return checkpoint_name(x, LOG_SUM_EXP) if (x.size, x.dtype) == rows else x
-
-    return named_out, jax.tree.map(keep, backward)
-
-
-def _attend_backward(spec: AttentionSpec, backward: Any, d_out: Array) -> Any:
-    return backward(d_out)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+def _has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def _head_dim(spec: AttentionSpec, target: Target) -> dict[str, bool]:
     most = 256 if (target.compute_capability or (0, 0)) >= (9, 0) else 128
     fits = spec.head_dim % 8 == 0 and spec.head_dim <= most
     return {f"head dim {spec.head_dim} is not a multiple of 8 up to {most}": not fits}
-
-
-def _bias(spec: AttentionSpec) -> dict[str, bool]:
-    shape = spec.bias_shape
-    full = (1, spec.heads, spec.queries, spec.keys)
-    return {
-        f"bias {shape} is not (1, N, T, S) = {full}, for which alone it has a gradient": (
-            shape is not None and shape != full
-        ),
-    }
 
 
 def _band(spec: AttentionSpec) -> dict[str, bool]:

@@ -18,35 +18,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jattn.backends.kernels import Family, Kernels, kernels_of
+from jattn.backends.kernels import Family, kernels_of
 from jattn.backends.loops import Loops
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
+from jattn.transforms import derivatives
 from jattn.transforms.per_platform import on_nvidia
 
-__all__ = ["kernels_anywhere"]
+__all__ = ["WithLoops", "kernels_anywhere"]
 
 _LOOPS = Loops(Target("cpu", "cpu"), None, None)
 _HIGH_BITS = 0xFFFFF000  # of a float32: sign, exponent and the first 11 of 23 bits
 
 
-def kernels_anywhere(
-    family: Family, algorithm: Literal["flash", "chunked"]
-) -> Kernels | _WithLoops:
-    """The pair, with the loops beside it but where its text is interpreted."""
+def kernels_anywhere(family: Family, algorithm: Literal["flash", "chunked"]) -> derivatives.Kernels:
+    """A Pallas pair, with the loops beside it but where its text is interpreted."""
     kernels = kernels_of(family, algorithm)
-    return kernels if kernels.interpret else _WithLoops(kernels)
+    return kernels if kernels.interpret else WithLoops(kernels)
 
 
 @dataclass(frozen=True)
-class _WithLoops:
+class WithLoops:
     """A pair of kernels, and the loops for where they do not run (`derivatives.Kernels`)."""
 
-    kernels: Kernels
+    kernels: derivatives.Kernels
 
     @property
     def can_partition(self) -> bool:
         return self.kernels.can_partition
+
+    @property
+    def takes_output(self) -> bool:
+        return self.kernels.takes_output
 
     def unit(self, spec: AttentionSpec) -> float:
         return self.kernels.unit(spec)
@@ -62,18 +65,18 @@ class _WithLoops:
         operands: Operands,
         top: Array,
         rest: Array,
-        row_term: Array,
+        of_output: Array,
         d_out: Array,
         *,
         wants_bias: bool,
         wants_scale: bool,
     ) -> tuple[Array, ...]:
         kernel = partial(self.kernels.backward, spec)
-        loops = partial(_backward, self.unit(spec), spec)
+        loops = partial(_backward, self.kernels, spec)
         kernel, loops = (
             partial(of, wants_bias=wants_bias, wants_scale=wants_scale) for of in (kernel, loops)
         )
-        return on_nvidia(kernel, loops, operands, top, rest, row_term, d_out)
+        return on_nvidia(kernel, loops, operands, top, rest, of_output, d_out)
 
 
 def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
@@ -86,20 +89,21 @@ def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Arra
 
 
 def _backward(
-    unit: float,
+    kernels: derivatives.Kernels,
     spec: AttentionSpec,
     operands: Operands,
     top: Array,
     rest: Array,
-    row_term: Array,
+    of_output: Array,
     d_out: Array,
     *,
     wants_bias: bool,
     wants_scale: bool,
 ) -> tuple[Array, ...]:
     seen = top > -jnp.inf
-    natural = jnp.where(seen, _natural(jnp.where(seen, top, 0), unit), -jnp.inf)
-    saved = (natural, rest, row_term, d_out)
+    natural = jnp.where(seen, _natural(jnp.where(seen, top, 0), kernels.unit(spec)), -jnp.inf)
+    term = derivatives.row_term(top, of_output, d_out) if kernels.takes_output else of_output
+    saved = (natural, rest, term, d_out)
     return _LOOPS.backward(spec, operands, *saved, wants_bias=wants_bias, wants_scale=wants_scale)
 
 

@@ -65,6 +65,7 @@ class Kernels:
     algorithm: Literal["flash", "chunked"]
     deterministic: bool
     interpret: bool
+    takes_output = False
 
     @property
     def can_partition(self) -> bool:

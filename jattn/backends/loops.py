@@ -29,6 +29,7 @@ class Loops:
     queries: int | None
     keys: int | None
     can_partition = True
+    takes_output = False
 
     def chunks(self, spec: AttentionSpec) -> Chunks:
         return choose_chunks(spec, self.target, self.queries, self.keys)

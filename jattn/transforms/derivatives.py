@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from jattn.call.masking import past_zeroed
 from jattn.call.spec import AttentionSpec, Operands
@@ -34,7 +35,7 @@ from jattn.transforms.per_shard import GRADIENTS, RESULTS, per_explicit_shard, p
 from jattn.transforms.rematerialisation import named
 from jattn.transforms.reverse_only import first_order_only, naming_eager, reverse_only
 
-__all__ = ["Kernels", "attend"]
+__all__ = ["Kernels", "attend", "row_term"]
 
 
 class Kernels(Protocol):
@@ -48,8 +49,9 @@ class Kernels(Protocol):
         operands: Operands,
         top: Array,
         rest: Array,
-        row_term: Array,
+        of_output: Array,
         d_out: Array,
+        /,
         *,
         wants_bias: bool,
         wants_scale: bool,
@@ -61,6 +63,10 @@ class Kernels(Protocol):
     @property
     def can_partition(self) -> bool:
         """Whether the partitioner may cut a call."""
+
+    @property
+    def takes_output(self) -> bool:
+        """Whether backward takes the output, and makes the row term, instead of being given it."""
 
 
 def attend(kernels: Kernels, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
@@ -187,7 +193,7 @@ def _backward(
 ) -> Operands:
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         own = {name: x for name, x in arrays.items() if name in Operands._fields}
-        saved = (arrays[name] for name in ("top", "rest", "row_term", "d_out"))
+        saved = (arrays[name] for name in ("top", "rest", of_output, "d_out"))
         return kernels.backward(
             spec,
             Operands(**own),
@@ -200,12 +206,13 @@ def _backward(
     d_out = d_out.astype(spec.dtype)
     if operands.query_lengths is not None:
         d_out = past_zeroed(d_out, operands.query_lengths)
-    products = out.astype(spec.accumulator) * d_out.astype(spec.accumulator)
-    row_term = jnp.where(top == -jnp.inf, 0, products.sum(axis=-1) - d_lse)
+    term = row_term(top, out, d_out, d_lse)
+    of_output = "out" if kernels.takes_output else "row_term"
     arrays = {
         name: x for name, x in operands._asdict().items() if x is not None and name != "sinks"
     }
-    arrays |= {"top": top, "rest": rest, "row_term": row_term, "d_out": d_out}
+    arrays |= {"top": top, "rest": rest, "d_out": d_out}
+    arrays[of_output] = out if kernels.takes_output else term
     results = (*GRADIENTS, "bias") if "bias" in wanted else GRADIENTS
     places = tuple(sharding.partition(arrays[name]) for name in results)
     found = _run(kernel, kernels, spec, arrays, results, places)
@@ -215,11 +222,17 @@ def _backward(
         above = _above(operands.sinks, top, kernels.unit(spec))
         weights = jnp.where(top == -jnp.inf, 0, jnp.exp(jnp.minimum(above - rest, 0)))
         summed_over = (0, 1) if operands.sinks.ndim == 1 else 1
-        sinks = -jnp.sum(weights * row_term, axis=summed_over)
+        sinks = -jnp.sum(weights * term, axis=summed_over)
         gradients["sinks"] = sinks.astype(operands.sinks.dtype)
     if "scale" in wanted:
         gradients |= _by_scale(spec, operands, gradients["query"])
     return Operands(**gradients)
+
+
+def row_term(top: Array, out: Array, d_out: Array, d_lse: ArrayLike = 0) -> Array:
+    """D = rowsum(O dO) - dlse, (B, T, N), and 0 of a row that sees no key."""
+    products = out.astype(top.dtype) * d_out.astype(top.dtype)
+    return jnp.where(top == -jnp.inf, 0, products.sum(axis=-1) - d_lse)
 
 
 def _by_scale(spec: AttentionSpec, operands: Operands, unscaled: Array) -> Arrays:
