@@ -154,10 +154,15 @@ def attention_call(
     return AttentionCall(spec, operands, has_batch)
 
 
+def _array(x: ArrayLike) -> Array:
+    """The array itself if it is one: to differentiate a conversion takes a millisecond."""
+    return x if isinstance(x, Array) else jnp.asarray(x)
+
+
 def _query_key_value(
     query: ArrayLike, key: ArrayLike, value: ArrayLike
 ) -> tuple[Array, Array, Array, bool]:
-    q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    q, k, v = (_array(x) for x in (query, key, value))
     layouts = {"query": (q, "BTNH or TNH"), "key": (k, "BSKH or SKH"), "value": (v, "BSKD or SKD")}
     for name, (x, layout) in layouts.items():
         if x.ndim not in (3, 4):
@@ -204,7 +209,7 @@ def _folded(name: str, shape: tuple[int, ...]) -> str:
 def _bias(bias: ArrayLike | None, logits_shape: Shape4) -> Array | None:
     if bias is None:
         return None
-    x = jnp.asarray(bias)
+    x = _array(bias)
     if x.dtype == bool:
         raise TypeError("bias must be a number to add to the logits, got bool: pass it as mask")
     if jnp.issubdtype(x.dtype, jnp.integer):
@@ -217,7 +222,7 @@ def _bias(bias: ArrayLike | None, logits_shape: Shape4) -> Array | None:
 def _mask(mask: ArrayLike | None, logits_shape: Shape4) -> Array | None:
     if mask is None:
         return None
-    x = jnp.asarray(mask)
+    x = _array(mask)
     if x.dtype != bool:
         raise TypeError(
             f"mask must be bool (True: may attend), got {x.dtype}: mask.astype(bool) if it holds 0 "
@@ -263,7 +268,7 @@ def _segments(name: str, ids: ArrayLike | None, shape: tuple[int, int]) -> Array
 def _sinks(sinks: ArrayLike | None, heads: int) -> Array | None:
     if sinks is None:
         return None
-    x = jnp.asarray(sinks)
+    x = _array(sinks)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"sinks must be floating, got {x.dtype}")
     if x.shape != (heads,):
@@ -281,7 +286,7 @@ def _dropout_seeds(rate: float, rng: ArrayLike | None, batch: int, *, shared: bo
         raise TypeError(
             f"dropout_rng must be one jax.random key, got an nnx.{source}: rngs.dropout() draws one"
         )
-    key = jnp.asarray(rng)
+    key = _array(rng)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not (typed and key.ndim == 0) and not (key.dtype == jnp.uint32 and key.ndim == 1):
         hint = ": jax.random.key(seed) makes one" if key.ndim == 0 else ""

@@ -73,8 +73,15 @@ def attend(kernels: Kernels, spec: AttentionSpec, operands: Operands) -> tuple[A
     """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
     arrays = {name: x for name, x in operands._asdict().items() if x is not None}
     with naming_eager():
-        out, lse, *_ = mapped(_Attention(kernels), spec, sharding.varying_alike(arrays))
-        return out, lse
+        found: tuple[Array, Array] = _attend(kernels, spec, arrays)
+        return found
+
+
+# Jitted, so that calls outside `jax.jit` trace and differentiate it once; in line inside of it.
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _attend(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> tuple[Array, Array]:
+    out, lse, *_ = mapped(_Attention(kernels), spec, sharding.varying_alike(arrays))
+    return out, lse
 
 
 type _Results = tuple[Array, Array, Array, Array]
