@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,6 +48,85 @@ def test_nothing_in_gives_nothing_and_no_keys_give_zeros(function: Any, sizes: A
             np.testing.assert_array_equal(lse, np.full((b, t, 4), -np.inf))
             for name, x in arrays.items():
                 np.testing.assert_array_equal(gradient[name], np.zeros(x.shape), err_msg=name)
+
+
+FAMILIES: dict[str, Any] = {
+    "eager": (jattn.eager_attention, nullcontext),
+    "memory_efficient": (jattn.memory_efficient_attention, nullcontext),
+    "portable": (jattn.flash_attention, partial(interpreted, "portable")),
+    "hopper": (jattn.flash_attention, partial(interpreted, "hopper")),
+}
+# What hides, moves or drops: an array of each, with its axis to map, and what stands beside it.
+MAPPED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lengths": ({"key_value_seq_lengths": jnp.ones((0, 2), jnp.int32)}, {"is_causal": True}),
+    "segments": (
+        {
+            "query_segment_ids": jnp.zeros((0, 2, 5), jnp.int32),
+            "key_value_segment_ids": jnp.zeros((0, 2, 5), jnp.int32),
+        },
+        {},
+    ),
+    "offset": ({"query_offset": jnp.zeros((0, 2), jnp.int32)}, {"local_window_size": 2}),
+    "sinks": ({"sinks": jnp.ones((0, 4))}, {}),
+    "scale": ({"scale": jnp.ones(0)}, {}),
+    "bias_and_mask": (
+        {"bias": jnp.ones((0, 1, 4, 5, 5)), "mask": jnp.ones((0, 2, 1, 5, 5), bool)},
+        {},
+    ),
+    "dropout": ({"dropout_rng": jax.random.split(jax.random.key(0), 0)}, {"dropout_rate": 0.5}),
+}
+NOT_ON_HOPPER = ("bias_and_mask", "dropout")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        (family, kind)
+        for family in FAMILIES
+        for kind in MAPPED
+        if family != "hopper" or kind not in NOT_ON_HOPPER
+    ],
+)
+def test_a_mapped_axis_of_size_0_gives_none_of_each(family: str, kind: str) -> None:
+    function, context = FAMILIES[family]
+    mapped, options = MAPPED[kind]
+    dtype = jnp.bfloat16 if family == "hopper" else jnp.float32
+    query, key = jnp.ones((0, 2, 5, 4, 64), dtype), jnp.ones((2, 5, 2, 64), dtype)
+    arrays = {"query": query, "key": key, "value": key, **mapped}
+    axes = {name: None if name in ("key", "value") else 0 for name in arrays}
+    floats = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    rest = {n: x for n, x in arrays.items() if n not in floats}
+
+    def each(floats: Any, rest: Any) -> Any:
+        def loss(floats: Any) -> Any:
+            out, lse = function(**floats, **rest, **options, return_residual=True)
+            return out.astype(jnp.float32).sum() + lse.sum(), (out, lse)
+
+        return jax.grad(loss, has_aux=True)(floats)
+
+    own = ({n: axes[n] for n in floats}, {n: axes[n] for n in rest})
+    with context():
+        gradients, (out, lse) = jax.vmap(each, own)(floats, rest)
+        total = jax.grad(lambda x: jax.vmap(each, own)(x, rest)[1][1].sum())(floats)
+    assert (out.shape, out.dtype) == (query.shape, dtype)
+    assert (lse.shape, lse.dtype) == ((0, 2, 5, 4), jnp.float32)
+    for name, x in floats.items():
+        shape = (0, *x.shape) if axes[name] is None else x.shape
+        assert (gradients[name].shape, gradients[name].dtype) == (shape, x.dtype), name
+        np.testing.assert_array_equal(total[name], np.zeros(x.shape), err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [(2, 0), (0, 2)], ids=str)
+def test_so_in_nested_maps(sizes: tuple[int, int]) -> None:
+    x = jnp.ones((*sizes, 1, 5, 2, 8))
+    bias = jnp.ones((1, 2, 5, 5))
+
+    def loss(x: Any, bias: Any) -> Any:
+        return jattn.memory_efficient_attention(x, x, x, bias).sum()
+
+    d_x, d_bias = jax.vmap(jax.vmap(jax.grad(loss, (0, 1)), (0, None)), (0, None))(x, bias)
+    assert d_x.shape == x.shape
+    assert d_bias.shape == (*sizes, *bias.shape)
 
 
 def test_without_a_batch_axis_and_in_chunks() -> None:

@@ -12,6 +12,7 @@ from jax import Array
 
 from jattn.call.rows import Rows
 from jattn.call.spec import AttentionSpec
+from jattn.transforms import sharding
 
 __all__ = ["Arrays", "Kernel", "batched_call", "folds_into_batch"]
 
@@ -57,6 +58,8 @@ def batched_call(
     - sinks: those may be (N,), for all rows of the batch, and become (B, N) only where mapped;
     - a bias or mask, which is read where it is: `AttentionSpec.rows` says which row of it.
     """
+    if size == 0:
+        return _of_no_calls(kernel, spec, arrays, is_batched)
     rows: dict[str, Rows] = {
         name: spec.rows(name).within(size, own=is_batched[name])
         for name in ("bias", "mask")
@@ -73,6 +76,22 @@ def batched_call(
     }
     larger = replace(spec, batch=size * spec.batch, mapped_rows=tuple(rows.items()), **shapes)
     return tuple(x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in kernel(larger, folded))
+
+
+def _of_no_calls(
+    kernel: Kernel, spec: AttentionSpec, arrays: Arrays, is_batched: dict[str, bool]
+) -> tuple[Array, ...]:
+    """What comes of mapping over an axis of size 0: as many of what one call gives."""
+
+    def one() -> tuple[Array, ...]:
+        own = {
+            name: jnp.zeros(x.shape[1:] if is_batched[name] else x.shape, x.dtype)
+            for name, x in arrays.items()
+        }
+        return kernel(spec, sharding.varying_as(own, arrays))
+
+    none = tuple(jnp.zeros((0, *x.shape), x.dtype) for x in jax.eval_shape(one))
+    return sharding.varying_as(none, arrays)
 
 
 def _folded(name: str, batch: int, size: int, x: Array, *, is_batched: bool) -> Array:
