@@ -141,7 +141,7 @@ def document_positions(segment_ids: jax.Array) -> jax.Array:
 def rotary_table(positions: jax.Array, config: TransformerConfig) -> RotaryTable:
     """Cosines and sines of RoFormer (Su et al. 2021), section 3.2, for positions (B or 1, T)."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) * config.rope_theta**-exponents
+    angles = positions[..., None].astype(jnp.float32) * (config.rope_theta**-exponents)[None, None]
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 

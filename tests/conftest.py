@@ -15,6 +15,8 @@ import jax
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.promotion import be_strict
+
 # Programs of their own, which set what XLA reads: not to be imported in search of doctests.
 collect_ignore_glob = ["*/absent.py", "*/compile_*.py", "*/memcheck.py"]
 
@@ -43,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+    be_strict()
 
 
 def left_out(config: pytest.Config) -> dict[str, str]:

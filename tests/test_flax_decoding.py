@@ -42,7 +42,8 @@ def formula(
         logits = cap * jnp.tanh(logits / cap)
     seen = jnp.ones(logits.shape, bool) if mask is None else mask.astype(bool)
     if key_lengths is not None:
-        seen &= jnp.arange(key.shape[1]) < jnp.asarray(key_lengths)[:, None, None, None]
+        lengths = jnp.asarray(key_lengths)[:, None, None, None]
+        seen &= jnp.arange(key.shape[1])[None, None, None] < lengths
     weights = jnp.where(seen, jnp.exp(logits), 0)
     total = weights.sum(-1, keepdims=True)
     if sinks is not None:
@@ -166,10 +167,10 @@ def test_one_query_elsewhere_is_as_ever() -> None:
     mask = jnp.ones((B, 1, 1, 5)).at[0, ..., 3:].set(0)
     call = partial(nnx.dot_product_attention, q, k, k)
     close(attention_fn()(q, k, k, mask=mask), call(mask=mask))
-    first = jnp.arange(5) < 1
+    first, second = (jnp.arange(5)[None, None, None] < n for n in (1, 2))
     close(attention_fn(is_causal=True)(q, k, k), call(mask=first))
     at_first = attention_fn(local_window_size=(1, 1), query_offset=0)
-    close(at_first(q, k, k, mask=mask), call(mask=mask * (jnp.arange(5) < 2)))
+    close(at_first(q, k, k, mask=mask), call(mask=mask.astype(bool) & second))
 
 
 class TestBatches:

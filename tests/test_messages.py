@@ -195,7 +195,7 @@ def test_what_layers_of_a_scan_differ_in_is_for_cond_to_choose() -> None:
     of_layers("local_window_size", windows, lambda w: w)
     of_layers("local_window_size", windows, lambda w: (w, 0))
     of_layers("is_causal", windows > 1, lambda x: x)
-    of_layers("logits_soft_cap", windows * 1.0, lambda x: x)
+    of_layers("logits_soft_cap", windows.astype(jnp.float32), lambda x: x)
 
     def chosen(x: jax.Array, is_local: jax.Array) -> tuple[jax.Array, None]:
         attend = partial(jattn.dot_product_attention, is_causal=True)

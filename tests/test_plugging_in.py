@@ -14,6 +14,7 @@ from flax import nnx
 import jattn
 from jattn.backends import cudnn
 from jattn.call.arguments import attention_call
+from tests.promotion import of_others
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((1, 16, 2, 8)), jnp.float32)
 
@@ -54,7 +55,8 @@ def test_in_the_place_of_jaxs_on_a_gpu(
     implementation: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 128, 4, 64), jnp.bfloat16)
-    theirs = jax.nn.dot_product_attention(x, x, x, is_causal=True)
+    with of_others():
+        theirs = jax.nn.dot_product_attention(x, x, x, is_causal=True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", jattn.dot_product_attention)
     found = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation=implementation)
     np.testing.assert_allclose(np.float32(found), np.float32(theirs), atol=2**-6)

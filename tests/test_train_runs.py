@@ -21,6 +21,7 @@ import pytest
 
 import train
 import training.loop
+from tests.promotion import of_others
 from tests.tiny_training import LENGTH, OPTIONS, STEPS, results, rows, write_corpus
 from training import cli, memory_scaling
 from training.checkpoints import Checkpoints
@@ -28,6 +29,13 @@ from training.data import load_corpus
 
 REPOSITORY = Path(train.__file__).parent
 TRAIN = [sys.executable, str(REPOSITORY / "train.py")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes() -> Iterator[None]:
+    """The optimiser is of another library."""
+    with of_others():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def _seen(spec: AttentionSpec, refs: SimpleNamespace, at: Place) -> Mask:
             seen = both(seen, query == key)
     if spec.mask_shape is not None:
         index, inside = placed(spec, "mask", spec.mask_shape, at)
-        mask = load(refs.mask, index, inside)
+        mask = load(refs.mask, index, inside, False)
         seen = both(seen, _matrix(mask).astype(jnp.int32) != 0)
     return seen
 
