@@ -1,7 +1,7 @@
 # One command for each thing a newcomer does; the environment is made on first use. `make help` lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help train test compile lint bench environment clean
+.PHONY: help train test compile lint bench docs environment clean
 
 PYTHON := .venv/bin/python
 ARGS ?=
@@ -34,9 +34,15 @@ lint: environment ## check style, format and types
 bench: environment ## time attention on this machine next to its peers
 	$(PYTHON) benchmarks/attention.py $(ARGS)
 
+docs: environment ## build the documentation in site/; its pages' code runs, and a warning is an error
+	rm -rf site
+	$(PYTHON) -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet \
+	  --doctree-dir build/doctrees $(ARGS) docs site
+	@echo 'open site/index.html'
+
 environment: ## make or update .venv and nothing else
 	@sh scripts/environment.sh
 
 clean: ## remove .venv, .compilers and every cache (runs/ stays)
-	rm -rf .venv .compilers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .compilers build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

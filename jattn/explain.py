@@ -27,10 +27,14 @@ type Shaped = ArrayLike | jax.ShapeDtypeStruct
 class BackendReport:
     """One backend and one call.
 
-    refusals: why it cannot run; then kernel and gradient_bytes are None.
-    passed_over: why another kernel of its own, made for this device, does not run.
-    gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
-      arguments, results and their gradients.
+    Attributes:
+      name: the backend's.
+      refusals: why it cannot run; then kernel and gradient_bytes are None.
+      passed_over: why another kernel of its own, made for this device, does not run.
+      may_run: whether it is among those that were named, or that run unnamed.
+      kernel: what it would run.
+      gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
+        arguments, results and their gradients.
     """
 
     name: str
@@ -45,8 +49,12 @@ class BackendReport:
 class Explanation:
     """What a call would run. `str()` of it is a table.
 
-    chosen: the name of the backend that would run; None if none can, and the call would raise.
-    hints: what about the call may be another than was meant.
+    Attributes:
+      call: the call's shapes and options, in words.
+      target: the device it is for, in words.
+      chosen: the name of the backend that would run; None if none can, and the call would raise.
+      reports: one for each backend.
+      hints: what about the call may be another than was meant.
     """
 
     call: str
@@ -104,7 +112,7 @@ def explain(
 ) -> Explanation:
     """Says which backend `jattn.dot_product_attention` would run for these arguments, and why.
 
-    Takes the same arguments; arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
+    Takes the same arguments, each array or its `jax.ShapeDtypeStruct`. Nothing is computed.
 
     Args:
       query: as in `jattn.dot_product_attention`, like all arguments but `device`.

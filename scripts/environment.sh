@@ -34,7 +34,7 @@ create() {
 wait_for_other_runs
 
 accelerator=$(accelerator)
-extras=train,test,lint
+extras=train,test,lint,docs
 [ "$accelerator" = cpu ] || extras=$extras,$accelerator
 
 # The stamp says what .venv is (the programs in it hold their path), then what was installed in it.
