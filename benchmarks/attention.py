@@ -2,11 +2,13 @@
 
     python benchmarks/attention.py                        the preset of this machine's device
     python benchmarks/attention.py --preset hopper-forward --peers jattn/flash jax.nn/cudnn
+    python benchmarks/attention.py --preset all --part users --time-limit 540 --resume
     python benchmarks/attention.py --head-dim 64 128 --mask causal packed:8 --length 8192
 
 A cell is one shape and mask, a peer one implementation. On an NVIDIA GPU a time is the median over
 calls of the sum of their kernels' times (CUPTI), on a CPU the median of calls that take turns with
-the other peers'. A peer that cannot do a cell is kept with its reason.
+the other peers'. A peer that cannot do a cell is kept with its reason. `--resume` goes on where the
+file of an earlier run of the machine ended; `benchmarks/merge.py` makes one file of several.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import presets, report, targets
+from benchmarks import matmul, merge, presets, report, targets
 from benchmarks.cells import Cell
 from benchmarks.jobs import Job
+from benchmarks.plans import Preset
 from benchmarks.pool import JAX, TORCH, BrokenFamilyError, Pool, Worker
-from benchmarks.presets import PRESETS, Preset
-from benchmarks.results import Measurement, Run
+from benchmarks.presets import PRESETS
+from benchmarks.results import LEFT_OUT, NOT_REACHED, Measurement, Run
 
 SHAPE_OPTIONS: dict[str, dict[str, Any]] = {
     "--head-dim": {"type": int, "nargs": "+"},
@@ -57,6 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=[*PRESETS, "custom"])
+    parser.add_argument("--part", nargs="+", default=[], help="run only these parts of the preset")
+    parser.add_argument("--resume", action="store_true", help="only what the file lacks")
     parser.add_argument("--cells", nargs="+", default=[], help="run only these (part of the name)")
     parser.add_argument("--peers", nargs="+", default=[], help="run only these, in every cell")
     parser.add_argument("--repeats", type=int, help="timed calls (GPU: 15, CPU: 7)")
@@ -93,15 +98,25 @@ def plan(preset: Preset, asked: argparse.Namespace, run: Run, on_gpu: bool) -> d
     """Jobs by family of peers; peers that the preset leaves out of a cell go into the run so."""
     every = (*preset.peers, *(p for p in _known_peers() if asked.peers and p not in preset.peers))
     named = [p for p in every if report.matches(p, asked.peers)]
+    unknown = set(asked.part) - set(preset.parts)
+    if unknown:
+        has = f"has {', '.join(preset.parts)}" if preset.parts else "has none"
+        _fail(f"no part {', '.join(sorted(unknown))}: the preset {run.preset} {has}")
     jobs: dict[str, list[Job]] = {}
     for plan in preset.plans:
+        if asked.part and plan.part not in asked.part:
+            continue
         if not report.matches(plan.cell.name, asked.cells):
             continue
         peers = [p for p in named if asked.peers or p in plan.peers]
         for peer, which in product(named, plan.passes):
-            left_out = "left out of this cell by the preset; --peers runs it"
-            reason = "not reached" if peer in peers else left_out
-            run.add(plan.cell, Measurement(peer, which, reason=reason))
+            left_out = LEFT_OUT
+            reason = NOT_REACHED if peer in peers else left_out
+            if not run.settled(plan.cell.name, peer, which):
+                run.add(plan.cell, Measurement(peer, which, reason=reason))
+        peers = [
+            p for p in peers if not all(run.settled(plan.cell.name, p, w) for w in plan.passes)
+        ]
         repeats = asked.repeats or plan.repeats or (15 if on_gpu else 7)
         for family in (JAX, TORCH):
             own = tuple(p for p in peers if p.startswith("torch/") == (family == TORCH))
@@ -109,7 +124,7 @@ def plan(preset: Preset, asked: argparse.Namespace, run: Run, on_gpu: bool) -> d
             for together in [(p,) for p in own] if on_gpu else [own] if own else []:
                 job = Job(plan.cell, together, plan.passes, plan.timed, repeats, on_gpu)
                 jobs.setdefault(family, []).append(job)
-    if not jobs:
+    if not jobs and not (asked.resume and run.cells):
         _fail(f"no cell and peer match --cells {asked.cells} --peers {asked.peers}")
     return jobs
 
@@ -154,9 +169,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "order": "peers take turns" if not on_gpu else "peers one after the other",
             },
         )
-        jobs = plan(preset, asked, run, on_gpu)
+        if on_gpu:
+            run.machine["matmul_tflops"] = matmul.measured_apart()
         out = asked.out or Path(__file__).resolve().parent / "results"
         path = out if out.suffix == ".json" else out / run.file_name()
+        if asked.resume and path.exists():
+            try:
+                run = merge.merged([Run.load(path), run])
+            except ValueError as error:
+                _fail(f"cannot resume {path}: {error}")
+        jobs = plan(preset, asked, run, on_gpu)
 
         def keep(cell: Cell, measurement: Measurement) -> None:
             run.add(cell, measurement)
@@ -184,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _known_peers() -> tuple[str, ...]:
-    return (*presets.FAST_PEERS, *presets.SLOW_PEERS, "jattn/cudnn")
+    return (*presets.FAST_PEERS, *presets.SLOW_PEERS, "flash-attn3-jax", "jattn/cudnn")
 
 
 def _progress(cell: Cell, measurement: Measurement, seconds: float) -> None:

@@ -57,9 +57,12 @@ class Cell:
     dtype: str = "bfloat16"
     bias: bool = False  # (1, N, T, S), with a gradient
     dropout: float = 0.0
+    value_dim: int | None = None  # D, where it is not H
 
     def __post_init__(self) -> None:
         sizes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim)
+        if self.value_dim is not None:
+            sizes += (self.value_dim,)
         if min(sizes) < 1:
             raise ValueError(f"every size of a cell must be at least 1, got {self}")
         if self.heads % self.kv_heads:
@@ -89,15 +92,21 @@ class Cell:
         """Its name on the command line and in results; differs where cells differ."""
         group = f"k{self.kv_heads}" if self.kv_heads != self.heads else ""
         keys = f"-s{self.keys}" if self.keys != self.queries else ""
-        name = f"h{self.head_dim}-n{self.heads}{group}-{self.mask}"
+        value = "" if self.values == self.head_dim else f"v{self.values}"
+        name = f"h{self.head_dim}{value}-n{self.heads}{group}-{self.mask}"
         name += f"-b{self.batch}-t{self.queries}{keys}"
         name += "-bias" if self.bias else ""
         name += f"-dropout{self.dropout}" if self.dropout else ""
         return name if self.dtype == "bfloat16" else f"{name}-{self.dtype}"
 
     @property
+    def values(self) -> int:
+        """D, the head dim of value and output."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
     def elements(self) -> int:
-        """B * T * N * H, the size of the query and of the output."""
+        """B * T * N * H, the size of the query."""
         return self.batch * self.queries * self.heads * self.head_dim
 
     def visible(self, query: int) -> range:
@@ -144,5 +153,8 @@ class Cell:
 
     def flops(self, which: Pass) -> float:
         """Floating-point operations: two matmuls forward, five backward."""
-        forward = 4 * self.batch * self.heads * self.head_dim * self.visible_pairs()
-        return forward * {"forward": 1.0, "backward": 2.5, "gradient": 3.5}[which]
+        h, d = self.head_dim, self.values
+        forward = h + d  # Q Kᵀ; P V
+        backward = 3 * h + 2 * d  # Q Kᵀ, dQ, dK; dP, dV
+        widths = {"forward": forward, "backward": backward, "gradient": forward + backward}[which]
+        return 2.0 * self.batch * self.heads * widths * self.visible_pairs()

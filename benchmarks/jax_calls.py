@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
@@ -14,61 +15,78 @@ import numpy as np
 from jax import Array
 
 from benchmarks.cells import Cell, Pass
-from benchmarks.jax_peers import DIFFERENTIABLE, Arrays, Attend, attend_with, refusal
+from benchmarks.jax_peers import (
+    DIFFERENTIABLE,
+    Arrays,
+    Attend,
+    arrays_of,
+    attend,
+    refusal,
+    wants_dense_mask,
+)
 from benchmarks.row_check import row_error, rows_to_check
 
 __all__ = ["Ready", "facts", "prepare", "refusal"]
 
-_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "tokamax", "numpy")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu13",
+    "flash-attn3-jax",
+    "tokamax",
+    "numpy",
+)
 
 
 class Ready:
-    """One pass of one peer, compiled; calling it runs it to its end."""
+    """One pass of one peer, compiled; calling it runs it to its end.
+
+    Nothing is on the device before the first call: operands are described until then.
+    """
 
     def __init__(self, peer: str, cell: Cell, which: Pass) -> None:
-        attend, arrays = attend_with(peer, cell)
-        self._cell, self._arrays, self._which = cell, arrays, which
-        wanted = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
-        rest = {name: x for name, x in arrays.items() if name not in wanted}
-        self._operands: tuple[Any, ...] = (arrays,)
-        function: Callable[..., Any] = attend
-        if which == "gradient" and jax.default_backend() == "gpu":
-            cotangent = jax.random.normal(jax.random.key(2), arrays["query"].shape, cell.dtype)
-            function, self._operands = (_with_cotangent(attend), (wanted, rest, cotangent))
-        elif which == "gradient":
-            function, self._operands = _of_the_sum(attend), (wanted, rest)
+        self._cell, self._which = cell, which
+        self._operands = _Operands(cell, which, dense_mask=wants_dense_mask(peer))
+        function: Callable[..., Any] = attend(peer, cell)
+        if which == "gradient":
+            on_gpu = jax.default_backend() == "gpu"
+            function = (_with_cotangent if on_gpu else _of_the_sum)(function)
         start = time.perf_counter()
-        self._compiled = jax.jit(function).lower(*self._operands).compile()
+        self._compiled = jax.jit(function).lower(*self._operands.shapes).compile()
         self.compile_s = time.perf_counter() - start
         memory = self._compiled.memory_analysis()
         self.temp_bytes: int | None = getattr(memory, "temp_size_in_bytes", None)
 
     def __call__(self) -> Any:
-        return jax.block_until_ready(self._compiled(*self._operands))
+        return jax.block_until_ready(self._compiled(*self._operands.arrays))
 
     def too_large(self) -> str | None:
         """Why the device cannot hold the call, as far as it tells."""
         stats = jax.devices()[0].memory_stats() or {}
         limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use", 0)
-        if limit is None or self.temp_bytes is None or self.temp_bytes < 0.9 * (limit - used):
+        if limit is None or self.temp_bytes is None:
             return None
-        free = (limit - used) / 2**30
-        return f"needs {self.temp_bytes / 2**30:.1f} GiB, {free:.1f} GiB are free"
+        needed, free = self.temp_bytes + 2 * self._operands.nbytes, limit - used
+        if needed < 0.9 * free:
+            return None
+        return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
     def error(self, result: Any) -> float | None:
         """The largest relative error of some rows of the output; None if it cannot be known."""
         if self._which != "forward" or self._cell.dropout:
             return None
         rows = rows_to_check(self._cell)
+        (arrays,) = self._operands.arrays
         b, t, n = np.array(rows).T
         k = n // (self._cell.heads // self._cell.kv_heads)
         kept = {
-            "query": self._arrays["query"][b, t, n],
-            "key": self._arrays["key"][b, :, k],
-            "value": self._arrays["value"][b, :, k],
+            "query": arrays["query"][b, t, n],
+            "key": arrays["key"][b, :, k],
+            "value": arrays["value"][b, :, k],
         }
         if self._cell.bias:
-            kept["bias"] = self._arrays["bias"][0, n, t]
+            kept["bias"] = arrays["bias"][0, n, t]
         host = {name: np.asarray(x) for name, x in kept.items()}
         out = np.asarray(result[b, t, n])
         return max(
@@ -81,12 +99,49 @@ class Ready:
         from jax.experimental.mosaic.gpu import profiler
 
         try:
-            _, found = profiler.measure(self._compiled, iterations=repeats)(*self._operands)
+            _, found = profiler.measure(self._compiled, iterations=repeats)(*self._operands.arrays)
         except Exception as error:  # CUPTI has one user at a time, and may be absent
             return host_times(self, repeats), f"host clock (CUPTI: {error})"
         if found is None:
             return host_times(self, repeats), "host clock (CUPTI saw no kernel)"
         return [float(ms) for ms in np.atleast_1d(found)], "CUPTI, sum of kernels"
+
+
+class _Operands:
+    """The arguments of a compiled pass: described at once, made where they are first asked for.
+
+    What makes the random ones is compiled with the rest, beside what others measure.
+    """
+
+    def __init__(self, cell: Cell, which: Pass, *, dense_mask: bool) -> None:
+        self._cell, self._dense_mask = cell, dense_mask
+        self._cotangent = which == "gradient" and jax.default_backend() == "gpu"
+        self._split = which == "gradient"
+        self.shapes: tuple[Any, ...] = jax.eval_shape(self._made)
+        self.nbytes = sum(
+            x.size * x.dtype.itemsize
+            for x in jax.tree.leaves(self.shapes)
+            if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        )
+        # A mask of all pairs would be a constant of the program: it is sent instead.
+        self._make: Callable[[], tuple[Any, ...]] = self._made
+        if cell.mask.kind != "packed":
+            self._make = jax.jit(self._made).lower().compile()
+
+    @cached_property
+    def arrays(self) -> tuple[Any, ...]:
+        return self._make()
+
+    def _made(self) -> tuple[Any, ...]:
+        arrays = arrays_of(self._cell, dense_mask=self._dense_mask)
+        if not self._split:
+            return (arrays,)
+        wanted = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
+        rest = {name: x for name, x in arrays.items() if name not in wanted}
+        if not self._cotangent:
+            return (wanted, rest)
+        shape = (*arrays["query"].shape[:-1], self._cell.values)
+        return (wanted, rest, jax.random.normal(jax.random.key(2), shape, self._cell.dtype))
 
 
 def host_times(call: Callable[[], object], repeats: int) -> list[float]:

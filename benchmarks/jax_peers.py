@@ -17,10 +17,11 @@ import numpy as np
 from jax import Array
 
 import jattn
+from benchmarks import flash_attn3
 from benchmarks.cells import Cell
 from jattn.backends import kernels
 
-__all__ = ["PEERS", "Arrays", "arrays_of", "attend_with", "refusal"]
+__all__ = ["PEERS", "Arrays", "arrays_of", "attend", "refusal", "wants_dense_mask"]
 
 type Arrays = dict[str, Array]
 type Attend = Callable[[Arrays], Array]
@@ -34,11 +35,14 @@ def arrays_of(cell: Cell, *, dense_mask: bool = False) -> Arrays:
     A cell of packed documents has segment ids, or with `dense_mask` a boolean mask (1, 1, T, S).
     """
     dtype = jnp.dtype(cell.dtype)
-    rows = {"query": (cell.queries, cell.heads), "key": (cell.keys, cell.kv_heads)}
-    rows["value"] = rows["key"]
+    rows = {
+        "query": (cell.queries, cell.heads, cell.head_dim),
+        "key": (cell.keys, cell.kv_heads, cell.head_dim),
+        "value": (cell.keys, cell.kv_heads, cell.values),
+    }
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = {
-        name: jax.random.normal(key, (cell.batch, *size, cell.head_dim), dtype)
+        name: jax.random.normal(key, (cell.batch, *size), dtype)
         for key, (name, size) in zip(keys, rows.items(), strict=False)
     }
     if cell.bias:
@@ -137,6 +141,7 @@ PEERS: dict[str, Callable[[Cell], Attend]] = {
     "jattn/cudnn": _jattn("cudnn"),
     "jax.nn/xla": _jax_nn("xla"),
     "jax.nn/cudnn": _jax_nn("cudnn"),
+    "flash-attn3-jax": flash_attn3.attend_with,
     "tokamax/mosaic": _tokamax("mosaic"),
     "tokamax/triton": _tokamax("triton"),
     "tokamax/xla_chunked": _tokamax("xla_chunked"),
@@ -148,10 +153,13 @@ def refusal(peer: str, cell: Cell) -> str | None:
     if peer.startswith("jattn/"):
         return _jattn_refusal(peer.removeprefix("jattn/"), cell)
     on_gpu = jax.default_backend() == "gpu"
-    if peer in ("jax.nn/cudnn", "tokamax/mosaic", "tokamax/triton") and not on_gpu:
+    gpu_only = ("jax.nn/cudnn", "tokamax/mosaic", "tokamax/triton", "flash-attn3-jax")
+    if peer in gpu_only and not on_gpu:
         return f"needs an NVIDIA GPU, this is {jax.devices()[0].device_kind}"
     if cell.dropout:
         return f"no dropout (rate {cell.dropout})"
+    if peer == "flash-attn3-jax":
+        return flash_attn3.refusal(cell)
     if peer == "jax.nn/cudnn" and np.dtype(jnp.dtype(cell.dtype)).itemsize != 2:
         return f"dtype {cell.dtype} is not bfloat16 or float16"
     if peer.startswith("tokamax/"):
@@ -171,9 +179,14 @@ def _jattn_refusal(peer: str, cell: Cell) -> str | None:
     return "; ".join(found.refusals) or None
 
 
-def attend_with(peer: str, cell: Cell) -> tuple[Attend, Arrays]:
-    """The peer's function, and operands for it."""
-    return PEERS[peer](cell), arrays_of(cell, dense_mask=peer.startswith("jax.nn/"))
+def attend(peer: str, cell: Cell) -> Attend:
+    """The peer as a function of the cell's arrays."""
+    return PEERS[peer](cell)
+
+
+def wants_dense_mask(peer: str) -> bool:
+    """Whether packed documents come to this peer as a boolean mask."""
+    return peer.startswith("jax.nn/")
 
 
 @cache

@@ -131,7 +131,7 @@ class Measuring:
         if reason is not None:
             return None, replace(known, reason=reason)
         try:
-            off = call.error(self._on_device(peer, call))
+            off = self._on_device(peer, lambda: call.error(call()))
         except Exception as error:  # as above
             return None, replace(known, reason=reason_of(error))
         if off is None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.cells import Cell
 from benchmarks.jobs import Job
-from benchmarks.results import Measurement
+from benchmarks.results import OUT_OF_TIME, Measurement
 
 __all__ = ["JAX", "TORCH", "BrokenFamilyError", "Pool", "Worker"]
 
@@ -170,7 +170,7 @@ class Pool:
                 except IndexError:
                     return
                 if self.deadline is not None and time.monotonic() > self.deadline:
-                    self._give_up(job, "not run: the time limit had passed")
+                    self._give_up(job, OUT_OF_TIME)
                     continue
                 if worker is None and broken is None:
                     worker, broken = self._start(family)

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise, product
 
+from benchmarks.all_shapes import all_shapes
 from benchmarks.cells import Cell, Mask, Pass
+from benchmarks.plans import FAST_PEERS, SLOW_PEERS, Plan, Preset
 from benchmarks.targets import Growth, Memory, Rate, Speed, Target, Time
 
-__all__ = ["PRESETS", "Plan", "Preset", "custom"]
+__all__ = ["FAST_PEERS", "PRESETS", "SLOW_PEERS", "Plan", "Preset", "custom"]
 
 FAST_CPU_PEERS = ("jattn/memory_efficient", "jax.nn/xla")
 CPU_PEERS = ("jattn/memory_efficient", "jattn/eager", "jax.nn/xla")
-FAST_PEERS = ("jattn/flash", "jax.nn/cudnn", "tokamax/mosaic", "torch/flash", "torch/cudnn")
-# Far behind on a GPU: they run in few cells unless they are asked for by name.
-SLOW_PEERS = (
-    "jattn/memory_efficient",
-    "jattn/eager",
-    "jax.nn/xla",
-    "tokamax/triton",
-    "tokamax/xla_chunked",
-    "torch/efficient",
-)
 PORTABLE_PEERS = (
     "jattn/flash-portable",
     "jattn/memory_efficient",
@@ -33,26 +25,6 @@ PORTABLE_PEERS = (
 )
 DETERMINISTIC = "jattn/flash-deterministic"
 RIVALS = ("jax.nn/cudnn", "tokamax/mosaic")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One cell to measure. Only compiled, for its memory, where `timed` is false."""
-
-    cell: Cell
-    passes: tuple[Pass, ...]
-    peers: tuple[str, ...]
-    timed: bool = True
-    repeats: int | None = None  # timed calls; None: as the command line says
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Cells in the order to run, every peer the run speaks of, and the targets."""
-
-    plans: tuple[Plan, ...]
-    peers: tuple[str, ...]
-    targets: tuple[Target, ...] = ()
 
 
 def cpu(
@@ -230,4 +202,5 @@ PRESETS: dict[str, Callable[..., Preset]] = {
     "hopper-forward": hopper_forward,
     "hopper-backward": hopper_backward,
     "portable": portable,
+    "all": all_shapes,
 }

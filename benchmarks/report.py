@@ -108,7 +108,8 @@ def title(cell: Cell) -> str:
     heads = f"{cell.heads}/{cell.kv_heads}" if cell.heads != cell.kv_heads else str(cell.heads)
     extras = [cell.dtype] * (cell.dtype != "bfloat16") + ["bias"] * cell.bias
     extras += [f"dropout {cell.dropout}"] * (cell.dropout > 0)
-    head = f"head dim {cell.head_dim}, {cell.mask}, B {cell.batch}, N {heads}"
+    value = "" if cell.values == cell.head_dim else f"/{cell.values}"
+    head = f"head dim {cell.head_dim}{value}, {cell.mask}, B {cell.batch}, N {heads}"
     return ", ".join([f"{head}, T {_length(cell.queries)}{keys}", *extras])
 
 

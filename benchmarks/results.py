@@ -13,9 +13,13 @@ from typing import Any, Self
 
 from benchmarks.cells import Cell, Pass
 
-__all__ = ["Measurement", "Run", "Verdict"]
+__all__ = ["LEFT_OUT", "NOT_REACHED", "OUT_OF_TIME", "Measurement", "Run", "Verdict"]
 
 SCHEMA = 1
+# Reasons that say nothing of the peer: a later run may still measure it.
+NOT_REACHED, OUT_OF_TIME = "not reached", "not run: the time limit had passed"
+LEFT_OUT = "left out of this cell by the preset; --peers runs it"
+_OPEN = (NOT_REACHED, OUT_OF_TIME, LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class Run:
         if forward.ms is None or gradient.ms is None:
             return Measurement(peer, which, reason=reason)
         return Measurement(peer, which, ms=gradient.ms - forward.ms, timer=gradient.timer)
+
+    def settled(self, cell: str, peer: str, which: Pass) -> bool:
+        """Whether this was measured, or is known to be impossible."""
+        found = self.get(cell, peer, which)
+        return found is not None and found.reason not in _OPEN
 
     def best(self, cell: str, peers: Iterable[str], which: Pass) -> Measurement | None:
         """The fastest of these peers in the cell; None if none has a time."""

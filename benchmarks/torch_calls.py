@@ -48,14 +48,14 @@ class Ready:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         gradient = which == "gradient"
-        self._query = self._random(cell.queries, cell.heads, gradient)
-        self._key = self._random(cell.keys, cell.kv_heads, gradient)
-        self._value = self._random(cell.keys, cell.kv_heads, gradient)
-        self._cotangent = self._random(cell.queries, cell.heads, False)
+        self._query = self._random(cell.queries, cell.heads, cell.head_dim, gradient)
+        self._key = self._random(cell.keys, cell.kv_heads, cell.head_dim, gradient)
+        self._value = self._random(cell.keys, cell.kv_heads, cell.values, gradient)
+        self._cotangent = self._random(cell.queries, cell.heads, cell.values, False)
         self._mask = self._additive_mask(gradient)
 
-    def _random(self, length: int, heads: int, gradient: bool) -> Any:
-        shape = (self._cell.batch, length, heads, self._cell.head_dim)
+    def _random(self, length: int, heads: int, width: int, gradient: bool) -> Any:
+        shape = (self._cell.batch, length, heads, width)
         made = torch.randn(shape, dtype=getattr(torch, self._cell.dtype), device=self._device)
         return made.transpose(1, 2).requires_grad_(gradient)
 
