@@ -3,8 +3,12 @@
 python train.py                              sized for this machine, on the standard library
 python train.py --data PATH --steps 1000     on any file or folder
 python train.py --resume runs/NAME           exactly as if it had not stopped
+python train.py --report memory              memory and time of attention at growing lengths
+python train.py --target h100                the same for a GPU that is not here, compiled only
 python train.py --help                       every option
 """
+
+from training import environment  # isort: skip  # noqa: F401  (what jax reads when loaded)
 
 import shlex
 import sys
@@ -16,22 +20,28 @@ import jax
 from rich.console import Console
 
 from jattn import UnsupportedAttentionError
-from training import cli, memory_scaling, plots, run_folder
+from training import cli, plots, run_folder
 from training.checkpoints import Checkpoints
-from training.config import TrainConfig
 from training.data import Corpus, load_corpus
 from training.errors import TrainingError, one_line
-from training.interrupt import StopRequest, stop_on_signals
+from training.interrupt import stop_on_signals
 from training.loop import Outputs, train
 from training.progress import TrainingProgress, make_console, say
+from training.reports.command import report_layer
+from training.reports.place import here, place_of, start_again_with_compilers
 from training.run_folder import MetricsLog, RunFolder, read_metrics
 from training.step import TrainState, check_model_runs, initial_state, parameter_count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Does what the arguments ask; returns 0, 2 for an error, or 128 + n after signal n."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run(cli.parse(argv), make_console())
+        if (target := cli.peek(argv, "--target")) is not None:
+            start_again_with_compilers(argv, target)
+        request = cli.parse(argv)
+        only_report = request.run.report is not None or request.run.target is not None
+        return (report if only_report else run)(request, make_console())
     except KeyboardInterrupt:  # before or after the part that saves
         return 130
     except (TrainingError, UnsupportedAttentionError, OSError) as error:
@@ -56,7 +66,7 @@ def run(request: cli.Request, console: Console) -> int:
         say(console, f"{folder.path}: {title}, on {jax.devices()[0].device_kind}")
         say(console, str(corpus))
         if config.memory.memory_report and not folder.memory_json.exists():
-            report_memory(config, folder, console, stop)
+            report_layer(config, here(), folder, console, stop)
         with (
             MetricsLog(folder.metrics, after_step=int(state.step)) as log,
             TrainingProgress(console, total=config.optimizer.steps, done=int(state.step)) as bar,
@@ -85,25 +95,17 @@ def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState]:
     return run_folder.create(run.runs_dir, run.name, config, facts), state
 
 
-def report_memory(
-    config: TrainConfig, folder: RunFolder, console: Console, stop: StopRequest
-) -> None:
-    """Measures, prints, stores and draws the memory-scaling report; a stop leaves none."""
-    model = config.model
-    with console.status("memory report") as status:
-        cells = []
-        for cell in memory_scaling.measure(model, config.memory, stopped=lambda: bool(stop)):
-            cells.append(cell)
-            status.update(f"memory report: {cell.implementation}, T = {cell.sequence_length:,}")
-    if stop:
-        return
-    say(console, f"memory report, {memory_scaling.what_is_measured(model)}:")
-    console.print(memory_scaling.as_table(cells))
-    say(console, "memory is the compiled step's temporary bytes, with the factor to the row above")
-    for note in memory_scaling.notes(cells):
-        say(console, note)
-    run_folder.write_json(folder.memory_json, memory_scaling.as_json(cells, model))
-    plots.plot_memory(folder.memory_plot, cells, memory_scaling.what_is_measured(model))
+def report(request: cli.Request, console: Console) -> int:
+    """One report into a folder of its own."""
+    options, config = request.run, request.config
+    with stop_on_signals() as stop, place_of(options.target) as place:
+        facts = {"report": options.report or "memory", "target": options.target}
+        folder = run_folder.create(options.runs_dir, options.name, config, facts)
+        report_layer(config, place, folder, console, stop)
+    if stop.signal is not None:
+        return 128 + stop.signal
+    say(console, f"results in {folder.path}")
+    return 0
 
 
 def summary(rows: Sequence[dict[str, Any]], references: dict[str, float]) -> str:

@@ -11,22 +11,23 @@ import pytest
 from rich.console import Console
 
 from models import TransformerConfig
-from training import memory_scaling
 from training.config import MemoryConfig
-from training.memory_scaling import Cell
+from training.reports import layer, layer_table, place
+from training.reports.layer import Cell
+from training.units import bytes_text
 
 MODEL = TransformerConfig(hidden_size=32, num_heads=4, num_key_value_heads=2, head_dim=16)
 SHORT = MemoryConfig(memory_lengths=(64,))
 
 
 def _measure(config: MemoryConfig) -> list[Cell]:
-    return list(memory_scaling.measure(MODEL, config, stopped=lambda: False))
+    return layer.measure(MODEL, config, place.here(), stopped=lambda: False)
 
 
 def _text(cells: list[Cell]) -> str:
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(memory_scaling.as_table(cells))
+        console.print(layer_table.as_table(cells))
     return captured.get()
 
 
@@ -58,7 +59,9 @@ def test_what_the_time_budget_lacks_is_compiled_but_not_timed(cells: list[Cell])
 
 
 def test_json_has_what_was_measured_and_every_field(cells: list[Cell]) -> None:
-    stored = json.loads(json.dumps(memory_scaling.as_json(cells, MODEL)))
+    stored = json.loads(
+        json.dumps(layer_table.as_json(cells, MODEL, device=place.here().device_kind, seconds=1.25))
+    )
     assert "one attention layer, batch 1, 4 query and 2 key heads of 16" in stored["measured"]
     assert stored["device"] == jax.devices()[0].device_kind
     assert [Cell(**cell) for cell in stored["cells"]] == cells
@@ -77,11 +80,11 @@ def test_cells_that_fit_are_timed() -> None:
         assert cell.status == "ok"
         assert cell.seconds is not None
         assert 0 < cell.seconds < 10
-    assert memory_scaling.notes(cells) == []
+    assert layer_table.notes(cells) == []
 
 
 def test_a_cell_larger_than_free_memory_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_scaling, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(place, "free_bytes", lambda device: 1000)
     for cell in _measure(SHORT):
         assert cell.status == "too large"
         assert cell.temp_bytes is not None
@@ -90,21 +93,21 @@ def test_a_cell_larger_than_free_memory_is_not_run(monkeypatch: pytest.MonkeyPat
 
 
 def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> float:
+    def fail(*arguments: object, **options: object) -> float:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    monkeypatch.setattr(memory_scaling, "_best_time", fail)
+    monkeypatch.setattr(layer, "run", fail)
     cells = _measure(SHORT)
     assert [cell.status for cell in cells] == ["out of memory", "out of memory"]
     assert "out of memory" in _text(cells)
-    assert "allocating 9 bytes" in memory_scaling.notes(cells)[0]
+    assert "allocating 9 bytes" in layer_table.notes(cells)[0]
 
 
 def test_any_other_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> float:
+    def fail(*arguments: object, **options: object) -> float:
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setattr(memory_scaling, "_best_time", fail)
+    monkeypatch.setattr(layer, "run", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         _measure(SHORT)
 
@@ -119,7 +122,7 @@ def test_an_implementation_that_is_refused_is_a_cell_with_its_reason() -> None:
 
 
 def test_a_stop_request_ends_the_report() -> None:
-    assert list(memory_scaling.measure(MODEL, SHORT, stopped=lambda: True)) == []
+    assert layer.measure(MODEL, SHORT, place.here(), stopped=lambda: True) == []
 
 
 @pytest.mark.parametrize(
@@ -127,4 +130,4 @@ def test_a_stop_request_ends_the_report() -> None:
     [(0, "0 B"), (999, "999 B"), (1023, "1.0 KiB"), (1536, "1.5 KiB"), (260 << 20, "260 MiB")],
 )
 def test_bytes_are_written_in_binary_units(count: int, text: str) -> None:
-    assert memory_scaling.bytes_text(count) == text
+    assert bytes_text(count) == text

@@ -23,9 +23,10 @@ import train
 import training.loop
 from tests.promotion import of_others
 from tests.tiny_training import LENGTH, OPTIONS, STEPS, results, rows, write_corpus
-from training import cli, memory_scaling
+from training import cli
 from training.checkpoints import Checkpoints
 from training.data import load_corpus
+from training.reports import layer
 
 REPOSITORY = Path(train.__file__).parent
 TRAIN = [sys.executable, str(REPOSITORY / "train.py")]
@@ -166,16 +167,16 @@ def test_a_signal_saves_and_the_run_resumes_bit_for_bit(
 def test_a_signal_during_the_memory_report_saves_the_start(
     whole: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = memory_scaling.measure
+    measure = layer.measure
 
-    def measure_and_signal(*arguments: Any, **named: Any) -> Iterator[Any]:
+    def measure_and_signal(*arguments: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        yield from measure(*arguments, **named)
+        return measure(*arguments, **named)
 
     run = tmp_path / "stopped"
     options = [*_options(corpus, tmp_path), "--name", run.name, "--memory-report"]
     with monkeypatch.context() as patch:
-        patch.setattr(memory_scaling, "measure", measure_and_signal)
+        patch.setattr(layer, "measure", measure_and_signal)
         assert train.main(options) == 130
     assert rows(run) == []
     assert not (run / "memory_scaling.json").exists()

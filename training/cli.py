@@ -15,13 +15,17 @@ import tyro
 
 from training.config import PRESETS, PresetName, TrainConfig, differences, from_json
 from training.errors import TrainingError
+from training.reports.place import TargetName
 
 _DESCRIPTION = """\
 Trains a byte-level transformer on real text and reports how its attention's memory scales.
 
 Without options: a memory-scaling report, then a short training on the standard library's source,
 both sized for the machine. Results go to runs/<name>/: config.json, metrics.jsonl, checkpoints/,
-loss.png, memory_scaling.png and memory_scaling.json. Ctrl-C saves and says how to resume."""
+loss.png, memory_scaling.png and memory_scaling.json. Ctrl-C saves and says how to resume.
+
+--report NAME gives one report instead of a training; --target GPU gives it for a GPU that is not
+here, from what XLA compiles for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,18 @@ class RunOptions:
     ] = None
     """Folder of a run to continue exactly as if it had not stopped, with its own options."""
 
+    report: Annotated[
+        Literal["memory"] | None,
+        tyro.conf.arg(help_behavior_hint="(default: what a run consists of)"),
+    ] = None
+    """Give this report and do nothing else: memory and time of one attention layer (memory)."""
+
+    target: Annotated[
+        TargetName | None, tyro.conf.arg(help_behavior_hint="(default: this machine's device)")
+    ] = None
+    """Give the report, memory unless another is named, for a GPU that is not here: bytes without
+    times, from deviceless compilation; needs what `sh scripts/compilers.sh` installs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -65,12 +81,13 @@ def parse(argv: Sequence[str] | None) -> Request:
         SystemExit: help was asked for and has been printed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    resume = _peek(argv, "--resume")
+    resume = peek(argv, "--resume")
     if resume is None:
-        return _parse_over(PRESETS[_preset(_peek(argv, "--preset"))], argv)
+        preset = _preset(peek(argv, "--preset"), target=peek(argv, "--target"))
+        return _parse_over(PRESETS[preset], argv)
     stored = read_config(Path(resume))
     request = _parse_over(stored, argv)
-    for option in ("preset", "name", "runs_dir"):
+    for option in ("preset", "name", "runs_dir", "report", "target"):
         if getattr(request.run, option) != getattr(RunOptions, option):
             raise TrainingError(
                 f"--{option.replace('_', '-')} is for new runs; --resume {resume} continues that"
@@ -98,12 +115,13 @@ def read_config(folder: Path) -> TrainConfig:
     return from_json(stored, str(path))
 
 
-def _preset(given: str | None) -> PresetName:
-    gpu = jax.default_backend() == "gpu" if given in (None, "auto") else given == "gpu"
-    return "gpu" if gpu else "cpu"
+def _preset(given: str | None, *, target: str | None) -> PresetName:
+    if given in (None, "auto"):
+        return "gpu" if target is not None or jax.default_backend() == "gpu" else "cpu"
+    return "gpu" if given == "gpu" else "cpu"
 
 
-def _peek(argv: Sequence[str], option: str) -> str | None:
+def peek(argv: Sequence[str], option: str) -> str | None:
     """Value of an option that decides the defaults of the others, before those are parsed."""
     for argument, following in itertools.pairwise((*argv, None)):
         if argument == option:

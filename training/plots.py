@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.memory_scaling import Cell, bytes_text
+from training.reports.layer import Cell
+from training.units import bytes_text, length_text
 
 _COLORS = ("#d1495b", "#00798c", "#edae49", "#66518f", "#2e933c")
 
@@ -69,42 +70,54 @@ def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
         cells: the report's.
         measured: what the numbers are of.
     """
-    figure, (memory, seconds) = _figure(11.0, 4.8, columns=2)
+    timed = any(cell.seconds is not None for cell in cells)
+    figure, axes = _figure(11.0, 4.8, columns=2) if timed else _figure(6.5, 4.8)
+    memory, seconds = axes if timed else (axes, None)
     lengths = sorted({cell.sequence_length for cell in cells})
     names = list(dict.fromkeys(cell.implementation for cell in cells))
     for name, color in zip(names, _COLORS, strict=False):
         own = [cell for cell in cells if cell.implementation == name]
-        bytes_of = {c.sequence_length: c.temp_bytes for c in own if c.temp_bytes is not None}
-        seconds_of = {c.sequence_length: c.seconds for c in own if c.seconds is not None}
-        for axes, values in ((memory, bytes_of), (seconds, seconds_of)):
-            axes.plot(list(values), list(values.values()), color=color, marker="o", label=name)
-        untimed = [c for c in own if c.temp_bytes is not None and c.seconds is None]
-        memory.plot(
-            [c.sequence_length for c in untimed],
-            [c.temp_bytes for c in untimed],
-            linestyle="none",
-            marker="o",
-            markersize=4,
-            color="white",
-            label=f"{name}, not run" if untimed else None,
-            markeredgecolor=color,
-        )
-    for axes, title in ((memory, "temporary memory"), (seconds, "time of one step")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [_length_text(length) for length in lengths])
-        axes.set_xlabel("sequence length T (tokens, log scale)")
-        axes.set_title(title, loc="left")
+        _curve(memory, own, "temp_bytes", color=color, label=name)
+        if seconds is not None:
+            _curve(seconds, own, "seconds", color=color, label=name)
+            untimed = [c for c in own if c.temp_bytes is not None and c.seconds is None]
+            memory.plot(
+                [c.sequence_length for c in untimed],
+                [c.temp_bytes for c in untimed],
+                linestyle="none",
+                marker="o",
+                markersize=4,
+                color="white",
+                label=f"{name}, not run" if untimed else None,
+                markeredgecolor=color,
+            )
+    _over_lengths(memory, lengths, "temporary memory")
     _growth_lines(memory, powers=(1, 2))
-    _growth_lines(seconds, powers=(2,))
     memory.set_yscale("log", base=2)
     memory.yaxis.set_major_formatter(lambda value, _: bytes_text(value).replace(".0", ""))
     memory.set_ylabel("bytes (log scale)")
-    seconds.set_yscale("log")
-    seconds.yaxis.set_major_formatter(lambda value, _: _seconds_tick(value))
-    seconds.set_ylabel("time (log scale)")
+    if seconds is not None:
+        _over_lengths(seconds, lengths, "time of one step")
+        _growth_lines(seconds, powers=(2,))
+        seconds.set_yscale("log")
+        seconds.yaxis.set_major_formatter(lambda value, _: _seconds_tick(value))
+        seconds.set_ylabel("time (log scale)")
     memory.legend(frameon=False, loc="upper left")
     figure.suptitle(measured, x=0.01, ha="left", fontsize=10, color="0.25")
     figure.savefig(path)
+
+
+def _curve(axes: Any, cells: Sequence[Cell], fact: str, *, color: str, label: str) -> None:
+    """One fact of the cells that have it over their lengths."""
+    known = [(c.sequence_length, getattr(c, fact)) for c in cells if getattr(c, fact) is not None]
+    axes.plot([x for x, _ in known], [y for _, y in known], color=color, marker="o", label=label)
+
+
+def _over_lengths(axes: Any, lengths: Sequence[int], title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [length_text(length) for length in lengths])
+    axes.set_xlabel("sequence length T (tokens, log scale)")
+    axes.set_title(title, loc="left")
 
 
 def _figure(width: float, height: float, columns: int = 1) -> Any:
@@ -151,10 +164,6 @@ def _smoothed(values: Sequence[float]) -> list[float]:
         weight = keep * weight + 1
         smoothed.append(total / weight)
     return smoothed
-
-
-def _length_text(length: int) -> str:
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
 def _seconds_tick(value: float) -> str:

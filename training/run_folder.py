@@ -48,6 +48,11 @@ class RunFolder:
     def memory_json(self) -> Path:
         return self.path / "memory_scaling.json"
 
+    @property
+    def library_log(self) -> Path:
+        """What libraries said during a report."""
+        return self.path / "library.log"
+
 
 def create(
     runs_dir: str, name: str | None, config: TrainConfig, facts: dict[str, Any]

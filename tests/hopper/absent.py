@@ -15,11 +15,13 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AxisType, Mesh
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
 
 @contextmanager
 def h200s(*shape: int) -> Iterator[Mesh]:
     """A mesh of them with axes "x" and "y", in which dispatch knows what it compiles for."""
-    config = (pathlib.Path(__file__).parent / "h200.txtpb").read_text()
+    config = (ROOT / "training" / "gpus" / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(
         platform="cuda", topology=f"1x1x{prod(shape)}", target_config=config
     )

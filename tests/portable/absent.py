@@ -19,12 +19,12 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AxisType, Mesh
 
-HERE = pathlib.Path(__file__).resolve().parent
+GPUS = pathlib.Path(__file__).resolve().parents[2] / "training" / "gpus"
 DEVICES = {
-    "h200": ("NVIDIA H200", HERE.parent / "hopper" / "h200.txtpb"),
-    "a100": ("NVIDIA A100-SXM4-80GB", HERE / "a100.txtpb"),
-    "b200": ("NVIDIA B200", HERE / "b200.txtpb"),
-    "l4": ("NVIDIA L4", HERE / "l4.txtpb"),  # the shared memory of a workstation's GPU
+    "h200": ("NVIDIA H200", GPUS / "h200.txtpb"),
+    "a100": ("NVIDIA A100-SXM4-80GB", GPUS / "a100.txtpb"),
+    "b200": ("NVIDIA B200", GPUS / "b200.txtpb"),
+    "l4": ("NVIDIA L4", GPUS / "l4.txtpb"),  # the shared memory of a workstation's GPU
 }
 
 

@@ -1,0 +1,1 @@
+"""What attention and whole training steps take, measured on this device or compiled for another."""

@@ -1,0 +1,117 @@
+"""Programs compiled ahead, several at once, and what the compiler says of their memory."""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+from jattn import UnsupportedAttentionError
+from training.errors import one_line
+from training.reports.place import Place
+
+# XLA tries out kernels for products on the device, with buffers as large as the program's: no help
+# to a program that does not fit, and nothing that a device which is not here could do. Without, it
+# takes cuBLAS's own choice for products instead of tiles that it would have to try.
+_UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The compiler's account of one execution, in bytes."""
+
+    temporary: int
+    arguments: int
+    results: int  # those that take no argument's place
+
+    @property
+    def total(self) -> int:
+        return self.temporary + self.arguments + self.results
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A compiled program, or why there is none."""
+
+    program: Any  # jax.stages.Compiled, or None
+    memory: Memory | None
+    refusal: str = ""
+    out_of_memory: str = ""
+
+
+def build(lower: Callable[[], jax.stages.Lowered], place: Place) -> Built:
+    """Lowers and compiles one program."""
+    return _compiled(_lowered(lower), place)
+
+
+def build_all(
+    lowers: Iterable[Callable[[], jax.stages.Lowered]], place: Place
+) -> Iterator[tuple[int, Built]]:
+    """Compiles all, in threads; yields each with its number when it is there, in any order.
+
+    Tracing is Python, one thread's work at a time and this one's; a place that is a context of
+    this thread is seen by it alone.
+    """
+    with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+        waiting: dict[concurrent.futures.Future[Built], int] = {}
+        try:
+            for number, lower in enumerate(lowers):
+                waiting[pool.submit(_compiled, _lowered(lower), place)] = number
+                yield from _finished(waiting, wait=False)
+            while waiting:
+                yield from _finished(waiting, wait=True)
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _cores() -> int:
+    known = getattr(os, "sched_getaffinity", None)  # there is none on macOS
+    return len(known(0)) if known is not None else os.cpu_count() or 1
+
+
+def _finished(
+    waiting: dict[concurrent.futures.Future[Built], int], *, wait: bool
+) -> Iterator[tuple[int, Built]]:
+    done, _ = concurrent.futures.wait(
+        waiting,
+        timeout=None if wait else 0,
+        return_when=concurrent.futures.FIRST_COMPLETED,
+    )
+    for future in done:
+        yield waiting.pop(future), future.result()
+
+
+def _lowered(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Lowered | Built:
+    try:
+        return lower()
+    except UnsupportedAttentionError as error:
+        return Built(None, None, refusal=one_line(error))
+
+
+def _compiled(lowered: jax.stages.Lowered | Built, place: Place) -> Built:
+    if isinstance(lowered, Built):
+        return lowered
+    try:
+        program = lowered.compile(compiler_options=_UNTUNED if place.is_gpu else None)
+    except jax.errors.JaxRuntimeError as error:
+        return Built(None, None, out_of_memory=out_of_memory(error))
+    found = program.memory_analysis()
+    assert found is not None
+    return Built(
+        program,
+        Memory(
+            found.temp_size_in_bytes,
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes - found.alias_size_in_bytes,
+        ),
+    )
+
+
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
+    """The error's text in a line, if it is about memory; raises any other again."""
+    if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        raise error
+    return one_line(error)[:200]
