@@ -1,4 +1,4 @@
-"""The preset `all`: squares, shapes that users have, and memory; the parts by their worth."""
+"""The preset `all`: memory, squares, and shapes that users have; the parts by their worth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BOTH: tuple[Pass, ...] = ("forward", "gradient")
 
 def all_shapes() -> Preset:
     """Every figure's cells on one GPU, bf16; `--part` runs a share, `--resume` what is missing."""
-    plans = (*_squares(), *_users(), *_memory())
+    plans = (*_memory(), *_squares(), *_users())
     peers = dict.fromkeys(peer for plan in plans for peer in plan.peers)
     return Preset(plans, tuple(peers))
 

@@ -137,11 +137,13 @@ def machine(facts: dict[str, Any]) -> dict[str, Any]:
         found["cores"] = f"{len(os.sched_getaffinity(0))} cores"
         found["load_average"] = [os.getloadavg()[0]] * 2
     else:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        wanted = "--query-gpu=driver_version,memory.total"
+        query = ["nvidia-smi", wanted, "--format=csv,noheader,nounits"]
         try:
             asked = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-            found["driver"] = "driver " + asked.stdout.split()[0]
-        except (OSError, subprocess.SubprocessError, IndexError):
+            driver, memory = asked.stdout.splitlines()[0].split(", ")
+            found["driver"], found["memory_bytes"] = f"driver {driver}", int(memory) * 2**20
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
             found["driver"] = "driver unknown"
     return found
 
