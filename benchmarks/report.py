@@ -15,7 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.cells import Cell, Pass
 from benchmarks.results import Measurement, Run
 
-__all__ = ["heading", "memory_table", "reasons", "time_table", "verdict_table"]
+__all__ = [
+    "heading",
+    "length_text",
+    "memory_table",
+    "reasons",
+    "time_table",
+    "title",
+    "verdict_table",
+]
 
 OURS = "jattn/*"
 
@@ -66,7 +74,7 @@ def memory_table(run: Run, which: Pass = "gradient", *, peers: Sequence[str] = (
     """
     shown = [p for p in run.peers() if matches(p, peers)]
     rows = []
-    for family in _same_but_length(run):
+    for family in _same_butlength_text(run):
         before: Cell | None = None
         for cell in family:
             values = [title(cell)]
@@ -104,13 +112,13 @@ def reasons(run: Run) -> str:
 
 def title(cell: Cell) -> str:
     """The cell in words."""
-    keys = f", S {_length(cell.keys)}" if cell.keys != cell.queries else ""
+    keys = f", S {length_text(cell.keys)}" if cell.keys != cell.queries else ""
     heads = f"{cell.heads}/{cell.kv_heads}" if cell.heads != cell.kv_heads else str(cell.heads)
     extras = [cell.dtype] * (cell.dtype != "bfloat16") + ["bias"] * cell.bias
     extras += [f"dropout {cell.dropout}"] * (cell.dropout > 0)
     value = "" if cell.values == cell.head_dim else f"/{cell.values}"
     head = f"head dim {cell.head_dim}{value}, {cell.mask}, B {cell.batch}, N {heads}"
-    return ", ".join([f"{head}, T {_length(cell.queries)}{keys}", *extras])
+    return ", ".join([f"{head}, T {length_text(cell.queries)}{keys}", *extras])
 
 
 def _time(cell: Cell, measurement: Measurement | None, in_ms: bool) -> str:
@@ -131,7 +139,7 @@ def _lead(run: Run, cell: str, which: Pass) -> str:
     return f"{others.ms / ours.ms:.2f}x"
 
 
-def _same_but_length(run: Run) -> list[list[Cell]]:
+def _same_butlength_text(run: Run) -> list[list[Cell]]:
     """Groups of at least two cells that differ in their length alone, short ones first."""
     groups: dict[str, list[Cell]] = {}
     for cell in run.cells.values():
@@ -145,7 +153,10 @@ def _temp_bytes(run: Run, cell: Cell, peer: str, which: Pass) -> int | None:
     return None if measurement is None else measurement.temp_bytes
 
 
-def _length(n: int) -> str:
+def length_text(n: int) -> str:
+    """A length as tables show it: 4k, 1M, 12345."""
+    if n % 2**20 == 0:
+        return f"{n // 2**20}M"
     return f"{n // 1024}k" if n % 1024 == 0 else str(n)
 
 
