@@ -30,7 +30,7 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
     ("l4", "flash", "forward"): {"causal_192": 20},
     ("l4", "flash", "backward"): {"causal_256": 12, "float32_64": 8},
     # Tiles that spill nothing were slower, of float32 and where 128 is the query-chunked head dim.
-    ("h200", "chunked", "forward"): {"causal_128": 328, "causal_512": 48},
+    ("h200", "chunked", "forward"): {"causal_128": 328, "causal_512": 48, "packed": 304},
     ("h200", "flash", "forward"): {
         "float32_128": 412,
         "float32_256": 1724,
