@@ -1,7 +1,7 @@
 # One command for each thing a newcomer does; the environment is made on first use. `make help` lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help train test compile lint bench docs environment clean
+.PHONY: help train test compile lint bench figures docs environment clean
 
 PYTHON := .venv/bin/python
 ARGS ?=
@@ -33,6 +33,10 @@ lint: environment ## check style, format and types
 
 bench: environment ## time attention on this machine next to its peers
 	$(PYTHON) benchmarks/attention.py $(ARGS)
+
+figures: environment ## draw the figures and write the tables of README and docs from benchmarks/results
+	$(PYTHON) benchmarks/plot.py
+	$(PYTHON) benchmarks/tables.py
 
 docs: environment ## build the documentation in site/; its pages' code runs, and a warning is an error
 	rm -rf site

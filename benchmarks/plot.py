@@ -20,11 +20,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import ratios
-from benchmarks.cells import Cell
+from benchmarks.cells import Cell, Pass
 from benchmarks.report import length_text
 from benchmarks.results import Run
 
-__all__ = ["FIGURES", "drawn_from", "source_of"]
+__all__ = [
+    "FIGURES",
+    "LOOKS",
+    "WIDTHS",
+    "bytes_text",
+    "drawn_from",
+    "lengths_timed",
+    "longest_family",
+    "source_of",
+    "squares",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FOLDER = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
@@ -50,14 +60,14 @@ LOOKS = {
     "torch/flash": Look("PyTorch flash", "#56B4E9", "P"),
     "torch/cudnn": Look("PyTorch cuDNN", "#999999", "*"),
 }
+WIDTHS = (64, 128, 256)  # head dims
 _INK, _FAINT = "#333333", "#8a8a8a"
 
 
 def memory(run: Run) -> Any:
     """Temporary memory of the gradient against T, both axes logarithmic."""
     figure, axes = _figure(8.6, 4.6)
-    cells = [cell for cell in run.cells.values() if _is_long(cell)]
-    family = max(_families(cells), key=lambda cells: max(c.queries for c in cells))
+    family = longest_family(run)
     for peer in (p for p in LOOKS if p in run.peers()):
         found = [(c.queries, run.get(c.name, peer, "gradient")) for c in family]
         points = [(t, m.temp_bytes) for t, m in found if m is not None and m.temp_bytes]
@@ -66,10 +76,10 @@ def memory(run: Run) -> Any:
     axes.set_yscale("log", base=2)
     lengths = [c.queries for c in family]
     axes.set_xticks(lengths, [length_text(t) for t in lengths])
-    axes.yaxis.set_major_formatter(lambda value, _: _bytes_text(value))
+    axes.yaxis.set_major_formatter(lambda value, _: bytes_text(value))
     limit = run.machine.get("memory_bytes")
     if limit:
-        _level(axes, limit, f"memory of the {run.machine['chip']}: {_bytes_text(limit)}")
+        _level(axes, limit, f"memory of the {run.machine['chip']}: {bytes_text(limit)}")
     first = family[0]
     axes.set_xlabel("sequence length T (tokens)")
     axes.set_title(
@@ -83,13 +93,13 @@ def memory(run: Run) -> Any:
 
 def speed(run: Run) -> Any:
     """TFLOP/s against T, a panel for each head dim and pass, and the chip's matrix rate."""
-    widths, passes = (64, 128, 256), ("forward", "backward")
+    passes: tuple[Pass, ...] = ("forward", "backward")
     figure, panels = _figure(11.0, 6.4, rows=2, columns=3)
     labels: dict[str, Any] = {}
-    everywhere = [p for p in LOOKS if len(_lengths_timed(run, p)) > 1]
+    everywhere = [p for p in LOOKS if len(lengths_timed(run, p)) > 1]
     for row, which in zip(panels, passes, strict=True):
-        for axes, width in zip(row, widths, strict=True):
-            cells = sorted(_squares(run, width), key=lambda c: c.queries)
+        for axes, width in zip(row, WIDTHS, strict=True):
+            cells = sorted(squares(run, width), key=lambda c: c.queries)
             for peer in everywhere:
                 found = [(c, run.get(c.name, peer, which)) for c in cells]
                 points = [(c.queries, c.flops(which) / m.ms / 1e9) for c, m in found if m and m.ms]
@@ -184,11 +194,13 @@ def _families(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
         yield sorted(group, key=lambda c: c.queries)
 
 
-def _is_long(cell: Cell) -> bool:
-    return cell.queries == cell.keys and cell.mask.kind == "causal"
+def longest_family(run: Run) -> list[Cell]:
+    """The causal cells that differ in length alone and reach furthest, short ones first."""
+    cells = [c for c in run.cells.values() if c.queries == c.keys and c.mask.kind == "causal"]
+    return max(_families(cells), key=lambda cells: cells[-1].queries)
 
 
-def _squares(run: Run, width: int) -> list[Cell]:
+def squares(run: Run, width: int) -> list[Cell]:
     """Causal cells of 16,384 tokens and heads * head dim = 2048."""
     return [
         cell
@@ -200,7 +212,8 @@ def _squares(run: Run, width: int) -> list[Cell]:
     ]
 
 
-def _lengths_timed(run: Run, peer: str) -> set[int]:
+def lengths_timed(run: Run, peer: str) -> set[int]:
+    """The lengths at which this peer has a time: one alone makes no line."""
     timed = (c for name, c in run.cells.items() if (m := run.get(name, peer, "forward")) and m.ms)
     return {c.queries for c in timed}
 
@@ -256,7 +269,8 @@ def _level(axes: Any, value: float, label: str) -> None:
     )
 
 
-def _bytes_text(value: float) -> str:
+def bytes_text(value: float) -> str:
+    """Bytes in the largest unit that they fill."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= size:
             return f"{value / size:.4g} {unit}"

@@ -18,6 +18,7 @@ from benchmarks.results import Measurement, Run
 __all__ = [
     "heading",
     "length_text",
+    "markdown",
     "memory_table",
     "reasons",
     "time_table",
@@ -64,7 +65,7 @@ def time_table(
     if not rows:
         return ""
     unit = "ms" if run.machine["platform"] == "cpu" else "TFLOP/s"
-    return _markdown([f"{which}, {unit}", *shown, "jattn / best peer"], rows)
+    return markdown([f"{which}, {unit}", *shown, "jattn / best peer"], rows)
 
 
 def memory_table(run: Run, which: Pass = "gradient", *, peers: Sequence[str] = ()) -> str:
@@ -88,7 +89,7 @@ def memory_table(run: Run, which: Pass = "gradient", *, peers: Sequence[str] = (
                 values.append(text)
             rows.append(values)
             before = cell
-    return _markdown([f"temporary MiB, {which}", *shown], rows) if rows else ""
+    return markdown([f"temporary MiB, {which}", *shown], rows) if rows else ""
 
 
 def verdict_table(run: Run) -> str:
@@ -97,7 +98,7 @@ def verdict_table(run: Run) -> str:
         [v.target, f"{v.bound:g}", _number(v.measured), "yes" if v.met else "NO"]
         for v in run.verdicts
     ]
-    return _markdown(["target", "bound", "measured", "met"], rows) if rows else ""
+    return markdown(["target", "bound", "measured", "met"], rows) if rows else ""
 
 
 def reasons(run: Run) -> str:
@@ -170,7 +171,8 @@ def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.2f}"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
