@@ -4,16 +4,22 @@
     x = x + attention(norm(x));  x = x + mlp(norm(x))      once per block
     logits = norm(x) @ head
 
-B batch, T positions, D width of the residual stream, N query heads, K key/value heads, H head dim.
+B batch, T positions, D width of the residual stream, N query heads, K key/value heads, H head dim,
+F inner width of the feed-forward layer, L blocks.
+
+The norms have no gains: each stands before a matrix, which can hold them. The blocks' weights are
+arrays with a leading axis L, over which `jax.lax.scan` runs one compiled block.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jattn import CHECKPOINT_NAMES, dot_product_attention
 
@@ -30,7 +36,17 @@ _JATTN_NAMES: dict[str, str | None] = {
     "flash_attention_2": "flash",
 }
 
-RotaryTable = tuple[jax.Array, jax.Array]  # cosines and sines, each (B or 1, T, 1, H / 2), float32
+Rematerialize = Literal["nothing", "elementwise", "block", "everything"]
+
+# What a block keeps for backward, beside its input; "nothing" is recomputed where all is kept.
+_NORMALIZED, _HEADS, _GATES = "normalized", "rotated heads", "gates"
+_KEPT: dict[str, tuple[str, ...]] = {
+    "elementwise": (*CHECKPOINT_NAMES, _NORMALIZED, _HEADS, _GATES),
+    "block": tuple(CHECKPOINT_NAMES),
+    "everything": (),
+}
+
+RotaryTable = tuple[jax.Array, jax.Array]  # two of (B or 1, T, 1, 2, H / 2), float32: see `rotate`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +88,14 @@ class TransformerConfig:
     attn_implementation: AttnImplementation = "sdpa"
     """Attention by name, or an error; sdpa lets jattn pick, flash_attention_2 is flash."""
 
-    rematerialize: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    rematerialize: Rematerialize = "nothing"
+    """What backward computes again instead of keeping it: nothing; what is no matrix product
+    (elementwise); the whole block but attention, of which the output and log-sum-exp are kept
+    (block); or attention too, the dearest part of a long block (everything)."""
 
-    rematerialize_attention: bool = False
-    """With rematerialize: recompute attention too, the dearest part of a long block. Else a layer
-    keeps its output and log-sum-exp, which takes H elements and 8 bytes a query head and token."""
+    scan_blocks: bool = True
+    """Compile one block and loop over the layers, instead of compiling each layer by itself; the
+    loop copies what a layer keeps for backward."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of activations and matrix products; sums inside norms and logits stay float32."""
@@ -117,7 +135,7 @@ class TransformerConfig:
             head_dim=128,
             mlp_size=2816,
             rope_theta=500_000.0,
-            rematerialize=True,
+            rematerialize="block",
             dtype="bfloat16",
         )
 
@@ -139,18 +157,57 @@ def document_positions(segment_ids: jax.Array) -> jax.Array:
 
 
 def rotary_table(positions: jax.Array, config: TransformerConfig) -> RotaryTable:
-    """Cosines and sines of RoFormer (Su et al. 2021), section 3.2, for positions (B or 1, T)."""
+    """(cos, cos) and (-sin, sin) of RoFormer (Su et al. 2021), section 3.2.
+
+    Args:
+        positions: int32 (B or 1, T).
+        config: the head dim H and the base of the wavelengths.
+
+    Returns:
+        Two arrays float32 (B or 1, T, 1, 2, H / 2).
+    """
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     angles = positions[..., None].astype(jnp.float32) * (config.rope_theta**-exponents)[None, None]
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    return (
+        jnp.stack((cosine, cosine), axis=-2)[:, :, None],
+        jnp.stack((-sine, sine), axis=-2)[:, :, None],
+    )
 
 
 def rotate(x: jax.Array, table: RotaryTable) -> jax.Array:
     """Turns each pair (x[i], x[i + H / 2]) of (B, T, heads, H) by its position's angle."""
-    cosine, sine = table
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    straight, crossed = table
+    # The halves swapped by reversal: XLA then makes one pass of it, both ways.
+    halves = x.reshape(*x.shape[:-1], 2, -1).astype(jnp.float32)
+    turned = halves * straight + jnp.flip(halves, axis=-2) * crossed
+    return turned.astype(x.dtype).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def normalize(x: jax.Array, epsilon: float) -> jax.Array:
+    """x over its root mean square (RMSNorm, Zhang and Sennrich 2019), along the last axis."""
+    return _normalize(x, epsilon)[0]
+
+
+def _normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    wide = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
+    out = checkpoint_name((wide * factor).astype(x.dtype), _NORMALIZED)
+    return out, (out, checkpoint_name(factor, _NORMALIZED))
+
+
+def _normalize_backward(
+    epsilon: float, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array]:
+    """From the result, which the product that follows keeps too, rather than from x."""
+    out, factor = kept
+    wide, wide_gradient = out.astype(jnp.float32), gradient.astype(jnp.float32)
+    along = (wide * wide_gradient).mean(axis=-1, keepdims=True)
+    return ((factor * (wide_gradient - wide * along)).astype(out.dtype),)
+
+
+normalize.defvjp(_normalize, _normalize_backward)
 
 
 class Attention(nnx.Module):
@@ -160,54 +217,57 @@ class Attention(nnx.Module):
         self.config = config
         width, heads = config.hidden_size, config.num_heads * config.head_dim
         key_value_heads = config.num_key_value_heads * config.head_dim
-        self.query = _linear(width, heads, config, rngs)
-        self.key = _linear(width, key_value_heads, config, rngs)
-        self.value = _linear(width, key_value_heads, config, rngs)
-        self.out = _linear(heads, width, config, rngs, into_residual=True)
+        self.query = _weights(width, heads, config, rngs)
+        self.key = _weights(width, key_value_heads, config, rngs)
+        self.value = _weights(width, key_value_heads, config, rngs)
+        self.out = _weights(heads, width, config, rngs, into_residual=True)
 
     def __call__(
         self, x: jax.Array, table: RotaryTable, segment_ids: jax.Array | None = None
     ) -> jax.Array:
-        heads = (*x.shape[:2], -1, self.config.head_dim)
+        config = self.config
+        heads = (*x.shape[:2], -1, config.head_dim)
         attended = dot_product_attention(
-            rotate(self.query(x).reshape(heads), table),
-            rotate(self.key(x).reshape(heads), table),
-            self.value(x).reshape(heads),
+            checkpoint_name(rotate(_product(x, self.query).reshape(heads), table), _HEADS),
+            checkpoint_name(rotate(_product(x, self.key).reshape(heads), table), _HEADS),
+            checkpoint_name(_product(x, self.value).reshape(heads), _HEADS),
             is_causal=True,
             query_segment_ids=segment_ids,
             key_value_segment_ids=segment_ids,
-            implementation=_JATTN_NAMES[self.config.attn_implementation],
+            implementation=_JATTN_NAMES[config.attn_implementation],
         )
         assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
-        return self.out(attended.reshape(*x.shape[:2], -1))
+        return _product(attended.reshape(*x.shape[:2], -1), self.out)
 
 
 class SwiGLU(nnx.Module):
     """out(silu(gate(x)) * up(x)), Shazeer 2020: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
-        self.gate = _linear(config.hidden_size, config.mlp_size, config, rngs)
-        self.up = _linear(config.hidden_size, config.mlp_size, config, rngs)
-        self.out = _linear(config.mlp_size, config.hidden_size, config, rngs, into_residual=True)
+        self.gate = _weights(config.hidden_size, config.mlp_size, config, rngs)
+        self.up = _weights(config.hidden_size, config.mlp_size, config, rngs)
+        self.out = _weights(config.mlp_size, config.hidden_size, config, rngs, into_residual=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(nnx.silu(self.gate(x)) * self.up(x))
+        gate = checkpoint_name(_product(x, self.gate), _GATES)
+        up = checkpoint_name(_product(x, self.up), _GATES)
+        return _product(nnx.silu(gate) * up, self.out)
 
 
 class Block(nnx.Module):
     """One decoder block, normalised before each half: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = _norm(config, rngs)
+        self.config = config
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = _norm(config, rngs)
         self.mlp = SwiGLU(config, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, table: RotaryTable, segment_ids: jax.Array | None = None
     ) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), table, segment_ids)
-        return x + self.mlp(self.mlp_norm(x))
+        epsilon = self.config.norm_epsilon
+        x = x + self.attention(normalize(x, epsilon), table, segment_ids)
+        return x + self.mlp(normalize(x, epsilon))
 
 
 class TransformerLM(nnx.Module):
@@ -224,8 +284,9 @@ class TransformerLM(nnx.Module):
         # As an output layer the table has to start with logits of size one.
         scale = config.hidden_size**-0.5 if config.tie_embeddings else 1.0
         self.embedding = _matrix(VOCABULARY, config.hidden_size, config, rngs, scale=scale)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = _norm(config, rngs)
+        # Drawn for all layers at once: a compiler's time goes by the number of random arrays.
+        layers = rngs.split(config.num_layers)
+        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs))(layers)
         self.head = (
             None
             if config.tie_embeddings
@@ -247,63 +308,62 @@ class TransformerLM(nnx.Module):
         Raises:
             jattn.UnsupportedAttentionError: the named implementation cannot run at this size.
         """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         if segment_ids is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         else:
             positions = document_positions(segment_ids)
-        table = rotary_table(positions, self.config)
-        block = _rematerialized(self.config) if self.config.rematerialize else Block.__call__
+        table = rotary_table(positions, config)
+        graph, weights = nnx.split(self.blocks)
+        weights = jax.tree.map(lambda weight: weight.astype(dtype), weights)  # once, for all uses
 
-        dtype = jnp.dtype(self.config.dtype)
+        def block(x: jax.Array, weights: Any) -> jax.Array:
+            layer: Block = nnx.merge(graph, weights)
+            return layer(x, table, segment_ids)
+
+        block = _rematerialized(block, config)
         # A product rather than a gather: on a GPU a gather's gradient adds in no fixed order.
         one_hot = jax.nn.one_hot(tokens, VOCABULARY, dtype=dtype)
-        x = one_hot @ self.embedding[...].astype(dtype)
-        for layer in self.blocks:
-            x = block(layer, x, table, segment_ids)
+        x, _ = jax.lax.scan(
+            lambda x, weights: (block(x, weights), None),
+            one_hot @ self.embedding[...].astype(dtype),
+            weights,
+            unroll=1 if config.scan_blocks else config.num_layers,
+        )
         head = self.embedding if self.head is None else self.head
         return jnp.matmul(
-            self.norm(x), head[...].astype(dtype).T, preferred_element_type=jnp.float32
+            normalize(x, config.norm_epsilon),
+            head[...].astype(dtype).T,
+            preferred_element_type=jnp.float32,
         )
 
 
-def _rematerialized(config: TransformerConfig) -> Callable[..., jax.Array]:
-    """A block of which backward finds its input, and what attention's backward needs."""
-    if config.rematerialize_attention:
-        return nnx.remat(Block.__call__)
-    keep = jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)
-    return nnx.remat(Block.__call__, policy=keep)
+def _rematerialized(
+    block: Callable[..., jax.Array], config: TransformerConfig
+) -> Callable[..., jax.Array]:
+    """A block of which backward finds its input and what the configuration keeps."""
+    if config.rematerialize == "nothing":
+        return block
+    keep = jax.checkpoint_policies.save_only_these_names(*_KEPT[config.rematerialize])
+    # A loop already keeps backward's computations apart from forward's.
+    return jax.checkpoint(block, policy=keep, prevent_cse=not config.scan_blocks)
 
 
-def _linear(
+def _product(x: jax.Array, weights: nnx.Param[jax.Array]) -> jax.Array:
+    return x @ weights[...].astype(x.dtype)
+
+
+def _weights(
     inputs: int,
     outputs: int,
     config: TransformerConfig,
     rngs: nnx.Rngs,
     *,
     into_residual: bool = False,
-) -> nnx.Linear:
+) -> Any:
     # Layers that write to the residual stream start small, so that depth does not set its size.
     depth = 2 * config.num_layers if into_residual else 1
-    init = nnx.initializers.variance_scaling(1.0 / depth, "fan_in", "normal")
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=False,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=init,
-        rngs=rngs,
-    )
-
-
-def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.hidden_size,
-        epsilon=config.norm_epsilon,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+    return _matrix(inputs, outputs, config, rngs, scale=(depth * inputs) ** -0.5)
 
 
 def _matrix(

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from models import TransformerConfig
 from training import cli, config, free_memory, run_folder
-from training.config import PRESETS, TrainConfig, from_json
-from training.data import Batch
+from training.config import PRESETS, DataConfig, TrainConfig, from_json
+from training.data import Batch, Text, evaluation_batches, training_batch
 from training.errors import TrainingError
 from training.progress import TrainingProgress
 from training.run_folder import MetricsLog
@@ -91,6 +91,7 @@ def test_mfu_is_of_the_device_kinds_bfloat16_peak_and_absent_elsewhere() -> None
     pace = Pace(half, peak=1e12)
     batch = _batch(2, 4)
     assert pace.add(batch, 99.0) == {}  # compilation
+    assert pace.add(_batch(4, 2), 99.0) == {}  # of another shape
     assert pace.add(batch, 0.5) == {
         "tokens_per_second": 16,
         "mfu": step_flops(half, batch) / 0.5 / 1e12,
@@ -155,3 +156,13 @@ def test_free_memory_is_the_least_of_machine_and_container(
         platform="gpu", memory_stats=lambda: {"bytes_limit": 90, "bytes_in_use": 20}
     )
     assert free_memory.free_bytes(gpu) == 70
+
+
+def test_first_steps_take_as_many_bytes_in_shorter_sequences() -> None:
+    text = Text.join([bytes(range(256)) * 4])
+    options = DataConfig(sequence_length=64, batch_size=2, short_sequence_length=16, short_steps=3)
+    shapes = [training_batch(text, options, seed=0, step=step).inputs.shape for step in (1, 3, 4)]
+    assert shapes == [(8, 16), (8, 16), (2, 64)]
+    assert next(evaluation_batches(text, options, 2)).inputs.shape == (2, 64)
+    with pytest.raises(ValueError, match=r"\(64\) must be a multiple of short_sequence_length"):
+        dataclasses.replace(options, short_sequence_length=24)

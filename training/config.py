@@ -44,6 +44,12 @@ class DataConfig:
     batch_size: int = 1
     """Sequences in one step."""
 
+    short_sequence_length: int = 256
+    """Bytes in one sequence of the first steps, which are then as many more in a batch."""
+
+    short_steps: int = 0
+    """Number of steps, the first ones, that take the short sequences."""
+
     pack_documents: bool = False
     """Let a byte see only bytes of its own file where a sequence spans several."""
 
@@ -52,12 +58,21 @@ class DataConfig:
             raise ValueError(
                 f"held_out_fraction must be between 0 and 1, got {self.held_out_fraction}"
             )
-        _require_at_least(1, self, "sequence_length", "batch_size")
+        _require_at_least(1, self, "sequence_length", "batch_size", "short_sequence_length")
+        _require_at_least(0, self, "short_steps")
+        if self.short_steps and self.sequence_length % self.short_sequence_length:
+            raise ValueError(
+                f"sequence_length ({self.sequence_length}) must be a multiple of"
+                f" short_sequence_length ({self.short_sequence_length})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, linear warm-up, then a cosine."""
+    """AdamW or Muon, linear warm-up, then a cosine."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon makes the updates of the blocks' matrices orthogonal, and leaves the rest to AdamW."""
 
     steps: int = 1000
     """Number of updates."""
@@ -72,10 +87,10 @@ class OptimizerConfig:
     """Learning rate at the last step, as a share of the highest."""
 
     weight_decay: float = 0.1
-    """Decay of the weight matrices per unit of learning rate; norms are not decayed."""
+    """Decay of the weights per unit of learning rate."""
 
     beta1: float = 0.9
-    """AdamW's memory of the gradient."""
+    """Memory of the gradient, AdamW's and Muon's."""
 
     beta2: float = 0.99
     """AdamW's memory of the squared gradient."""
@@ -162,7 +177,7 @@ class TrainConfig:
     """The corpus."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW with warm-up and cosine."""
+    """AdamW or Muon with warm-up and cosine."""
 
     record: RecordConfig = RecordConfig()
     """Printing, measuring and checkpoints."""

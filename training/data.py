@@ -154,8 +154,11 @@ def load_corpus(config: DataConfig) -> Corpus:
 def training_batch(text: Text, config: DataConfig, *, seed: int, step: int) -> Batch:
     """The sequences of one step, drawn uniformly; the same for the same arguments."""
     draw = np.random.default_rng([seed, step])
-    latest = len(text.data) - config.sequence_length
-    return _batch(text, draw.integers(latest, size=config.batch_size), config)
+    length, rows = config.sequence_length, config.batch_size
+    if step <= config.short_steps:
+        rows *= length // config.short_sequence_length
+        length = config.short_sequence_length
+    return _batch(text, draw.integers(len(text.data) - length, size=rows), length, config)
 
 
 def evaluation_batches(text: Text, config: DataConfig, windows: int) -> Iterator[Batch]:
@@ -164,12 +167,12 @@ def evaluation_batches(text: Text, config: DataConfig, windows: int) -> Iterator
     latest = len(text.data) - config.sequence_length - 1
     starts = np.linspace(0, latest, batches * config.batch_size).astype(np.int64)
     for rows in np.split(starts, batches):
-        yield _batch(text, rows, config)
+        yield _batch(text, rows, config.sequence_length, config)
 
 
-def _batch(text: Text, starts: NDArray[np.int64], config: DataConfig) -> Batch:
-    rows = text.windows(starts, config.sequence_length + 1)
-    ids = text.segment_ids(starts, config.sequence_length) if config.pack_documents else None
+def _batch(text: Text, starts: NDArray[np.int64], length: int, config: DataConfig) -> Batch:
+    rows = text.windows(starts, length + 1)
+    ids = text.segment_ids(starts, length) if config.pack_documents else None
     return Batch(rows[:, :-1], rows[:, 1:], ids)
 
 

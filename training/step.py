@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
+import optax.contrib  # type: ignore[import-untyped]
 from flax import nnx
 
 from models import TransformerConfig, TransformerLM
@@ -17,6 +18,9 @@ from training.config import OptimizerConfig, TrainConfig
 from training.data import Batch
 
 BITS_PER_NAT = 1 / math.log(2)
+# Root mean square of an update of Muon over the learning rate: about AdamW's (Liu et al. 2025), so
+# that one learning rate serves both.
+_RMS_OF_ADAM = 0.2
 
 
 @functools.partial(
@@ -78,7 +82,7 @@ def train_step(
     *,
     config: OptimizerConfig,
 ) -> tuple[TrainState, StepScalars]:
-    """Forward, backward, clip, AdamW."""
+    """Forward, backward, clip, update."""
     loss, gradients = jax.value_and_grad(_mean_loss)(
         state.params, state.graph, inputs, targets, segment_ids
     )
@@ -139,13 +143,28 @@ def _schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
+    if config.optimizer == "muon":
+        update = optax.contrib.muon(
+            _schedule(config),
+            beta=config.beta1,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_stacked_matrices,
+            consistent_rms=_RMS_OF_ADAM,
+        )
+    else:
+        update = optax.adamw(
             _schedule(config),
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
-        ),
-    )
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _stacked_matrices(weights: Any) -> Any:
+    """Which axes Muon takes for a matrix's: the last two of the blocks' weights, (L, in, out)."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree.map(lambda leaf: axes if leaf.ndim == 3 else None, weights)

@@ -38,7 +38,7 @@ class Pace:
     def __init__(self, config: TransformerConfig, *, peak: float | None) -> None:
         self._config = config
         self._peak = peak
-        self._compiled = False
+        self._compiled: set[tuple[int, ...]] = set()
         self._clear()
 
     def _clear(self) -> None:
@@ -46,9 +46,9 @@ class Pace:
         self._tokens = 0
 
     def add(self, batch: Batch, seconds: float) -> dict[str, float]:
-        """Rates of one step; none for the first, whose time is mostly compilation."""
-        if not self._compiled:
-            self._compiled = True
+        """Rates of one step; none for the first of a shape, whose time is mostly compilation."""
+        if batch.inputs.shape not in self._compiled:
+            self._compiled.add(batch.inputs.shape)
             return {}
         flops = step_flops(self._config, batch)
         self._seconds += seconds
