@@ -4,7 +4,9 @@ python train.py                              sized for this machine, on the stan
 python train.py --data PATH --steps 1000     on any file or folder
 python train.py --resume runs/NAME           exactly as if it had not stopped
 python train.py --report memory              memory and time of attention at growing lengths
-python train.py --target h100                the same for a GPU that is not here, compiled only
+python train.py --report step                the same of the whole training step
+python train.py --report longest             the longest sequence that trains, and two steps of it
+python train.py --target h100                any of them for a GPU that is not here, compiled only
 python train.py --help                       every option
 """
 
@@ -27,7 +29,7 @@ from training.errors import TrainingError, one_line
 from training.interrupt import stop_on_signals
 from training.loop import Outputs, train
 from training.progress import TrainingProgress, make_console, say
-from training.reports.command import report_layer
+from training.reports.command import Screen, report_layer, report_longest, report_step
 from training.reports.place import here, place_of, start_again_with_compilers
 from training.run_folder import MetricsLog, RunFolder, read_metrics
 from training.step import TrainState, check_model_runs, initial_state, parameter_count
@@ -66,7 +68,7 @@ def run(request: cli.Request, console: Console) -> int:
         say(console, f"{folder.path}: {title}, on {jax.devices()[0].device_kind}")
         say(console, str(corpus))
         if config.memory.memory_report and not folder.memory_json.exists():
-            report_layer(config, here(), folder, console, stop)
+            report_layer(config, here(), Screen(console, folder, stop))
         with (
             MetricsLog(folder.metrics, after_step=int(state.step)) as log,
             TrainingProgress(console, total=config.optimizer.steps, done=int(state.step)) as bar,
@@ -101,7 +103,14 @@ def report(request: cli.Request, console: Console) -> int:
     with stop_on_signals() as stop, place_of(options.target) as place:
         facts = {"report": options.report or "memory", "target": options.target}
         folder = run_folder.create(options.runs_dir, options.name, config, facts)
-        report_layer(config, place, folder, console, stop)
+        screen = Screen(console, folder, stop)
+        match options.report:
+            case "step":
+                report_step(config, request.step_report, place, screen)
+            case "longest":
+                report_longest(config, place, screen)
+            case _:
+                report_layer(config, place, screen)
     if stop.signal is not None:
         return 128 + stop.signal
     say(console, f"results in {folder.path}")

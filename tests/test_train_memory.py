@@ -12,8 +12,8 @@ from rich.console import Console
 
 from models import TransformerConfig
 from training.config import MemoryConfig
-from training.reports import layer, layer_table, place
-from training.reports.layer import Cell
+from training.reports import layer, place, tables
+from training.reports.cells import Cell, Watch, notes
 from training.units import bytes_text
 
 MODEL = TransformerConfig(hidden_size=32, num_heads=4, num_key_value_heads=2, head_dim=16)
@@ -21,13 +21,13 @@ SHORT = MemoryConfig(memory_lengths=(64,))
 
 
 def _measure(config: MemoryConfig) -> list[Cell]:
-    return layer.measure(MODEL, config, place.here(), stopped=lambda: False)
+    return layer.measure(MODEL, config, place.here(), Watch())
 
 
 def _text(cells: list[Cell]) -> str:
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(layer_table.as_table(cells))
+        console.print(tables.as_table(cells))
     return captured.get()
 
 
@@ -59,11 +59,12 @@ def test_what_the_time_budget_lacks_is_compiled_but_not_timed(cells: list[Cell])
 
 
 def test_json_has_what_was_measured_and_every_field(cells: list[Cell]) -> None:
-    stored = json.loads(
-        json.dumps(layer_table.as_json(cells, MODEL, device=place.here().device_kind, seconds=1.25))
-    )
+    measured = layer.what_is_measured(MODEL)
+    report = tables.as_json(cells, measured=measured, device="cpu", seconds=1.25)
+    stored = json.loads(json.dumps(report))
     assert "one attention layer, batch 1, 4 query and 2 key heads of 16" in stored["measured"]
-    assert stored["device"] == jax.devices()[0].device_kind
+    assert stored["device"] == "cpu"
+    assert stored["report_seconds"] == 1.2
     assert [Cell(**cell) for cell in stored["cells"]] == cells
     assert set(stored["cells"][0]) == {field.name for field in dataclasses.fields(Cell)}
 
@@ -80,7 +81,7 @@ def test_cells_that_fit_are_timed() -> None:
         assert cell.status == "ok"
         assert cell.seconds is not None
         assert 0 < cell.seconds < 10
-    assert layer_table.notes(cells) == []
+    assert notes(cells) == []
 
 
 def test_a_cell_larger_than_free_memory_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +101,7 @@ def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> N
     cells = _measure(SHORT)
     assert [cell.status for cell in cells] == ["out of memory", "out of memory"]
     assert "out of memory" in _text(cells)
-    assert "allocating 9 bytes" in layer_table.notes(cells)[0]
+    assert "allocating 9 bytes" in notes(cells)[0]
 
 
 def test_any_other_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_an_implementation_that_is_refused_is_a_cell_with_its_reason() -> None:
 
 
 def test_a_stop_request_ends_the_report() -> None:
-    assert layer.measure(MODEL, SHORT, place.here(), stopped=lambda: True) == []
+    assert layer.measure(MODEL, SHORT, place.here(), Watch(lambda: True)) == []
 
 
 @pytest.mark.parametrize(

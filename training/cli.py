@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from training.config import PRESETS, PresetName, TrainConfig, differences, from_json
+from training.config import (
+    PRESETS,
+    STEP_REPORTS,
+    PresetName,
+    StepReportConfig,
+    TrainConfig,
+    differences,
+    from_json,
+)
 from training.errors import TrainingError
 from training.reports.place import TargetName
 
@@ -26,6 +34,9 @@ loss.png, memory_scaling.png and memory_scaling.json. Ctrl-C saves and says how 
 
 --report NAME gives one report instead of a training; --target GPU gives it for a GPU that is not
 here, from what XLA compiles for it."""
+
+
+ReportName = Literal["memory", "step", "longest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +60,12 @@ class RunOptions:
     """Folder of a run to continue exactly as if it had not stopped, with its own options."""
 
     report: Annotated[
-        Literal["memory"] | None,
+        ReportName | None,
         tyro.conf.arg(help_behavior_hint="(default: what a run consists of)"),
     ] = None
-    """Give this report and do nothing else: memory and time of one attention layer (memory)."""
+    """Give a report and do nothing else: memory and time of one attention layer (memory) or of the
+    whole training step, with and without rematerialisation (step), or the longest sequence that
+    trains, with two steps of it (longest)."""
 
     target: Annotated[
         TargetName | None, tyro.conf.arg(help_behavior_hint="(default: this machine's device)")
@@ -71,6 +84,9 @@ class Request:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """Its configuration."""
 
+    step_report: Annotated[StepReportConfig, tyro.conf.arg(name="")]
+    """What a report on whole steps measures."""
+
 
 def parse(argv: Sequence[str] | None) -> Request:
     """The request that the arguments make; None reads those of the process.
@@ -84,9 +100,9 @@ def parse(argv: Sequence[str] | None) -> Request:
     resume = peek(argv, "--resume")
     if resume is None:
         preset = _preset(peek(argv, "--preset"), target=peek(argv, "--target"))
-        return _parse_over(PRESETS[preset], argv)
+        return _parse_over(PRESETS[preset], STEP_REPORTS[preset], argv)
     stored = read_config(Path(resume))
-    request = _parse_over(stored, argv)
+    request = _parse_over(stored, StepReportConfig(), argv)
     for option in ("preset", "name", "runs_dir", "report", "target"):
         if getattr(request.run, option) != getattr(RunOptions, option):
             raise TrainingError(
@@ -131,7 +147,9 @@ def peek(argv: Sequence[str], option: str) -> str | None:
     return None
 
 
-def _parse_over(defaults: TrainConfig, argv: Sequence[str]) -> Request:
+def _parse_over(
+    defaults: TrainConfig, step_report: StepReportConfig, argv: Sequence[str]
+) -> Request:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -139,7 +157,7 @@ def _parse_over(defaults: TrainConfig, argv: Sequence[str]) -> Request:
                 Request,
                 prog="train.py",
                 description=_DESCRIPTION,
-                default=Request(run=RunOptions(), config=defaults),
+                default=Request(RunOptions(), defaults, step_report),
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
@@ -154,6 +172,7 @@ def _one_line(box: str) -> str:
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]
     is_text = itertools.groupby(lines, key=lambda line: bool(line.strip("─╰╯-+")))
     message = next((" ".join(group) for text, group in is_text if text), "bad arguments")
+    message = message.removeprefix("Error parsing step_report: ")
     for section in ("run", "model", "data", "optimizer", "record", "memory"):
         message = message.removeprefix(f"Error parsing config.{section}: ")
     return f"{message} (see train.py --help)"

@@ -167,6 +167,25 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepReportConfig:
+    """The report on whole training steps, `--report step`; no part of a run's configuration."""
+
+    step_lengths: tuple[int, ...] = (256, 1024, 4096)
+    """Sequence lengths of the report on whole steps."""
+
+    step_implementations: tuple[AttnImplementation, ...] = ("eager", "sdpa", "memory_efficient")
+    """Its attention implementations."""
+
+    step_seconds: float = 60.0
+    """Time budget of its runs, compilation apart; what does not fit is not timed."""
+
+    def __post_init__(self) -> None:
+        if not self.step_lengths or min(self.step_lengths) < 1:
+            raise ValueError(f"step_lengths must be positive, got {self.step_lengths}")
+        _require_at_least(0, self, "step_seconds")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Everything that describes a run; stored in its config.json."""
 
@@ -200,6 +219,15 @@ PRESETS: dict[PresetName, TrainConfig] = {
             memory_implementations=("eager", "memory_efficient", "flash"),
             memory_seconds=60.0,
         ),
+    ),
+}
+
+STEP_REPORTS: dict[PresetName, StepReportConfig] = {
+    "cpu": StepReportConfig(),
+    "gpu": StepReportConfig(
+        step_lengths=(4096, 16_384, 65_536, 262_144),
+        step_implementations=("eager", "sdpa", "memory_efficient", "flash"),
+        step_seconds=180.0,
     ),
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.reports.layer import Cell
+from training.reports.cells import Cell
 from training.units import bytes_text, length_text
 
 _COLORS = ("#d1495b", "#00798c", "#edae49", "#66518f", "#2e933c")
@@ -74,23 +74,30 @@ def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
     figure, axes = _figure(11.0, 4.8, columns=2) if timed else _figure(6.5, 4.8)
     memory, seconds = axes if timed else (axes, None)
     lengths = sorted({cell.sequence_length for cell in cells})
-    names = list(dict.fromkeys(cell.implementation for cell in cells))
-    for name, color in zip(names, _COLORS, strict=False):
-        own = [cell for cell in cells if cell.implementation == name]
-        _curve(memory, own, "temp_bytes", color=color, label=name)
+    colors = dict(zip(dict.fromkeys(cell.implementation for cell in cells), _COLORS, strict=False))
+    for name in dict.fromkeys(cell.series for cell in cells):
+        own = [cell for cell in cells if cell.series == name]
+        style = {
+            "color": colors[own[0].implementation],
+            "linestyle": "--" if own[0].rematerialized else "-",
+            "label": name,
+        }
+        _curve(memory, own, "temp_bytes", **style)
         if seconds is not None:
-            _curve(seconds, own, "seconds", color=color, label=name)
-            untimed = [c for c in own if c.temp_bytes is not None and c.seconds is None]
-            memory.plot(
-                [c.sequence_length for c in untimed],
-                [c.temp_bytes for c in untimed],
-                linestyle="none",
-                marker="o",
-                markersize=4,
-                color="white",
-                label=f"{name}, not run" if untimed else None,
-                markeredgecolor=color,
-            )
+            _curve(seconds, own, "seconds", **style)
+    not_run = [c for c in cells if c.temp_bytes is not None and c.status not in ("ok", "fits")]
+    memory.plot(
+        [c.sequence_length for c in not_run],
+        [c.temp_bytes for c in not_run],
+        linestyle="none",
+        marker="o",
+        markersize=3,
+        color="white",
+        zorder=3,
+    )
+    if not_run:
+        hollow = {"linestyle": "none", "marker": "o", "color": "white", "markeredgecolor": "0.4"}
+        memory.plot([], [], label="not run", **hollow)
     _over_lengths(memory, lengths, "temporary memory")
     _growth_lines(memory, powers=(1, 2))
     memory.set_yscale("log", base=2)
@@ -107,10 +114,10 @@ def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
     figure.savefig(path)
 
 
-def _curve(axes: Any, cells: Sequence[Cell], fact: str, *, color: str, label: str) -> None:
+def _curve(axes: Any, cells: Sequence[Cell], fact: str, **style: str) -> None:
     """One fact of the cells that have it over their lengths."""
     known = [(c.sequence_length, getattr(c, fact)) for c in cells if getattr(c, fact) is not None]
-    axes.plot([x for x, _ in known], [y for _, y in known], color=color, marker="o", label=label)
+    axes.plot([x for x, _ in known], [y for _, y in known], marker="o", **style)
 
 
 def _over_lengths(axes: Any, lengths: Sequence[int], title: str) -> None:

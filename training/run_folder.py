@@ -40,13 +40,21 @@ class RunFolder:
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 
-    @property
-    def memory_plot(self) -> Path:
-        return self.path / "memory_scaling.png"
+    def report_plot(self, name: str) -> Path:
+        """The picture of a report by its name."""
+        return self.path / f"{name}.png"
+
+    def report_json(self, name: str) -> Path:
+        """The numbers of a report by its name."""
+        return self.path / f"{name}.json"
 
     @property
     def memory_json(self) -> Path:
-        return self.path / "memory_scaling.json"
+        return self.report_json("memory_scaling")
+
+    @property
+    def longest_json(self) -> Path:
+        return self.path / "longest.json"
 
     @property
     def library_log(self) -> Path:

@@ -1,48 +1,116 @@
 """The reports as train.py gives them: printed, stored in the run's folder and drawn."""
 
+import dataclasses
 import time
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
 from training import plots, run_folder
-from training.config import TrainConfig
+from training.config import StepReportConfig, TrainConfig
 from training.interrupt import StopRequest
 from training.progress import say
 from training.quiet import library_log
-from training.reports import layer
-from training.reports.layer_table import as_json, as_table, notes
+from training.reports import layer, longest, whole_step
+from training.reports.cells import Cell, Watch, notes
 from training.reports.place import Place
+from training.reports.tables import as_json, as_table
 from training.run_folder import RunFolder
+from training.units import bytes_text, seconds_text
 
-_COLUMNS = """\
+_LEGEND = """\
 temporary: the compiled step's temporary bytes, with the factor to the line above and bytes a token;
 in all: with arguments and results"""
 _MEASURED = "; measured: the same as the device's allocator gave it out"
 
 
-def report_layer(
-    config: TrainConfig, place: Place, folder: RunFolder, console: Console, stop: StopRequest
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Screen:
+    """What is written to, and what may ask to stop."""
+
+    console: Console
+    folder: RunFolder
+    stop: StopRequest
+
+
+def report_layer(config: TrainConfig, place: Place, screen: Screen) -> None:
     """Memory and time of one attention layer's gradient; a stop leaves none."""
-    started = time.perf_counter()
-    measured = layer.what_is_measured(config.model)
-    with console.status("memory report") as status, library_log(folder.library_log):
-        cells = layer.measure(
-            config.model,
-            config.memory,
-            place,
-            stopped=lambda: bool(stop),
-            status=lambda text: status.update(f"memory report: {text}"),
+    _cells(
+        lambda watch: layer.measure(config.model, config.memory, place, watch),
+        f"{place.device_kind}, {layer.what_is_measured(config.model)}",
+        "memory_scaling",
+        place,
+        screen,
+    )
+
+
+def report_step(
+    config: TrainConfig, report: StepReportConfig, place: Place, screen: Screen
+) -> None:
+    """Memory and time of the whole training step; a stop leaves none."""
+    _cells(
+        lambda watch: whole_step.measure(config, report, place, watch),
+        f"{place.device_kind}, {whole_step.what_is_measured(config.model)}",
+        "training_step",
+        place,
+        screen,
+    )
+
+
+def report_longest(config: TrainConfig, place: Place, screen: Screen) -> None:
+    """The longest sequence that trains; a stop leaves nothing."""
+    with (
+        screen.console.status("longest sequence") as status,
+        library_log(screen.folder.library_log),
+    ):
+        found = longest.find(config, place, _watch(screen, status.update, "longest sequence"))
+    if found is None:
+        return
+    measured = whole_step.what_is_measured(config.model)
+    say(
+        screen.console,
+        f"longest sequence on {place.device_kind}, {measured}, attention"
+        f" {config.model.attn_implementation}: {found.sequence_length:,} tokens,"
+        f" {bytes_text(found.total_bytes)} a step of {bytes_text(found.free_bytes)} free;"
+        f" {len(found.looked_at)} lengths compiled",
+    )
+    if found.note:
+        say(screen.console, found.note)
+    if found.seconds:
+        peak = f", measured {bytes_text(found.peak_bytes)}" if found.peak_bytes else ""
+        say(
+            screen.console,
+            f"two steps: {', '.join(map(seconds_text, found.seconds))}{peak}; loss"
+            f" {', '.join(f'{loss:.4f}' for loss in found.losses)} nats per byte",
         )
-    if stop:
+    stored = {"device": place.device_kind} | dataclasses.asdict(found)
+    run_folder.write_json(screen.folder.longest_json, stored)
+
+
+def _cells(
+    measure: Callable[[Watch], Sequence[Cell]],
+    measured: str,
+    name: str,
+    place: Place,
+    screen: Screen,
+) -> None:
+    console, folder, started = screen.console, screen.folder, time.perf_counter()
+    title = name.replace("_", " ")
+    with console.status(title) as status, library_log(folder.library_log):
+        cells = measure(_watch(screen, status.update, title))
+    if screen.stop:
         return
     seconds = time.perf_counter() - started
-    say(console, f"memory report, {place.device_kind}, {measured}:")
+    say(console, f"{title}, {measured}:")
     console.print(as_table(cells))
     was_measured = any(cell.peak_bytes is not None for cell in cells)
-    say(console, _COLUMNS + (_MEASURED if was_measured else ""))
+    say(console, _LEGEND + (_MEASURED if was_measured else ""))
     for note in notes(cells):
         say(console, note)
-    stored = as_json(cells, config.model, device=place.device_kind, seconds=seconds)
-    run_folder.write_json(folder.memory_json, stored)
-    plots.plot_memory(folder.memory_plot, cells, f"{place.device_kind}: {measured}")
+    stored = as_json(cells, measured=measured, device=place.device_kind, seconds=seconds)
+    run_folder.write_json(folder.report_json(name), stored)
+    plots.plot_memory(folder.report_plot(name), cells, measured)
+
+
+def _watch(screen: Screen, update: Callable[[str], None], title: str) -> Watch:
+    return Watch(lambda: bool(screen.stop), lambda text: update(f"{title}: {text}"))
