@@ -195,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pool.run(jobs, {JAX: [worker]}, count)
         except KeyboardInterrupt:
             interrupted, pool.deadline = True, began
+        finally:
+            worker.stop()  # no job may have been JAX's
     if not on_gpu:
         run.machine["load_average"][1] = os.getloadavg()[0]
     run.verdicts = targets.verdicts(preset.targets, run, run.cells)

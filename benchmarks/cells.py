@@ -60,9 +60,8 @@ class Cell:
     value_dim: int | None = None  # D, where it is not H
 
     def __post_init__(self) -> None:
-        sizes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim)
-        if self.value_dim is not None:
-            sizes += (self.value_dim,)
+        heads, widths = (self.heads, self.kv_heads), (self.head_dim, self.values)
+        sizes = (self.batch, self.queries, self.keys, *heads, *widths)
         if min(sizes) < 1:
             raise ValueError(f"every size of a cell must be at least 1, got {self}")
         if self.heads % self.kv_heads:

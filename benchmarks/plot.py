@@ -232,9 +232,9 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
         each.grid(color="0.92")
         each.set_axisbelow(True)
         each.tick_params(labelsize=11)
-        each.xaxis.label.set_size(12)
-        each.yaxis.label.set_size(12)
-        each.title.set_size(12)
+        each.xaxis.label.set_fontsize(12)
+        each.yaxis.label.set_fontsize(12)
+        each.title.set_fontsize(12)
     return figure, axes
 
 
