@@ -16,7 +16,11 @@ import train
 from tests.promotion import of_others
 from tests.tiny_training import OPTIONS
 from training import quiet
-from training.reports import longest, place, running
+from training.reports import cells, longest, place, running
+from training.reports.cells import Cell, Job, Watch
+from training.reports.place import Place
+from training.reports.programs import Built, Memory
+from training.reports.running import Run
 
 ROOT = Path(train.__file__).parent
 
@@ -108,6 +112,44 @@ def test_a_program_below_the_highest_mark_is_measured_too(
     monkeypatch.setattr(running, "_ballast", keep)
     found = running.run(execute, lambda: None, expected_bytes=takes, deadline=0.0)
     assert found.peak_bytes == takes
+
+
+def test_the_budget_goes_to_the_cells_that_take_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    of_1k = {"flash": 1.0, "memory_efficient": 3.0, "eager": 5.0}
+    ran = []
+
+    def job(name: str, length: int) -> Job:
+        seconds = of_1k[name] * (length / 1024) ** 2
+
+        def run(program: object, *, expected_bytes: int, deadline: float) -> Run:
+            clock[0] += seconds
+            ran.append((name, length))
+            return Run(seconds, expected_bytes)
+
+        return Job(Cell(name, length), lambda: None, run)  # type: ignore[arg-type, return-value]
+
+    jobs = [
+        job(name, 1024 * n) for name in ("eager", "memory_efficient", "flash") for n in (1, 2, 4)
+    ]
+    too_large = jobs.index(next(j for j in jobs if j.cell == Cell("eager", 4096)))
+
+    def build_all(lowers: list[object], place: Place) -> Iterator[tuple[int, Built]]:
+        for number in reversed(range(len(lowers))):
+            size = 10**12 if number == too_large else 1000
+            yield number, Built(None, Memory(size, 0, 0))
+
+    monkeypatch.setattr(cells, "build_all", build_all)
+    monkeypatch.setattr(place, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(cells.time, "perf_counter", lambda: clock[0])
+    found = cells.fill(jobs, place.here(), Watch(), seconds=82.0)
+    by_name = {(cell.implementation, cell.sequence_length): cell for cell in found}
+    # 5 + 3 + 1, then 4 + 12 + 16 + 20; of 82 s twice 48 is not left.
+    assert ran[3:6] == [("flash", 2048), ("memory_efficient", 2048), ("flash", 4096)]
+    assert ran[6:] == [("eager", 2048)]
+    assert by_name["eager", 4096].status == "too large"
+    assert by_name["memory_efficient", 4096].status == "not timed"
+    assert "about 48.00 s" in by_name["memory_efficient", 4096].note
 
 
 def test_what_libraries_write_is_kept_apart_unless_something_fails(

@@ -1,6 +1,7 @@
 """The two pictures of a run, drawn without a display."""
 
 import logging
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
         measured: what the numbers are of.
     """
     timed = any(cell.seconds is not None for cell in cells)
-    figure, axes = _figure(11.0, 4.8, columns=2) if timed else _figure(6.5, 4.8)
+    figure, axes = _figure(11.0, 5.0, columns=2) if timed else _figure(7.5, 5.0)
     memory, seconds = axes if timed else (axes, None)
     lengths = sorted({cell.sequence_length for cell in cells})
     colors = dict(zip(dict.fromkeys(cell.implementation for cell in cells), _COLORS, strict=False))
@@ -97,7 +98,7 @@ def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
     )
     if not_run:
         hollow = {"linestyle": "none", "marker": "o", "color": "white", "markeredgecolor": "0.4"}
-        memory.plot([], [], label="not run", **hollow)
+        memory.plot([], [], label="not run" if timed else "too large", **hollow)
     _over_lengths(memory, lengths, "temporary memory")
     _growth_lines(memory, powers=(1, 2))
     memory.set_yscale("log", base=2)
@@ -108,9 +109,11 @@ def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
         _growth_lines(seconds, powers=(2,))
         seconds.set_yscale("log")
         seconds.yaxis.set_major_formatter(lambda value, _: _seconds_tick(value))
+        seconds.yaxis.set_minor_formatter(lambda value, _: "")
         seconds.set_ylabel("time (log scale)")
     memory.legend(frameon=False, loc="upper left")
-    figure.suptitle(measured, x=0.01, ha="left", fontsize=10, color="0.25")
+    title = textwrap.fill(measured, 140 if timed else 90)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="0.25")
     figure.savefig(path)
 
 
