@@ -75,7 +75,8 @@ def compute(backend: Backend, case: Case, seed: int) -> Results:
         (out, lse), vjp = jax.vjp(
             lambda arrays: call(backend, drawn, arrays, return_residual=True), arrays
         )
-        return {"out": out, "lse": lse, **vjp(cotangents)[0]}
+        d_out, d_lse = cotangents
+        return {"out": out, "lse": lse, **vjp((d_out, d_lse.astype(lse.dtype)))[0]}
 
     return everything(drawn.differentiable, (drawn["dout"], drawn["dlse"]))
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+STRICTLY = "from tests.promotion import be_strict; be_strict()\n"
 
 
 def run(program: str) -> None:
@@ -14,7 +18,8 @@ def run(program: str) -> None:
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     }
     ended = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", STRICTLY + program],
+        cwd=REPOSITORY,
         env=env,
         capture_output=True,
         text=True,

@@ -14,7 +14,8 @@ from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import jattn
-from tests import reference
+from tests import formula, reference
+from tests.backends import quick_jit
 from tests.cases import thorough
 
 N, K, H = 4, 2, 8
@@ -30,21 +31,28 @@ CAUSAL = {"is_causal": True}
 BAND = {"local_window_size": (9, 3), "causal_alignment": "bottom_right"}
 
 
+def results(attention: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Output and gradients, as a function of the floating arrays and the rest."""
+
+    def function(floats: Any, rest: Any) -> Any:
+        def attend(floats: Any) -> Any:
+            q, k, v, *bias = floats
+            return attention(q, k, v, *bias, **rest, **options)
+
+        out, vjp = jax.vjp(attend, floats)
+        return out, vjp(jnp.cos(out))[0]
+
+    return function
+
+
 @cache
 def exported(backend: str, dims: str, options: tuple[tuple[str, Any], ...], full: bool) -> Any:
     """Output and gradients of (q, k, v, bias, lengths, segments) with these dims, "b, t, s"."""
     b, t, s = export.symbolic_shape(dims)
 
-    def results(floats: Any, rest: Any) -> Any:
-        def attend(floats: Any) -> Any:
-            q, k, v, *bias = floats
-            return BACKENDS[backend](q, k, v, *bias, **rest, **dict(options))
-
-        out, vjp = jax.vjp(attend, floats)
-        return out, vjp(jnp.cos(out))[0]
-
+    function = results(BACKENDS[backend], dict(options))
     floats, rest = operands(b, t, s, full, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype))
-    return export.export(jax.jit(results), platforms=("cpu",))(floats, rest)
+    return export.export(jax.jit(function), platforms=("cpu",))(floats, rest)
 
 
 def operands(
@@ -83,10 +91,14 @@ def check(backend: str, dims: str, sizes: tuple[int, int, int], options: Any, fu
         key_segments=rest.get("key_value_segment_ids"),
     )
     exact = reference.attention(*floats[:3], seen=seen, bias=floats[3] if full else None)
-    np.testing.assert_allclose(out, exact.out, atol=1e-5)
     want = exact.gradients(np.cos(exact.out), np.zeros_like(exact.lse))
-    for name, got in zip(("q", "k", "v", "bias"), gradients, strict=False):
-        np.testing.assert_allclose(got, want[name], atol=2e-5, err_msg=name)
+    names = ("q", "k", "v", "bias")[: len(floats)]
+    peer_out, peers = quick_jit(results(jattn.eager_attention, options))(floats, rest)
+    formula.compare(
+        {"out": out, **dict(zip(names, gradients, strict=True))},
+        {"out": peer_out, **dict(zip(names, peers, strict=True))},
+        {"out": exact.out, **{name: want[name] for name in names}},
+    )
 
 
 @pytest.mark.parametrize("sizes", [SIZES[2], *thorough((SIZES[0],), (SIZES[1],))], ids=str)

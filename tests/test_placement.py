@@ -15,6 +15,7 @@ import pytest
 
 import jattn
 from jattn.call import target
+from tests import formula
 from tests.cases import thorough
 
 GPU = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
@@ -49,15 +50,20 @@ CALLS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def by_formula(name: str, attention: Any, x: jax.Array) -> jax.Array:
+    """The same call by `eager_attention`."""
+    if name == "chunks":
+        return attention(x, x, x)
+    with jattn.attention_backend("eager"):
+        return CALLS[name](x)
+
+
 @pytest.mark.usefixtures("beside_a_gpu")
 @pytest.mark.parametrize(
     "name", ["call", "vmap of gradient", *thorough(("gradient",), ("vmap",), ("chunks",))]
 )
 def test_committed_to_the_cpu(name: str) -> None:
-    found = CALLS[name](on_cpu())
-    with jattn.attention_backend("eager"):
-        want = CALLS[name](on_cpu()) if name != "chunks" else jattn.eager_attention(*[on_cpu()] * 3)
-    np.testing.assert_allclose(found, want, atol=1e-5)
+    formula.check(CALLS[name](on_cpu()), partial(by_formula, name), on_cpu())
 
 
 @pytest.mark.usefixtures("beside_a_gpu")
@@ -82,16 +88,14 @@ def test_a_gpu_backend_refuses_what_is_on_the_cpu() -> None:
 def test_on_a_machine_with_a_gpu(name: str, dtype: Any) -> None:
     cpu = jax.devices("cpu")[0]
     x = on_cpu().astype(dtype)
-    with jattn.attention_backend("eager"):
-        want = np.asarray(CALLS["call" if name == "chunks" else name](x.astype(jnp.float32)))
-    atol = (1e-5 if dtype == jnp.float32 else 0.03) * max(1, np.abs(want).max())
+    expected = formula.expected(partial(by_formula, name), x)
     for function in (CALLS[name], jax.jit(CALLS[name])):
         found = [function(x)]
         with jax.default_device(cpu):
             found.append(function(x))
         for one in found:
             assert one.devices() == {cpu}
-            np.testing.assert_allclose(np.asarray(one, np.float32), want, atol=atol)
+            formula.compare(one, *expected)
 
 
 @pytest.mark.gpu

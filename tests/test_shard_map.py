@@ -11,6 +11,7 @@ PRELUDE = """
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 import jattn
+from tests import formula
 from jattn.backends.kernels import only
 from jax.sharding import AxisType, PartitionSpec as P
 
@@ -33,7 +34,8 @@ def attend(attention, arrays):
     return out + 0.1 * lse[..., None]
 
 def loss(attention, arrays):
-    return (attend(attention, arrays) * weights).sum()
+    out = attend(attention, arrays)
+    return (out * weights.astype(out.dtype)).sum()
 
 def outside(attention, check, held):
     call = jax.shard_map(
@@ -54,21 +56,18 @@ def inside(attention, check, held):
     )
     return lambda arrays: call(arrays, weights)
 
-def same(found, expected):
-    for name, x in expected.items():
-        np.testing.assert_allclose(
-            np.asarray(found[name]), np.asarray(x), rtol=0, atol=2e-5 * abs(x).max(), err_msg=name
-        )
+def gradients(attention, arrays):
+    return jax.grad(partial(loss, attention))(arrays)
 
 def check(attention, *, ways, jitted, checks=(True, False), names=tuple(arrays)):
     own = {name: arrays[name] for name in names}
+    expected = formula.expected(gradients, own)
     held = {name: specs[name] for name in names}
-    expected = jax.jit(jax.grad(partial(loss, jattn.eager_attention)))(own)
     for way in ways:
         for vma in checks:
             function = way(attention, vma, held)
             for each in ([jax.jit(function)] if jitted else [function]):
-                same(each(own), expected)
+                formula.compare(each(own), *expected)
 
 chunked = partial(jattn.memory_efficient_attention, query_chunk_size=8, key_chunk_size=8)
 """

@@ -12,6 +12,7 @@ import re
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 import jattn
+from tests import formula
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 B, T, N, H = 8, 320, 8, 16  # two chunks of queries, and on one device two of rows
@@ -28,27 +29,23 @@ PLACES = {
     "both": (2, 2, (P("x", None, "y"),) * 3 + (P(), P(), P("x"))),
 }
 
-def loss(q, k, v, bias, sinks, lengths):
-    out = attend(q, k, v, bias, sinks=sinks, key_value_seq_lengths=lengths)
-    return (out * weights).sum()
+def loss_of(attention, q, k, v, bias, sinks, lengths):
+    out = attention(
+        q, k, v, bias, sinks=sinks, key_value_seq_lengths=lengths, is_causal=True
+    )
+    return (out * weights.astype(out.dtype)).sum()
+
+loss = partial(loss_of, jattn.memory_efficient_attention)
 
 def collectives(compiled):
     return COLLECTIVE.findall(compiled.as_text())
 
-def same(found, expected):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=2e-5 * abs(b).max())
-
 arrays = (q, k, v, bias, sinks, lengths)
 ALL, HELD = (0, 1, 2, 3, 4), (0, 1, 2)
-# Of the formula: not of what is tested.
-def formula(q, k, v, bias, sinks, lengths):
-    out = jattn.eager_attention(
-        q, k, v, bias, sinks=sinks, key_value_seq_lengths=lengths, is_causal=True
-    )
-    return (out * weights).sum()
 
-expected = jax.jit(jax.grad(formula, ALL))(*arrays)
+peer, exact = formula.expected(
+    lambda of, *arrays: jax.grad(partial(loss_of, of), ALL)(*arrays), *arrays
+)
 """
 
 PROGRAMS = {
@@ -61,7 +58,7 @@ for name, (rows, heads, specs) in PLACES.items():
     assert collectives(forward) == [], (name, collectives(forward))
     part = jax.jit(jax.grad(loss, HELD)).lower(*held).compile()
     assert {kind for _, kind in collectives(part)} <= set(), (name, collectives(part))
-    same(part(*held), expected[:3])
+    formula.compare(part(*held), peer[:3], exact[:3])
     whole = jax.jit(jax.grad(loss, ALL)).lower(*held).compile()
     found = collectives(whole)
     assert {kind for _, kind in found} <= {"all-reduce"}, (name, found)
@@ -69,7 +66,7 @@ for name, (rows, heads, specs) in PLACES.items():
     over = [shape for shape, _ in found]
     assert len(over) <= (2 if rows > 1 else 0), (name, found)
     results = whole(*held)
-    same(results, expected)
+    formula.compare(results, peer, exact)
     for x, place in zip(results[:3], places):
         assert x.sharding.is_equivalent_to(place, x.ndim), (name, x.sharding)
 """,
@@ -81,7 +78,8 @@ with jax.set_mesh(mesh):
     held = tuple(jax.device_put(x, place) for x, place in zip(arrays, places))
     whole = jax.jit(jax.grad(loss, ALL)).lower(*held).compile()
     assert {kind for _, kind in collectives(whole)} <= {"all-reduce"}, collectives(whole)
-    same(whole(*held), expected)
+    results = whole(*held)
+formula.compare(results, peer, exact)
 """,
     "mapped": """
 # Triangle attention: vmap over rows that are sharded, one bias for all, and one for every two.
@@ -94,7 +92,7 @@ def mapped(attention, q, k, v, shared, pairs):
     two = jax.vmap(lambda q, b: attention(q[None], q[None], q[None], b)[0], (0, None))
     split = lambda x: x.reshape(4, 2, *x.shape[1:])
     out = jax.vmap(one)(q, k, v) + jax.vmap(two)(split(q), pairs).reshape(q.shape)
-    return (out * weights).sum()
+    return (out * weights.astype(out.dtype)).sum()
 
 operands = q, k, v, shared, pairs
 places = (rows, rows, rows, everywhere, rows)
@@ -103,8 +101,9 @@ function = jax.jit(jax.grad(partial(mapped, jattn.memory_efficient_attention), A
 compiled = function.lower(*held).compile()
 found = collectives(compiled)
 assert len(found) == 1 and found[0][1] == "all-reduce", found  # the bias of all
-formula = jax.jit(jax.grad(partial(mapped, jattn.eager_attention), ALL))
-same(compiled(*held), formula(*operands))
+formula.check(
+    compiled(*held), lambda of, *arrays: jax.grad(partial(mapped, of), ALL)(*arrays), *operands
+)
 """,
 }
 

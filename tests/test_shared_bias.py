@@ -18,6 +18,7 @@ from jax.extend.core import jaxprs_in_params
 
 import jattn
 from jattn.backends.kernels import only
+from tests import formula
 from tests.backends import Backend, arrays_in, quick_jit
 from tests.portable.exact import CHUNKED, FLASH
 
@@ -79,31 +80,14 @@ def total(backend: Callable[..., Any], name: str) -> Callable[..., Any]:
     return jax.grad(function)
 
 
-def exact(name: str, function: Callable[..., Any]) -> Any:
-    with jax.enable_x64(True):
-        floats, rest = arrays(name)
-        floats = {name: x.astype(jnp.float64) for name, x in floats.items()}
-        return jax.tree.map(np.asarray, quick_jit(function)(floats, rest))
-
-
-def check(found: Any, peer: Any, expected: Any) -> None:
-    """At most three times as far from exact as eager, and a few units of rounding."""
-    for one, other, true in zip(*map(jax.tree.leaves, (found, peer, expected)), strict=True):
-        assert one.shape == true.shape
-        allowed = 3 * np.abs(other - true).max() + 4e-7 * np.abs(true).max()
-        assert np.abs(one - true).max() <= allowed
-
-
 @pytest.mark.parametrize(
     ("backend", "name"),
     [(XLA, "one for all"), (XLA, "by outer"), (XLA, "by inner"), (FLASH, "by outer and batch")],
 )
 def test_gradients_of_nested_vmaps_are_exact(backend: Backend, name: str) -> None:
     floats, rest = arrays(name)
-    found, peer = (
-        quick_jit(total(each, name))(floats, rest) for each in (backend, jattn.eager_attention)
-    )
-    check(found, peer, exact(name, total(jattn.eager_attention, name)))
+    found = quick_jit(total(backend, name))(floats, rest)
+    formula.check(found, lambda of, *arrays: total(of, name)(*arrays), floats, rest)
 
 
 @pytest.mark.parametrize(("backend", "name"), [(XLA, "by outer and batch"), (FLASH, "by inner")])
@@ -117,10 +101,8 @@ def test_each_row_may_have_its_own_gradient_of_a_shared_bias(backend: Backend, n
         return nested(jax.grad(loss), name)
 
     floats, rest = arrays(name)
-    found, peer = (
-        quick_jit(gradients(each))(floats, rest) for each in (backend, jattn.eager_attention)
-    )
-    check(found, peer, exact(name, gradients(jattn.eager_attention)))
+    found = quick_jit(gradients(backend))(floats, rest)
+    formula.check(found, lambda of, *arrays: gradients(of)(*arrays), floats, rest)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -185,17 +167,16 @@ def test_triangle_attention_of_256_rows_on_a_gpu(family: str) -> None:
     x = [normal(seed, rows, length, heads, dim) for seed in range(4)]
     bias = normal(4, heads, length, length)
 
-    def loss(implementation: str, q: Any, k: Any, v: Any, bias: Any) -> jax.Array:
-        with only("portable") if implementation != "eager" else jax.ensure_compile_time_eval():
-            out = jax.vmap(
-                lambda q, k, v: jattn.dot_product_attention(
-                    q, k, v, bias, implementation=implementation
-                )
-            )(q, k, v)
-        return (out * x[3]).sum()
+    def gradients(attention: Callable[..., Any], *arrays: jax.Array) -> Any:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+            out = jax.vmap(lambda q, k, v: attention(q, k, v, bias))(q, k, v)
+            return (out * x[3].astype(out.dtype)).sum()
+
+        return jax.grad(loss, (0, 1, 2, 3))(*arrays)
+
+    def portably(*arguments: Any) -> Any:
+        with only("portable"):
+            return jattn.dot_product_attention(*arguments, implementation=family)
 
     arguments = (*x[:3], bias)
-    found = jax.jit(jax.grad(partial(loss, family), (0, 1, 2, 3)))(*arguments)
-    expected = jax.jit(jax.grad(partial(loss, "eager"), (0, 1, 2, 3)))(*arguments)
-    for one, true in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, true, rtol=0, atol=2e-5 * np.abs(true).max())
+    formula.check(jax.jit(partial(gradients, portably))(*arguments), gradients, *arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import extremes, reference
-from tests.backends import EAGER, Backend, Results
+from tests import extremes, formula, reference
+from tests.backends import Backend, Results, quick_jit
 from tests.cases import first
 
 SINKS = np.array([-np.inf, 0.5, 100.0, -1e9, 1e9, 3e38], np.float32)
@@ -63,12 +65,13 @@ def test_any_sink_is_right_on_a_gpu(backend: Backend) -> None:
 @pytest.mark.parametrize("backend", first(1, extremes.EVERY[1:]), ids=str)
 def test_any_sink_is_right_where_each_row_has_its_own(backend: Backend) -> None:
     arrays = operands(np.float32)
-    q, k, v = (arrays[name][:1, :, :1] for name in ("query", "key", "value"))
+    drawn = [jnp.asarray(arrays[name][:1, :, :1]) for name in ("query", "key", "value")]
 
-    def all_of(backend: Backend) -> jax.Array:
+    def gradients(attention: Callable[..., Any], sinks: jax.Array, *arrays: jax.Array) -> jax.Array:
         def one(sink: jax.Array) -> jax.Array:
-            return jax.grad(lambda s: (backend(q, k, v, sinks=s) * v.mean()).sum())(sink)
+            return jax.grad(lambda s: attention(*arrays, sinks=s).sum())(sink)
 
-        return jax.jit(jax.vmap(one))(jnp.asarray(SINKS)[:, None])
+        return jax.vmap(one)(sinks)
 
-    np.testing.assert_allclose(all_of(backend), all_of(EAGER), rtol=1e-4, atol=1e-6)
+    inputs = (jnp.asarray(SINKS)[:, None], *drawn)
+    formula.check(quick_jit(partial(gradients, backend))(*inputs), gradients, *inputs)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn.backends.kernels import only
+from tests import formula
 from tests.backends import quick_jit
 
 B, T, S, N, H = 4, 24, 20, 4, 8
@@ -82,9 +83,8 @@ def flash(*args: Any, **options: Any) -> Any:
         return jattn.flash_attention(*args, **options)
 
 
-def same(found: Any, expected: Any) -> None:
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4)
+def check(found: Any, arrays: dict[str, Any], *, shared: bool = False) -> None:
+    formula.check(found, lambda of, arrays: results(of, shared=shared)(arrays), arrays)
 
 
 def mesh_of(kind: AxisType) -> Any:
@@ -109,20 +109,19 @@ def jit(number: str) -> None:
         function = quick_jit(results(flash, shared=shared))
         compiled = function.lower(held).compile()
         assert not GATHER.search(compiled.as_text()), (bias, mask, kv_heads)
-        same(compiled(held), quick_jit(results(jattn.eager_attention, shared=shared))(arrays))
+        check(compiled(held), arrays, shared=shared)
 
 
 def explicit() -> None:
     """A mesh whose axes are part of the arrays' types."""
     arrays = arrays_of("1NTS", "B1TS", 2)
-    expected = quick_jit(results(jattn.eager_attention))(arrays)
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
         specs = places(arrays, "x", "y")
         held = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
         gradients, (out, lse) = quick_jit(results(flash))(held)
         assert jax.typeof(out).sharding.spec == P("x", None, "y", None)
-    same((gradients, (out, lse)), expected)
+    check((gradients, (out, lse)), arrays)
 
 
 def shard_map() -> None:
@@ -140,13 +139,15 @@ def shard_map() -> None:
             attend, mesh=mesh, in_specs=(specs,), out_specs=specs["query"], check_vma=False
         )
 
-    def gradient(call: Any) -> Any:
+    def gradient(call: Any, arrays: dict[str, Any]) -> Any:
         floats = {name: arrays[name] for name in FLOATING}
         rest = {name: x for name, x in arrays.items() if name not in floats}
-        return quick_jit(jax.grad(lambda floats: (call(floats | rest) ** 2).sum()))(floats)
+        return jax.grad(lambda floats: (call(floats | rest) ** 2).sum())(floats)
 
-    whole = lambda arrays: jattn.eager_attention(**arrays, is_causal=True)  # noqa: E731
-    same(gradient(sharded(flash)), gradient(whole))
+    def whole(attention: Any, arrays: dict[str, Any]) -> Any:
+        return gradient(lambda arrays: attention(**arrays, is_causal=True), arrays)
+
+    formula.check(quick_jit(partial(gradient, sharded(flash)))(arrays), whole, arrays)
 
 
 if __name__ == "__main__":

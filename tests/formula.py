@@ -1,0 +1,60 @@
+"""Any function of attention held to float64, by what the formula makes of it.
+
+`eager` in the dtype of the arrays says how far off a result may be (`tests.tolerance`), and in
+float64, in which tests/test_formula.py holds it to NumPy, what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jattn
+from tests import reference, tolerance
+from tests.backends import quick_jit
+
+__all__ = ["Expected", "check", "compare", "expected"]
+
+
+class Expected(NamedTuple):
+    """What eager gives in the arrays' own dtype, and in float64."""
+
+    peer: Any
+    exact: Any
+
+
+def expected(function: Callable[..., Any], *arrays: Any) -> Expected:
+    """Of function(attention, *arrays), which casts whatever else it uses to the arrays' dtype."""
+    formula = partial(function, jattn.eager_attention)
+    peer = quick_jit(formula)(*arrays)
+    with jax.enable_x64(True):
+        exact = quick_jit(formula)(*jax.tree.map(_wide, arrays))
+    return Expected(peer, jax.tree.map(reference.float64, exact))
+
+
+def compare(found: Any, peer: Any, exact: Any) -> None:
+    """`found`, a tree of a backend's results, is as exact as eager's.
+
+    Twice its error are arrays named "out" and "lse" allowed, three times all others: gradients.
+    """
+    assert jax.tree.structure(found) == jax.tree.structure(exact)
+    named = jax.tree_util.tree_leaves_with_path(found)
+    for (path, got), other, true in zip(named, *map(jax.tree.leaves, (peer, exact)), strict=True):
+        assert got.dtype == other.dtype, path
+        name = str(getattr(path[-1], "key", "")) if path else ""
+        tolerance.check_against_peer(name, got, other, true, np.abs(true), got.dtype)
+
+
+def check(found: Any, function: Callable[..., Any], *arrays: Any) -> None:
+    """`found` is function(attention, *arrays) of some attention, as exact as eager's."""
+    compare(found, *expected(function, *arrays))
+
+
+def _wide(x: Any) -> Any:
+    x = jnp.asarray(x)
+    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
