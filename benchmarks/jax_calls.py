@@ -55,6 +55,10 @@ class Ready:
         start = time.perf_counter()
         self._compiled = jax.jit(function).lower(*self._operands.shapes).compile()
         self.compile_s = time.perf_counter() - start
+        self._pick = _rows_of(cell)
+        if which == "forward" and not cell.dropout:
+            shapes = (self._operands.shapes[0], jax.eval_shape(function, *self._operands.shapes))
+            self._pick = jax.jit(self._pick).lower(*shapes).compile()
         memory = self._compiled.memory_analysis()
         self.temp_bytes: int | None = getattr(memory, "temp_size_in_bytes", None)
 
@@ -77,18 +81,9 @@ class Ready:
         if self._which != "forward" or self._cell.dropout:
             return None
         rows = rows_to_check(self._cell)
-        (arrays,) = self._operands.arrays
-        b, t, n = np.array(rows).T
-        k = n // (self._cell.heads // self._cell.kv_heads)
-        kept = {
-            "query": arrays["query"][b, t, n],
-            "key": arrays["key"][b, :, k],
-            "value": arrays["value"][b, :, k],
-        }
-        if self._cell.bias:
-            kept["bias"] = arrays["bias"][0, n, t]
+        kept = self._pick(self._operands.arrays[0], result)
         host = {name: np.asarray(x) for name, x in kept.items()}
-        out = np.asarray(result[b, t, n])
+        out = host.pop("output")
         return max(
             row_error(self._cell, row, {name: x[i] for name, x in host.items()}, out[i])
             for i, row in enumerate(rows)
@@ -142,6 +137,23 @@ class _Operands:
             return (wanted, rest)
         shape = (*arrays["query"].shape[:-1], self._cell.values)
         return (wanted, rest, jax.random.normal(jax.random.key(2), shape, self._cell.dtype))
+
+
+def _rows_of(cell: Cell) -> Callable[[Arrays, Array], Arrays]:
+    """What the check of some rows needs of the operands and the output."""
+    b, t, n = np.array(rows_to_check(cell)).T
+    k = n // (cell.heads // cell.kv_heads)
+
+    def pick(arrays: Arrays, out: Array) -> Arrays:
+        kept = {
+            "query": arrays["query"][b, t, n],
+            "key": arrays["key"][b, :, k],
+            "value": arrays["value"][b, :, k],
+            "output": out[b, t, n],
+        }
+        return kept | ({"bias": arrays["bias"][0, n, t]} if cell.bias else {})
+
+    return pick
 
 
 def host_times(call: Callable[[], object], repeats: int) -> list[float]:
