@@ -70,7 +70,10 @@ def dot_product_attention(
     (float64 too, where the backend can); sums and softmax run in float32.
 
     A query that may see no key gives output 0, log-sum-exp -inf and no gradient, as does a query
-    past its length. Keys past their length are never read into the result, whatever they hold.
+    past its length. What is hidden changes no output and no gradient: past the lengths whatever
+    stands there, NaN and infinity too; under a mask, segments, causal or a window any finite
+    number; under a bias of -inf any whose product with the query is finite. A NaN or an infinity
+    that lengths do not hide may reach the rest of its row of the batch.
 
     Args:
       query: (B, T, N, H) or (T, N, H).

@@ -52,6 +52,7 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
 
     out = jnp.einsum("bkgts,bskd->btkgd", weights, value, precision=spec.precision)
     out = out.astype(spec.dtype).reshape(spec.batch, spec.queries, spec.heads, spec.value_dim)
+    out = _past_zeroed(out, operands.query_lengths)  # and with it what comes back there
     lse = jnp.moveaxis(lse[..., 0], -1, 1).reshape(spec.batch, spec.queries, spec.heads)
     if not spec.wants_residual:
         lse = jnp.zeros_like(lse)
@@ -111,18 +112,15 @@ def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
 
 def _without_padding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
     """Query, key and value with zeros past the lengths: a weight of 0 does not stop a NaN."""
-
-    def cut(x: Array, lengths: Array | None) -> Array:
-        if lengths is None:
-            return x
-        within = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
-        return jnp.where(within[:, :, None, None], x, 0)
-
     return (
-        cut(operands.query, operands.query_lengths),
-        cut(operands.key, operands.key_lengths),
-        cut(operands.value, operands.key_lengths),
+        _past_zeroed(operands.query, operands.query_lengths),
+        _past_zeroed(operands.key, operands.key_lengths),
+        _past_zeroed(operands.value, operands.key_lengths),
     )
+
+
+def _past_zeroed(x: Array, lengths: Array | None) -> Array:
+    return x if lengths is None else masking.past_zeroed(x, lengths)
 
 
 def _kept(spec: AttentionSpec, seeds: Array) -> Array:
