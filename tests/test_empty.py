@@ -116,6 +116,21 @@ def test_a_mapped_axis_of_size_0_gives_none_of_each(family: str, kind: str) -> N
         np.testing.assert_array_equal(total[name], np.zeros(x.shape), err_msg=name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", [None, "flash", "cudnn", "memory_efficient"])
+def test_a_mapped_axis_of_size_0_on_a_gpu(implementation: str | None) -> None:
+    x = jnp.ones((0, 2, 64, 2, 64), jnp.bfloat16)
+    key = jnp.ones((2, 64, 2, 64), jnp.bfloat16)
+
+    def loss(x: Any, key: Any) -> Any:
+        return jattn.dot_product_attention(x, key, key, implementation=implementation).sum()
+
+    for way in (lambda f: f, jax.jit):
+        d_x, d_key = way(jax.vmap(jax.grad(loss, (0, 1)), (0, None)))(x, key)
+        assert (d_x.shape, d_x.dtype) == (x.shape, x.dtype)
+        assert (d_key.shape, d_key.dtype) == ((0, *key.shape), key.dtype)
+
+
 @pytest.mark.parametrize("sizes", [(2, 0), (0, 2)], ids=str)
 def test_so_in_nested_maps(sizes: tuple[int, int]) -> None:
     x = jnp.ones((*sizes, 1, 5, 2, 8))
