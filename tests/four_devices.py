@@ -16,6 +16,7 @@ def run(program: str) -> None:
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "NPROC": "64",  # interpreted kernels of each wait for each other on XLA's threads
     }
     ended = subprocess.run(
         [sys.executable, "-c", STRICTLY + program],

@@ -17,6 +17,8 @@ import jattn
 from tests import cudnn_calls
 from tests.backends import Backend, quick_jit
 from tests.cases import thorough
+from tests.test_large_logits import CASES as LARGE
+from tests.test_large_logits import check_sums, constant
 from tests.test_lowered_elsewhere import For, check_gradient, drawn
 from tests.test_rematerialisation import calls
 
@@ -126,3 +128,19 @@ def test_arrays_of_the_cpu_on_a_machine_with_a_gpu(seed: int) -> None:
         found = gradient(jax.device_put(drawn(seed), device))
         assert found.devices() == {device}
         check_gradient(drawn(seed), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_a_row_hidden_by_a_finite_bias_has_weights_that_add_up_to_one() -> None:
+    backend = Backend("default", jattn.dot_product_attention)
+    for name in ("-1e9", "finfo.min"):
+        check_sums(backend, LARGE[name](queries=8, dtype=jnp.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weights_add_up_to_one_up_to_the_bound_that_is_given(dtype: Any) -> None:
+    """Logits of 8e4: products of 64 numbers of 100, by 1 / 8."""
+    check_sums(cudnn_calls.CUDNN, constant(100, dtype=dtype))

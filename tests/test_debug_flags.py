@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jattn
-from tests import backends
+from tests import backends, cudnn_calls
 from tests.backends import Backend
 from tests.hopper import exact as hopper
 from tests.portable import exact as portable
@@ -104,3 +104,25 @@ def test_no_keys_at_all() -> None:
     q, k, v = arrays()
     out = jattn.dot_product_attention(q, k[:, :0], v[:, :0])
     np.testing.assert_array_equal(out, np.zeros(q.shape))
+
+
+EVEN = {"is_causal": True}
+ON_A_GPU = {
+    "default": (jattn.dot_product_attention, EVEN),
+    "cudnn": (cudnn_calls.CUDNN, EVEN),
+    "portable flash": (portable.FLASH, EVERYTHING),
+    "portable chunked": (portable.CHUNKED, EVERYTHING),
+    "hopper": (jattn.flash_attention, LENGTHS),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not portable.ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_nor_on_a_gpu(name: str) -> None:
+    """Outside `jit`, where every part is looked at, and inside."""
+    backend, options = ON_A_GPU[name]
+    qkv = tuple(x[:, : x.shape[1] // 2 * 2] if options is EVEN else x for x in arrays(jnp.bfloat16))
+    backend(*qkv, **options)
+    for run in (gradient(backend, options), jax.jit(gradient(backend, options))):
+        run(*qkv)
