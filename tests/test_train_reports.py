@@ -222,6 +222,27 @@ def test_an_unknown_target_is_refused_by_name(capfd: pytest.CaptureFixture[str])
     assert "h1000" in capfd.readouterr().err
 
 
+def measured_on_an_h100() -> dict[tuple[str, int], int]:
+    """The allocator's bytes, by implementation and length."""
+    stored = json.loads((ROOT / "training/results/h100/memory_scaling.json").read_text())
+    return {
+        (cell["implementation"], cell["sequence_length"]): cell["peak_bytes"]
+        for cell in stored["cells"]
+        if cell["peak_bytes"]
+    }
+
+
+def test_the_compiler_and_the_allocator_agreed_on_an_h100() -> None:
+    stored = json.loads((ROOT / "training/results/h100/memory_scaling.json").read_text())
+    cells = [Cell(**({"rematerialized": None} | cell)) for cell in stored["cells"]]
+    ran = [cell for cell in cells if cell.status == "ok"]
+    assert {cell.implementation for cell in ran} == {"eager", "memory_efficient", "flash"}
+    assert max(cell.sequence_length for cell in ran) == 2**20
+    for cell in ran:
+        assert cell.total_bytes is not None
+        assert cell.peak_bytes == pytest.approx(cell.total_bytes, rel=0.05)
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["a100", "b200", "h100", "h200"])
 def test_memory_on_a_gpu_that_is_not_here(target: str, tmp_path: Path) -> None:
@@ -238,6 +259,10 @@ def test_memory_on_a_gpu_that_is_not_here(target: str, tmp_path: Path) -> None:
         assert cells[name, 131_072]["status"] == "fits"
         # q, k, v, the output and their gradients, D wide or less, and what goes with them.
         assert cells[name, 131_072]["temp_bytes"] < 131_072 * 1024 * 2 * 8
+    if target == "h100":
+        for key, measured in measured_on_an_h100().items():
+            if key in cells:
+                assert cells[key]["total_bytes"] == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.gpu
