@@ -39,9 +39,10 @@ figures: environment ## draw the figures and write the tables of README and docs
 	$(PYTHON) benchmarks/tables.py
 
 docs: environment ## build the documentation in site/; its pages' code runs, and a warning is an error
-	rm -rf site
-	$(PYTHON) -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet \
-	  --doctree-dir build/doctrees $(ARGS) docs site
+	rm -rf site build/docs
+	$(PYTHON) -m sphinx --builder html --fail-on-warning --keep-going --quiet --jobs auto \
+	  --doctree-dir build/docs/doctrees $(ARGS) docs build/docs/site
+	mv build/docs/site site
 	@echo 'open site/index.html'
 
 environment: ## make or update .venv and nothing else

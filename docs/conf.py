@@ -15,6 +15,13 @@ os.environ["PYTHONPATH"] = str(ROOT)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+# A page's process else warns that it talks to the build over an open port of this machine.
+os.environ["IPYTHONDIR"] = str(ROOT / "build/ipython")
+PROFILE = ROOT / "build/ipython/profile_default"
+PROFILE.mkdir(parents=True, exist_ok=True)
+(PROFILE / "ipython_kernel_config.py").write_text(
+    "c = get_config()\nc.IPKernelApp.log_level = 'ERROR'\nc.HistoryManager.enabled = False\n"
+)
 
 project = "jattn"
 author = "The jattn authors"
@@ -33,7 +40,8 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # seconds a cell
+nb_merge_streams = True
 nb_output_stderr = "warn"
 
 default_role = "code"  # a docstring's `x`

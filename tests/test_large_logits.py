@@ -153,7 +153,7 @@ def test_large_logits_on_a_gpu(backend: Backend, dtype: str) -> None:
 def test_large_logits_in_hopper_kernels_on_a_gpu(
     backend: Backend, dtype: str, largest: float, size: int
 ) -> None:
-    """Up to what the README gives as their bound."""
+    """Up to what docs/reference/rules.md gives as their bound."""
     every: list[dict[str, Any]] = [
         {},
         {"is_causal": True},
