@@ -121,12 +121,12 @@ class TransformerConfig:
 
     @classmethod
     def cpu(cls) -> "TransformerConfig":
-        """About 0.4 million weights: learns visibly in a minute on two cores."""
+        """About 0.4 million weights, for minutes on two cores."""
         return cls()
 
     @classmethod
     def gpu(cls) -> "TransformerConfig":
-        """About 150 million weights in bfloat16, rematerialised, for sequences of 32k bytes."""
+        """About 150 million weights in bfloat16, for sequences of 32k to 128k bytes."""
         return cls(
             hidden_size=1024,
             num_layers=12,
@@ -135,7 +135,7 @@ class TransformerConfig:
             head_dim=128,
             mlp_size=2816,
             rope_theta=500_000.0,
-            rematerialize="block",
+            rematerialize="elementwise",
             dtype="bfloat16",
         )
 

@@ -160,9 +160,16 @@ def test_free_memory_is_the_least_of_machine_and_container(
 
 def test_first_steps_take_as_many_bytes_in_shorter_sequences() -> None:
     text = Text.join([bytes(range(256)) * 4])
-    options = DataConfig(sequence_length=64, batch_size=2, short_sequence_length=16, short_steps=3)
-    shapes = [training_batch(text, options, seed=0, step=step).inputs.shape for step in (1, 3, 4)]
-    assert shapes == [(8, 16), (8, 16), (2, 64)]
+    options = DataConfig(
+        sequence_length=64, batch_size=2, short_sequence_length=16, short_share=0.3
+    )
+
+    def shape(options: DataConfig, step: int, steps: int | None) -> tuple[int, ...]:
+        return training_batch(text, options, seed=0, step=step, steps=steps).inputs.shape
+
+    assert [shape(options, step, 10) for step in (1, 3, 4)] == [(8, 16), (8, 16), (2, 64)]
+    assert shape(options, 1, None) == (2, 64)
+    assert shape(dataclasses.replace(options, short_sequence_length=100), 1, 10) == (2, 64)
     assert next(evaluation_batches(text, options, 2)).inputs.shape == (2, 64)
-    with pytest.raises(ValueError, match=r"\(64\) must be a multiple of short_sequence_length"):
-        dataclasses.replace(options, short_sequence_length=24)
+    with pytest.raises(ValueError, match="short_share must be at least 0 and below 1, got 1"):
+        dataclasses.replace(options, short_share=1)

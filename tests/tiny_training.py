@@ -13,7 +13,8 @@ LENGTH = 64
 OPTIONS = [
     *("--preset", "cpu", "--no-memory-report"),
     *("--steps", str(STEPS), "--warmup-fraction", "0.02", "--learning-rate", "0.01"),
-    *("--sequence-length", str(LENGTH), "--batch-size", "2"),
+    *("--sequence-length", str(LENGTH), "--batch-size", "2", "--short-share", "0"),
+    *("--optimizer", "adamw", "--beta1", "0.9", "--beta2", "0.99"),
     *("--hidden-size", "16", "--mlp-size", "24", "--num-layers", "1"),
     *("--num-heads", "2", "--num-key-value-heads", "1", "--head-dim", "8"),
     *("--log-every", "100", "--evaluate-every", "150", "--evaluation-windows", "4"),

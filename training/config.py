@@ -47,8 +47,9 @@ class DataConfig:
     short_sequence_length: int = 256
     """Bytes in one sequence of the first steps, which are then as many more in a batch."""
 
-    short_steps: int = 0
-    """Number of steps, the first ones, that take the short sequences."""
+    short_share: float = 0.0
+    """Share of the steps, the first ones, that take the short sequences: most is learnt from near
+    bytes, and attention is cheap there."""
 
     pack_documents: bool = False
     """Let a byte see only bytes of its own file where a sequence spans several."""
@@ -59,12 +60,8 @@ class DataConfig:
                 f"held_out_fraction must be between 0 and 1, got {self.held_out_fraction}"
             )
         _require_at_least(1, self, "sequence_length", "batch_size", "short_sequence_length")
-        _require_at_least(0, self, "short_steps")
-        if self.short_steps and self.sequence_length % self.short_sequence_length:
-            raise ValueError(
-                f"sequence_length ({self.sequence_length}) must be a multiple of"
-                f" short_sequence_length ({self.short_sequence_length})"
-            )
+        if not 0 <= self.short_share < 1:
+            raise ValueError(f"short_share must be at least 0 and below 1, got {self.short_share}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,11 +203,24 @@ class TrainConfig:
 
 
 PRESETS: dict[PresetName, TrainConfig] = {
-    "cpu": TrainConfig(),
+    "cpu": TrainConfig(
+        data=DataConfig(batch_size=2, short_share=0.8),
+        optimizer=OptimizerConfig(
+            optimizer="muon", steps=1150, learning_rate=1e-2, beta1=0.95, beta2=0.95
+        ),
+        record=RecordConfig(evaluate_every=230),
+    ),
     "gpu": TrainConfig(
         model=TransformerConfig.gpu(),
         data=DataConfig(sequence_length=32_768, batch_size=1, pack_documents=True),
-        optimizer=OptimizerConfig(steps=1000, learning_rate=1e-3, warmup_fraction=0.1, beta2=0.95),
+        optimizer=OptimizerConfig(
+            optimizer="muon",
+            steps=1000,
+            learning_rate=2e-3,
+            warmup_fraction=0.1,
+            beta1=0.95,
+            beta2=0.95,
+        ),
         record=RecordConfig(
             log_every=10, evaluate_every=100, evaluation_windows=16, checkpoint_every=250
         ),

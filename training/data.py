@@ -151,13 +151,23 @@ def load_corpus(config: DataConfig) -> Corpus:
     return corpus
 
 
-def training_batch(text: Text, config: DataConfig, *, seed: int, step: int) -> Batch:
-    """The sequences of one step, drawn uniformly; the same for the same arguments."""
+def training_batch(
+    text: Text, config: DataConfig, *, seed: int, step: int, steps: int | None = None
+) -> Batch:
+    """The sequences of one step, drawn uniformly; the same for the same arguments.
+
+    Args:
+        text: what to draw from.
+        config: lengths and sizes.
+        seed: fixes the order of the whole run.
+        step: counted from 1.
+        steps: number of steps of the run, of which a share takes short sequences; None: all long.
+    """
     draw = np.random.default_rng([seed, step])
     length, rows = config.sequence_length, config.batch_size
-    if step <= config.short_steps:
-        rows *= length // config.short_sequence_length
-        length = config.short_sequence_length
+    short = min(length, config.short_sequence_length)
+    if steps is not None and step <= config.short_share * steps:
+        length, rows = short, rows * (length // short)
     return _batch(text, draw.integers(len(text.data) - length, size=rows), length, config)
 
 

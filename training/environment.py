@@ -6,3 +6,8 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # A trainer has its GPU to itself; jax takes three quarters. The rest is for CUDA's own.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+# What a layer of a loop keeps for backward goes into a stack; to write it there at once, XLA would
+# compute it a second time, attention too.
+_NO_SLICE_FUSION = "--xla_gpu_enable_dynamic_slice_fusion"
+if _NO_SLICE_FUSION not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_SLICE_FUSION}=false".strip()

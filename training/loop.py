@@ -7,6 +7,7 @@ from statistics import fmean
 
 import jax
 
+from training.ahead import Updates
 from training.checkpoints import Checkpoints
 from training.config import TrainConfig
 from training.data import Batch, Corpus, evaluation_batches, training_batch
@@ -14,7 +15,7 @@ from training.errors import TrainingError
 from training.interrupt import StopRequest
 from training.progress import TrainingProgress
 from training.run_folder import MetricsLog
-from training.step import BITS_PER_NAT, TrainState, held_out_bits_per_byte, train_step
+from training.step import BITS_PER_NAT, TrainState, held_out_bits_per_byte
 from training.throughput import Pace, peak_flops
 
 
@@ -43,27 +44,32 @@ def train(
     pace = Pace(config.model, peak=peak_flops(config.model, jax.devices()[0]))
 
     def batch_of(step: int) -> Batch:
-        return training_batch(corpus.train, config.data, seed=config.optimizer.seed, step=step)
+        return training_batch(
+            corpus.train, config.data, seed=config.optimizer.seed, step=step, steps=total
+        )
 
     def held_out() -> float:
         windows = evaluation_batches(corpus.held_out, config.data, record.evaluation_windows)
         return held_out_bits_per_byte(state, windows)
 
     first = int(state.step) + 1
+    update, batch = Updates(config), batch_of(first)
+    update.prepare(batch)  # while the held-out text is measured
     progress.line("bits per byte; training is the mean since the line before")
     if log.last_step < 0 and not stop:
         row = {"step": 0, "held_out_bits_per_byte": held_out()}
         log.write(row)
         progress.line(_line(row, total, [], {}))
     since_line: list[float] = []
-    batch = batch_of(first)
+    shape: tuple[int, ...] = ()
     for step in range(first, total + 1):
         if stop:
             break
+        if batch.inputs.shape != shape:
+            shape = batch.inputs.shape
+            progress.line(f"{shape[0]} x {shape[1]:,} bytes a step")
         started = time.perf_counter()
-        state, in_flight = train_step(
-            state, batch.inputs, batch.targets, batch.segment_ids, config=config.optimizer
-        )
+        state, in_flight = update(state, batch)
         next_batch = batch_of(step + 1)  # prepared while the device works
         scalars = jax.device_get(in_flight)
         seconds = time.perf_counter() - started
@@ -94,6 +100,7 @@ def train(
         if step % record.checkpoint_every == 0:
             checkpoints.save(state)
         batch = next_batch
+    update.close()
     checkpoints.save(state)
     return state
 

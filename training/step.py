@@ -144,15 +144,17 @@ def _schedule(config: OptimizerConfig) -> optax.Schedule:
 
 def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.optimizer == "muon":
-        update = optax.contrib.muon(
-            _schedule(config),
-            beta=config.beta1,
-            weight_decay=config.weight_decay,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_stacked_matrices,
-            consistent_rms=_RMS_OF_ADAM,
+        update = _in_bfloat16_products(
+            optax.contrib.muon(
+                _schedule(config),
+                beta=config.beta1,
+                weight_decay=config.weight_decay,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                adam_weight_decay=config.weight_decay,
+                muon_weight_dimension_numbers=_stacked_matrices,
+                consistent_rms=_RMS_OF_ADAM,
+            )
         )
     else:
         update = optax.adamw(
@@ -162,6 +164,16 @@ def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _in_bfloat16_products(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon's iterations bear it, and are most of its time; a CPU keeps to float32."""
+
+    def update(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("BF16_BF16_F32"):
+            return inner.update(*arguments)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _stacked_matrices(weights: Any) -> Any:

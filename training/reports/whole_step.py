@@ -57,7 +57,7 @@ def variant(
 def of_length(config: TrainConfig, length: int) -> TrainConfig:
     """The configuration with one sequence of this length in a step, and that one document."""
     data = dataclasses.replace(
-        config.data, sequence_length=length, batch_size=1, short_steps=0, pack_documents=False
+        config.data, sequence_length=length, batch_size=1, short_share=0.0, pack_documents=False
     )
     return dataclasses.replace(config, data=data)
 

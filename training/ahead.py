@@ -1,0 +1,61 @@
+"""The update, compiled while the held-out text is measured for the first time.
+
+Lowering holds Python's lock and is done at once; XLA's part runs in threads.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from training.config import TrainConfig
+from training.data import Batch
+from training.step import StepScalars, TrainState, abstract_state, train_step
+
+_Shape = tuple[int, ...]
+
+
+class Updates:
+    """`train_step` for the batches of one run, each shape compiled once.
+
+    Args:
+        config: the run's configuration; the shapes of its batches follow from it.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._programs: dict[_Shape, Future[Any]] = {}
+
+    def prepare(self, batch: Batch) -> None:
+        """Begins to compile for batches of this shape, unless that has begun."""
+        shape = batch.inputs.shape
+        if shape in self._programs:
+            return
+        lowered = train_step.lower(
+            abstract_state(self._config),
+            *_shapes(batch),
+            config=self._config.optimizer,
+        )
+        self._programs[shape] = self._pool.submit(lowered.compile)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepScalars]:
+        """One update; the state given is used up."""
+        self.prepare(batch)
+        program = self._programs[batch.inputs.shape].result()
+        updated: tuple[TrainState, StepScalars] = program(
+            state, batch.inputs, batch.targets, batch.segment_ids
+        )
+        return updated
+
+    def close(self) -> None:
+        """Begins nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _shapes(batch: Batch) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+    def shape(array: np.ndarray[Any, Any] | None) -> jax.ShapeDtypeStruct | None:
+        return None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+    return shape(batch.inputs), shape(batch.targets), shape(batch.segment_ids)
