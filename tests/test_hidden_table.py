@@ -156,7 +156,7 @@ def test_each_entry(backend: Backend, name: str) -> None:
 def test_each_entry_of_hoppers_kernels(name: str) -> None:
     if portable.ON_GPU and not hopper.has_hopper():
         pytest.skip("needs a GPU of compute capability 9.0")
-    check(HOPPER, name, (NAN, INF), jnp.bfloat16)
+    check(HOPPER, name, (NAN, INF) if portable.ON_GPU else (NAN,), jnp.bfloat16)
 
 
 @pytest.mark.gpu
