@@ -95,18 +95,24 @@ def keep_mask(
     shared: bool = False,
 ) -> Bools:
     """What dropout keeps, read off the output: even weights, and values that name their key."""
-    q = jnp.zeros((batch, queries, heads, 1))
-    k = jnp.zeros((batch, keys, 1, 1))
-    v = jnp.broadcast_to(jnp.eye(keys)[None, :, None, :], (batch, keys, 1, keys))
+    q = np.zeros((batch, queries, heads, 1), np.float32)
+    k = np.zeros((batch, keys, 1, 1), np.float32)
+    v = np.broadcast_to(np.eye(keys, dtype=np.float32)[:, None], (batch, keys, 1, keys))
+    out = _dropped(rate, shared)(q, k, v, jax.random.key(seed))
+    return np.asarray(out).transpose(0, 2, 1, 3) > 0
+
+
+@cache
+def _dropped(rate: float, shared: bool) -> Callable[..., jax.Array]:
+    """Compiled once for all keys of the same sizes."""
 
     @quick_jit
-    def run(rng: jax.Array) -> jax.Array:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, rng: jax.Array) -> jax.Array:
         return jattn.eager_attention(
             q, k, v, dropout_rate=rate, dropout_rng=rng, broadcast_dropout=shared
         )
 
-    out = run(jax.random.key(seed))
-    return np.asarray(out).transpose(0, 2, 1, 3) > 0
+    return run
 
 
 def kept(case: Case) -> Bools | None:

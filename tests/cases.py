@@ -424,9 +424,8 @@ def first(count: int, parameters: Iterable[Any]) -> list[Any]:
 
 # Every argument, and every pair of arguments that meet in the code, in few calls.
 ORDINARY = """
-    odd_sizes one_query_one_key groups_of_three value_dim_smaller no_batch_axis negative_scale
+    odd_sizes one_query_one_key groups_of_three value_dim_smaller
     window_bottom_right_more_queries offsets_each_way lengths_causal_bottom_right negative_lengths
     segments_unsorted_cross mask_hides_everything bias_BN1S bias_keys_window_lengths
-    sinks_causal_lengths dropout_shared everything everything_top_left everything-bfloat16
-    everything-float16 one_query-float16
+    sinks_causal_lengths dropout_shared everything everything-bfloat16 one_query-float16
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # The workers are as many as the cores; to be read, this comes before NumPy is imported.
@@ -46,6 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
     be_strict()
+    if jax.default_backend() == "cpu":
+        # Compiling is most of the tests' time. The same operations, less of LLVM's work on each;
+        # other processes compile alike, for the same bits.
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    # Tracing makes many objects that live on: looking through them is a twentieth of the time.
+    gc.set_threshold(100_000)
 
 
 def left_out(config: pytest.Config) -> dict[str, str]:

@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn) -> Case:
     return replace(case, name=f"fuzz-{zlib.crc32(repr(case).encode()):08x}")
 
 
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(
     case=cases(),
     seed=st.integers(0, 2**16),

@@ -149,9 +149,9 @@ def with_gradients(function: Any, implementation: str, arrays: Any, rest: dict[s
 
 # Of axes and ranks that arguments may have, one of each.
 ORDINARY = {
-    *("grouped", "bfloat16", "no_batch_axis_causal_bias", "scale_of_numpy", "causal_more_queries"),
-    *("window_causal", "causal_key_lengths_grouped", "bias_heads_keys", "bias_rank_2"),
-    *("bias_of_integers", "mask_grouped", "everything"),
+    *("bfloat16", "no_batch_axis_causal_bias", "scale_of_numpy", "causal_more_queries"),
+    *("causal_key_lengths_grouped", "bias_heads_keys", "bias_rank_2", "bias_of_integers"),
+    "everything",
 }
 assert {each.id for each in CALLS} >= ORDINARY
 

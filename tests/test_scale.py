@@ -142,8 +142,8 @@ def exact(
     ("way", "call"),
     [
         *((way, "lengths_cap") for way in (EAGER, XLA, FLASH)),
-        (HOPPER, "causal"),
         *thorough(
+            (HOPPER, "causal"),
             *((way, "causal") for way in (EAGER, XLA, FLASH)),
             *((way, "lengths_cap") for way in (CHUNKED, APART)),
         ),

@@ -105,25 +105,16 @@ def test_each_row_may_have_its_own_gradient_of_a_shared_bias(backend: Backend, n
     formula.check(found, lambda of, *arrays: gradients(of)(*arrays), floats, rest)
 
 
-def equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("backend", [FLASH, CHUNKED], ids=str)
 def test_one_call_of_each_kernel_and_no_loop_over_rows(backend: Backend, name: str) -> None:
     floats, rest = arrays(name)
 
     def kernels(function: Callable[..., Any]) -> list[str]:
-        found = list(equations(jax.make_jaxpr(function)(floats, rest).jaxpr))
-        calls = [e.params["name"] for e in found if e.primitive.name == "pallas_call"]
-        # Of the function traced: the kernels' own loops are inside of them.
-        outside = jax.make_jaxpr(function)(floats, rest).jaxpr
-        assert not any(e.primitive.name in ("scan", "while") for e in outer_equations(outside))
-        return calls
+        # The kernels' own loops are inside of them.
+        found = list(outer_equations(jax.make_jaxpr(function)(floats, rest).jaxpr))
+        assert not any(e.primitive.name in ("scan", "while") for e in found)
+        return [e.params["name"] for e in found if e.primitive.name == "pallas_call"]
 
     assert len(kernels(nested(partial(attend, backend), name))) == 1
     backward = kernels(total(backend, name))

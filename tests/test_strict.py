@@ -37,7 +37,7 @@ CALLS = [
     (backends.EAGER, FEW),
     (backends.CHUNKED, FEW),
     (portable.FLASH, FEW),
-    (hopper.INTERPRETED, HOPPER[2:7:2]),
+    (hopper.INTERPRETED, HOPPER[2:5:2]),
     *thorough(
         (backends.EAGER, GENERAL),
         (backends.CHUNKED, GENERAL),
