@@ -70,9 +70,8 @@ def planted(case: Case, seed: int, poison: float) -> Results:
     ("backend", "case"),
     [
         *product(BACKENDS, PADDED[1:3]),
-        (CHUNKED, EVERYTHING),
         *thorough(*product(BACKENDS, PADDED[:1] + PADDED[3:4])),
-        *thorough((EAGER, EVERYTHING), (DEFAULT, EVERYTHING)),
+        *thorough(*((backend, EVERYTHING) for backend in (CHUNKED, EAGER, DEFAULT))),
     ],
     ids=str,
 )

@@ -29,6 +29,9 @@ from training.checkpoints import Checkpoints
 from training.data import load_corpus
 from training.reports import layer
 
+# In one process, which then trains the run that others are compared with once.
+pytestmark = pytest.mark.xdist_group("train_runs")
+
 REPOSITORY = Path(train.__file__).parent
 TRAIN = [sys.executable, str(REPOSITORY / "train.py")]
 

@@ -18,9 +18,8 @@ from tests.portable.exact import BOTH, CHUNKED, FLASH, ampere, check, compute, s
 
 __all__ = ["ampere"]
 
-FLASH_ORDINARY = """
-    packed one_query_offsets wide_float32 everything-bfloat16
-"""
+# All arguments at once are tried under vmap, in test_transforms.py.
+FLASH_ORDINARY = "packed one_query_offsets wide_float32"
 CHUNKED_ORDINARY = "everything"
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.usefixtures("ampere")]
@@ -41,7 +40,8 @@ def test_chunked_interpreted_is_as_exact_as_the_formula(case: Case, seed: int) -
     check(CHUNKED, case, seed)
 
 
-@pytest.mark.parametrize("backend", first(1, BOTH), ids=str)
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", BOTH, ids=str)
 def test_what_lies_past_a_length_changes_no_bit(backend: Backend, seed: int) -> None:
     lengths = {"query_lengths": (13, 24), "key_lengths": (21, 0)}
     case = Case("padded", **lengths, bias="BNTS", dtype="bfloat16")
