@@ -97,7 +97,7 @@ def losses(run: Run) -> str:
             _BOTH[r.which],
             f"{r.ms:.3f}",
             f"{r.rival_ms:.3f}",
-            plot.LOOKS[r.rival].label if r.rival in plot.LOOKS else r.rival,
+            _label(r.rival),
             f"{r.ratio:.3f}",
         ]
         for r in ratios.sorted_ratios(run)
@@ -110,7 +110,7 @@ def losses(run: Run) -> str:
 def wins(run: Run) -> str:
     """Every other measurement, the worst first."""
     rows = [
-        [report.title(r.cell), _BOTH[r.which], f"{r.ms:.3f}", r.rival, f"{r.ratio:.2f}"]
+        [report.title(r.cell), _BOTH[r.which], f"{r.ms:.3f}", _label(r.rival), f"{r.ratio:.2f}"]
         for r in ratios.sorted_ratios(run)
         if r.ratio >= 1
     ]
@@ -141,6 +141,10 @@ def rewritten(page: str) -> str:
         return f"{match[1]}{write(Run.load(plot.source_of(figure)))}\n{match[3]}"
 
     return _SECTION.sub(section, page)
+
+
+def _label(peer: str) -> str:
+    return plot.LOOKS[peer].label if peer in plot.LOOKS else peer
 
 
 def _cells(found: Sequence[ratios.Ratio]) -> int:
