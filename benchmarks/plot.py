@@ -71,7 +71,9 @@ def memory(run: Run) -> Any:
     for peer in (p for p in LOOKS if p in run.peers()):
         found = [(c.queries, run.get(c.name, peer, "gradient")) for c in family]
         points = [(t, m.temp_bytes) for t, m in found if m is not None and m.temp_bytes]
-        _line(axes, peer, points)
+        drawn = _line(axes, peer, points)
+        if drawn is not None and peer == "jax.nn/cudnn":  # as much as flash: seen above it
+            drawn.set(linestyle=(0, (2, 3)), zorder=4, markersize=3)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     lengths = [c.queries for c in family]
@@ -87,7 +89,7 @@ def memory(run: Run) -> Any:
         f" {first.head_dim}, {first.mask}, {first.dtype}",
         loc="left",
     )
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 
@@ -111,7 +113,7 @@ def speed(run: Run) -> Any:
             axes.set_title(f"head dim {width}, {which}", loc="left")
             rate = run.machine.get("matmul_tflops")
             if rate:
-                _level(axes, rate, f"matrix product: {rate:.0f}")
+                _level(axes, rate, f"matrix product: {rate:.0f}", side="left")
         highest = max(axes.get_ylim()[1] for axes in row)
         for axes in row:
             axes.set_ylim(0, highest)
@@ -254,16 +256,17 @@ def _line(axes: Any, peer: str, points: Sequence[tuple[float, float]]) -> Any:
     return drawn
 
 
-def _level(axes: Any, value: float, label: str) -> None:
+def _level(axes: Any, value: float, label: str, side: str = "right") -> None:
+    """A dashed line across, its label under it."""
     axes.axhline(value, color=_FAINT, linestyle=(0, (5, 3)), linewidth=1.2)
     axes.annotate(
         label,
-        (1, value),
-        (0, 3),
+        (1 if side == "right" else 0, value),
+        (-4 if side == "right" else 4, -3),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
-        ha="right",
-        va="bottom",
+        ha=side,
+        va="top",
         color=_INK,
         fontsize=10,
     )

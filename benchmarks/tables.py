@@ -33,7 +33,7 @@ _BOTH = {"forward": "forward", "gradient": "forward and backward"}
 def summary(run: Run) -> str:
     """How often flash leads, by how much, and on what."""
     found = ratios.sorted_ratios(run)
-    ahead = sum(r.ratio >= 1 for r in found)
+    ahead, near = (sum(r.ratio >= bound for r in found) for bound in (1, 0.95))
     worst, middle = found[0].ratio, statistics.median(r.ratio for r in found)
     versions = [
         f"{name} {run.versions[key]}"
@@ -48,7 +48,8 @@ def summary(run: Run) -> str:
     ]
     text = (
         f"On an {run.machine['chip']} `flash` is as fast as the best rival or faster in {ahead} of"
-        f" {len(found)} measurements ({_cells(found)} shapes, forward, and forward with backward);"
+        f" {len(found)} measurements ({_cells(found)} shapes, forward, and forward with backward),"
+        f" within 5% of it or faster in {near};"
         f" its speed over the best rival's is {middle:.2f} in the median and {worst:.2f} at the"
         f" least ({', '.join(versions)}; bfloat16, {run.date[:10]})."
     )
