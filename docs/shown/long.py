@@ -7,26 +7,31 @@ from typing import Any
 
 from docs.shown.measured import RESULTS, Table, size
 
-__all__ = ["reports"]
+__all__ = ["report", "table"]
 
 REPORTS = RESULTS.parents[1] / "training/results"
 
 
-def reports() -> Table | None:
-    """Bytes and seconds by length, a row for each cell of each report; None without any."""
-    rows = []
-    for file in sorted(REPORTS.glob("**/memory_scaling*.json")):
-        report: dict[str, Any] = json.loads(file.read_text())
-        for cell in report["cells"]:
-            seconds = cell["seconds"]
-            rows.append(
-                [
-                    report["device"],
-                    cell["implementation"],
-                    f"{cell['sequence_length']:,}",
-                    "-" if cell["temp_bytes"] is None else size(cell["temp_bytes"]),
-                    cell["status"] if seconds is None else f"{seconds:.3g} s",
-                ]
-            )
-    head = ["device", "implementation", "tokens", "temporary memory", "gradient step"]
-    return Table(head, rows) if rows else None
+def report(name: str) -> dict[str, Any]:
+    """The report in a folder of `training/results`."""
+    found: dict[str, Any] = json.loads((REPORTS / name / "memory_scaling.json").read_text())
+    return found
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Lengths down; memory and time of each implementation across."""
+    cells = {(cell["implementation"], cell["sequence_length"]): cell for cell in report["cells"]}
+    names = list(dict.fromkeys(name for name, _ in cells))
+    lengths = sorted({length for _, length in cells})
+    head = ["tokens", *(f"{name}: {what}" for name in names for what in ("memory", "time"))]
+    rows = [[f"{n:,}", *(x for name in names for x in _entries(cells, name, n))] for n in lengths]
+    return Table(head, rows)
+
+
+def _entries(cells: dict[tuple[str, int], dict[str, Any]], name: str, length: int) -> list[str]:
+    cell = cells.get((name, length))
+    if cell is None:
+        return ["", ""]
+    seconds, total = cell["seconds"], cell["total_bytes"]
+    time = cell["status"] if seconds is None else f"{seconds:.3g} s"
+    return ["-" if total is None else size(total), time]

@@ -29,11 +29,12 @@ def memory(found: Mapping[str, Mapping[int, float]], caption: str) -> Figure:
     lengths = sorted({length for points in found.values() for length in points})
     axes.set_xticks(lengths, [_short(length) for length in lengths])
     low, high = (f(b for p in found.values() for b in p.values()) for f in (min, max))
-    ticks = [4.0**i for i in range(30) if low / 4 <= 4.0**i <= high * 4]
+    step = 4.0 if high / low < 4.0**9 else 16.0
+    ticks = [step**i for i in range(30) if low / step <= step**i <= high * step]
     axes.set_yticks(ticks, [size(tick).replace(".0", "") for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("tokens")
-    axes.set_ylabel("temporary memory of the gradient")
+    axes.set_ylabel("memory of the gradient")
     axes.legend()
     return from_matplotlib(figure, caption)
 
