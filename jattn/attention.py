@@ -73,7 +73,8 @@ def dot_product_attention(
     past its length. What is hidden changes no output and no gradient: past the lengths whatever
     stands there, NaN and infinity too; under a mask, segments, causal or a window any finite
     number; under a bias of -inf any whose product with the query is finite. A NaN or an infinity
-    that lengths do not hide may reach the rest of its row of the batch.
+    that lengths do not hide may reach the rest of its row of the batch, as may in cuDNN's gradients
+    a number whose products overflow float32.
 
     Args:
       query: (B, T, N, H) or (T, N, H).
