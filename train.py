@@ -23,11 +23,12 @@ from rich.console import Console
 
 from jattn import UnsupportedAttentionError
 from training import cli, plots, run_folder
+from training.ahead import Updates
 from training.checkpoints import Checkpoints
 from training.data import Corpus, load_corpus
 from training.errors import TrainingError, one_line
 from training.interrupt import stop_on_signals
-from training.loop import Outputs, train
+from training.loop import Outputs, batch_of, train
 from training.progress import TrainingProgress, make_console, say
 from training.reports.command import Screen, report_layer, report_longest, report_step
 from training.reports.place import here, place_of, start_again_with_compilers
@@ -64,16 +65,20 @@ def run(request: cli.Request, console: Console) -> int:
     with stop_on_signals() as stop:
         folder, state = begin(request, corpus)
         checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
-        title = f"{parameter_count(state) / 1e6:.2g} million weights on {corpus.source}"
+        title = f"{parameter_count(config) / 1e6:.2g} million weights on {corpus.source}"
         say(console, f"{folder.path}: {title}, on {jax.devices()[0].device_kind}")
         say(console, str(corpus))
         if config.memory.memory_report and not folder.memory_json.exists():
             report_layer(config, here(), Screen(console, folder, stop))
+        update = Updates(config)
+        if state is None:
+            update.prepare(batch_of(config, corpus, step=1))  # while the weights are drawn
+            state = initial_state(config)
         with (
             MetricsLog(folder.metrics, after_step=int(state.step)) as log,
             TrainingProgress(console, total=config.optimizer.steps, done=int(state.step)) as bar,
         ):
-            state = train(config, corpus, state, Outputs(log, checkpoints, bar), stop)
+            state = train(config, corpus, state, update, Outputs(log, checkpoints, bar), stop)
 
     rows, done = read_metrics(folder.metrics), int(state.step)
     plots.plot_loss(folder.loss_plot, rows, corpus.held_out_compressed, title)
@@ -86,15 +91,14 @@ def run(request: cli.Request, console: Console) -> int:
     return 0
 
 
-def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState]:
-    """A new run's folder and first state, or those of the run to resume."""
+def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState | None]:
+    """A new run's folder, or that of the run to resume and its newest state."""
     config, run = request.config, request.run
     if run.resume is not None:
         folder = RunFolder(Path(run.resume))
         return folder, Checkpoints(folder.checkpoints, config, corpus.fingerprint).restore()
-    state = initial_state(config)
-    facts = {"weights": parameter_count(state), "corpus": corpus.facts()}
-    return run_folder.create(run.runs_dir, run.name, config, facts), state
+    facts = {"weights": parameter_count(config), "corpus": corpus.facts()}
+    return run_folder.create(run.runs_dir, run.name, config, facts), None
 
 
 def report(request: cli.Request, console: Console) -> int:

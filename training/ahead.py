@@ -1,4 +1,4 @@
-"""The update, compiled while the held-out text is measured for the first time.
+"""The update, compiled while weights are drawn and the held-out text is measured the first time.
 
 Lowering holds Python's lock and is done at once; XLA's part runs in threads.
 """

@@ -28,8 +28,21 @@ class Outputs:
     progress: TrainingProgress
 
 
+def batch_of(config: TrainConfig, corpus: Corpus, step: int) -> Batch:
+    """What the run learns from in one step."""
+    options = config.optimizer
+    return training_batch(
+        corpus.train, config.data, seed=options.seed, step=step, steps=options.steps
+    )
+
+
 def train(
-    config: TrainConfig, corpus: Corpus, state: TrainState, outputs: Outputs, stop: StopRequest
+    config: TrainConfig,
+    corpus: Corpus,
+    state: TrainState,
+    update: Updates,
+    outputs: Outputs,
+    stop: StopRequest,
 ) -> TrainState:
     """Runs the steps that are left, or up to a stop request; the last state is checkpointed.
 
@@ -43,17 +56,12 @@ def train(
     log, checkpoints, progress = outputs.log, outputs.checkpoints, outputs.progress
     pace = Pace(config.model, peak=peak_flops(config.model, jax.devices()[0]))
 
-    def batch_of(step: int) -> Batch:
-        return training_batch(
-            corpus.train, config.data, seed=config.optimizer.seed, step=step, steps=total
-        )
-
     def held_out() -> float:
         windows = evaluation_batches(corpus.held_out, config.data, record.evaluation_windows)
         return held_out_bits_per_byte(state, windows)
 
     first = int(state.step) + 1
-    update, batch = Updates(config), batch_of(first)
+    batch = batch_of(config, corpus, first)
     update.prepare(batch)  # while the held-out text is measured
     progress.line("bits per byte; training is the mean since the line before")
     if log.last_step < 0 and not stop:
@@ -70,7 +78,7 @@ def train(
             progress.line(f"{shape[0]} x {shape[1]:,} bytes a step")
         started = time.perf_counter()
         state, in_flight = update(state, batch)
-        next_batch = batch_of(step + 1)  # prepared while the device works
+        next_batch = batch_of(config, corpus, step + 1)  # prepared while the device works
         scalars = jax.device_get(in_flight)
         seconds = time.perf_counter() - started
         if not math.isfinite(scalars.loss):

@@ -103,8 +103,8 @@ def held_out_bits_per_byte(state: TrainState, batches: Iterable[Batch]) -> float
     return float(jnp.stack(losses).mean()) * BITS_PER_NAT
 
 
-def parameter_count(state: TrainState) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+def parameter_count(config: TrainConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config).params))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
