@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
@@ -41,6 +42,8 @@ class Block:
         self.batch, self.kv_head, self.tile = place["batch"], place["head"], place["tile"]
         of = self.batch if refs.ranges.shape[0] > 1 else 0
         self.scale = scale_of(spec, refs, self.batch)
+        if refs.ranges.shape[2] > 4:
+            self.tile = refs.ranges[of, self.tile, 4]
         self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
         # Whether log-sum-exps of the group's heads have a second part that counts.
         self.in_two = refs.in_two[self.batch, self.kv_head] > 0
@@ -49,6 +52,14 @@ class Block:
     def masked(self) -> bool:
         """Whether some visit needs an element mask."""
         return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
+
+    def visited(self, i: Array) -> Array:
+        """The i-th block of queries that is visited: those that need an element mask come first."""
+        visits = self.visits
+        if self.spec.band.lower is None and not self.spec.has_segments:
+            return visits.first + i  # type: ignore[no-any-return]
+        i += visits.clear_to
+        return visits.first + i - jnp.where(i < visits.count, np.int32(0), visits.count)  # type: ignore[no-any-return]
 
     def weights(self, x: Array, c: float, lse: Ref, *, in_two: bool) -> Array:
         """exp of the logits (64, queries), x c in base 2, less the log-sum-exps in two."""

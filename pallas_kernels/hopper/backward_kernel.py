@@ -179,7 +179,7 @@ def _load(block: Block) -> None:
 
     def fetch(n: Array) -> None:
         head = block.kv_head * spec.group + quotient(n, visit.count)
-        at = visit.first + remainder(n, visit.count)
+        at = block.visited(remainder(n, visit.count))
         queries = pl.ds(at * tiles.queries, tiles.queries)
         slot = remainder(n, tiles.stages)
         plgpu.barrier_wait(refs.free.at[slot])
@@ -241,16 +241,16 @@ def _visit_all(
     step = partial(_step, block, warpgroup, accumulator, dk_acc, dv_acc)
 
     def over_head(h: Array) -> None:
-        def loop(start: Any, stop: Any, *, masked: bool) -> None:
-            each(start, stop, lambda i: step(h, i, masked=masked))
+        def loop(start: Any, stop: Any, **kind: bool) -> None:
+            each(start, stop, lambda i: step(h, i, **kind))
 
-        if not block.masked or block.tiles.one_loop:
-            loop(0, visit.count, masked=block.masked)
+        if not block.masked:
+            loop(0, visit.count, masked=False, folds=True)
             return
-        loop(0, visit.clear_from, masked=True)
-        loop(visit.clear_from, visit.clear_to, masked=False)
-        if spec.band.lower is not None or spec.has_segments:
-            loop(visit.clear_to, visit.count, masked=True)
+        # Where low parts count every visit is masked, so that the loop of most has less to do.
+        masked = jnp.where(block.in_two, visit.count, visit.masked)
+        loop(0, masked, masked=True, folds=True)
+        loop(masked, visit.count, masked=False, folds=False)
 
     if spec.group == 1:
         over_head(jnp.int32(0))
@@ -295,8 +295,13 @@ def _step(
     i: Array,
     *,
     masked: bool,
+    folds: bool,
 ) -> None:
-    """Visit i of head h: one block of queries."""
+    """Visit i of head h: one block of queries.
+
+    masked: it needs an element mask.
+    folds: low parts of its log-sum-exps may count.
+    """
     spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
     n = h * block.visits.count + i
     slot = remainder(n, tiles.stages)
@@ -306,7 +311,7 @@ def _step(
     hidden = lax.shift_right_logical(n, np.int32(30))
     k, v = (x.at[pl.ds((warpgroup + hidden) * ROWS, ROWS)] for x in (refs.k_smem, refs.v_smem))
     q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
-    first_query = (block.visits.first + i) * tiles.queries
+    first_query = block.visited(i) * tiles.queries
 
     def weights(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
         seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
@@ -317,16 +322,19 @@ def _step(
         p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
         if masked:
             p = block.hide(p, warpgroup * ROWS, first_query, slot)
-        slope = p
+        unseen, slope = p == 0, p
         if capped:
             slope, p = p * (1 - x * x), p.astype(spec.dtype)  # d tanh(y) = 1 - tanh² y
         dp = seam.wait(dp_acc, in_flight=0)
         ds = slope * (dp - block.row(refs.rows_smem.at[slot, ROW_TERM]))
+        if masked:  # a hidden value may be so large that dP is infinite
+            ds = jnp.where(unseen, 0.0, ds)
         return p.astype(spec.dtype), ds.astype(spec.dtype)
 
     shape = (ROWS, tiles.queries)
     plgpu.barrier_wait(refs.full.at[slot])
-    pl.when(block.in_two)(partial(_fold, block, warpgroup, slot))
+    if folds:
+        pl.when(block.in_two)(partial(_fold, block, warpgroup, slot))
     p, ds = accumulator("s", shape, lambda s_acc: accumulator("dp", shape, partial(weights, s_acc)))
     if not block.makes_dq:
         seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO

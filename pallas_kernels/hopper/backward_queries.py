@@ -310,11 +310,14 @@ class Rows:
             if masked:
                 x = hide(self.plan, seam, refs, self.work, self.steps, self.warpgroup, x, i, k_slot)
             p = jnp.exp2(x * c - self.row(refs.rows_smem.at[self.warpgroup.number, 0]))
+            hidden = p == 0
             if slope is not None:
                 p = p * slope  # d tanh(y) = 1 - tanh² y
             dp = seam.wait(dp_acc, in_flight=late)
             row_term = self.row(refs.rows_smem.at[self.warpgroup.number, ROW_TERM])
             ds = p * (seam.layout(dp, WGMMA) - row_term)
+            if masked:  # a hidden value may be so large that dP is infinite
+                ds = jnp.where(hidden, 0.0, ds)
             plgpu.barrier_arrive(refs.v_free.at[v_slot])
             if before is not None:
                 seam.drain(0)

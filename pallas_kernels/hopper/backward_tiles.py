@@ -25,7 +25,6 @@ class BackwardTiles:
       compute warpgroups share 64 keys.
     apart: dQ has a kernel of its own.
     shared_ds: dK's product reads dS from shared memory, not from registers.
-    one_loop: every visit is masked; of several loops the compiler keeps more in registers.
     tiles_first: thread blocks that start together are tiles of one head, not heads of one tile.
     """
 
@@ -34,7 +33,6 @@ class BackwardTiles:
     warpgroups: int = 2
     apart: bool = False
     shared_ds: bool = False
-    one_loop: bool = False
     tiles_first: bool = False
 
     @property
@@ -62,12 +60,10 @@ def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> Backwa
         # 128: causal 512, 477, 336; full 490, 490, 415. Soft cap, causal 4k: 360, and 295 by the
         # kernel for wide heads.
         return BackwardTiles(64, stages=3, apart=True)
-    causal = spec.band.upper is not None and spec.band.lower is None
-    plain = full or (causal and not (spec.has_segments or spec.has_key_lengths))
     if head + value <= 128:
         # Causal 557, 460, 290; full 536, 526, 410. dS shared: causal 516, 432, 261.
-        return BackwardTiles(128, one_loop=not plain, tiles_first=full)
+        return BackwardTiles(128, tiles_first=full)
     # Causal 615, 537, 349, dS not shared 607 and 345, tiles first 593 and 341, one loop 564, 466,
     # 301; full 591, 583, 466, heads first 584, 571, 450. Three stages: full 546 at 4k. dV's product
     # before dS: causal 491.
-    return BackwardTiles(64, shared_ds=True, one_loop=not plain, tiles_first=full)
+    return BackwardTiles(64, shared_ds=True, tiles_first=full)

@@ -41,6 +41,7 @@ from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import logits
 from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.visits import Visits
 from pallas_kernels.hopper.warpgroups import run
 
 if TYPE_CHECKING:
@@ -147,9 +148,13 @@ class WideBlock(Block):
     ) -> None:
         super().__init__(spec, tiles, seam, refs, grid)
         # A tile that no query sees visits some block all the same, of which all is hidden.
-        first = jnp.minimum(self.visits.first, refs.rows.shape[2] - 1)
-        count = jnp.maximum(self.visits.count, 1)
-        self.visits = self.visits._replace(first=first, count=count)
+        visits = self.visits
+        first = jnp.minimum(visits.first, refs.rows.shape[2] - 1)
+        count = jnp.maximum(visits.count, 1)
+        none = visits.count == 0
+        self.visits = Visits(
+            first, count, *(jnp.where(none, 1, x) for x in (visits.clear_from, visits.clear_to))
+        )
         self.steps = count * spec.group
         self.key_start = self.tile * ROWS
 
@@ -157,7 +162,7 @@ class WideBlock(Block):
         """Query head and block of step n."""
         count, group = self.visits.count, self.spec.group
         h, i = (quotient(n, count), remainder(n, count)) if group > 1 else (jnp.int32(0), n)
-        return self.kv_head * group + h, self.visits.first + i
+        return self.kv_head * group + h, self.visited(i)
 
     def q_slot(self, n: Array) -> Array:
         """Where the queries of step n are."""
@@ -279,7 +284,7 @@ def _key_role(block: WideBlock) -> None:
     spec, seam, refs = block.spec, block.seam, block.refs
 
     def over_tile(dk_acc: Ref) -> Array:
-        def step(n: Array) -> None:
+        def step(n: Array, *, masked: bool) -> None:
             q_slot, do_slot, p_slot = block.q_slot(n), block.do_slot(n), remainder(n, RING)
             q, do = refs.q_smem.at[q_slot], refs.do_smem.at[do_slot]
 
@@ -294,14 +299,24 @@ def _key_role(block: WideBlock) -> None:
             plgpu.barrier_arrive(refs.do_free.at[do_slot])
             plgpu.barrier_wait(refs.p_full.at[p_slot])
             p = seam.load(refs.p_smem.at[p_slot], WGMMA)
-            ds = (p.astype(jnp.float32) * (dp - row_term)).astype(spec.dtype)
+            ds = p.astype(jnp.float32) * (dp - row_term)
+            if masked:  # a hidden value may be so large that dP is infinite
+                ds = jnp.where(p == 0, 0.0, ds)
+            ds = ds.astype(spec.dtype)
             plgpu.barrier_wait(refs.q_full.at[q_slot])
             seam.matmul_into(dk_acc, ds, q)
             seam.drain(0)
             plgpu.barrier_arrive(refs.q_free.at[q_slot])
             plgpu.barrier_arrive(refs.p_free.at[p_slot])
 
-        each(0, block.steps, step)
+        def over_head(h: Array) -> None:
+            first, count = h * block.visits.count, block.visits.count
+            masked = block.visits.masked if block.masked else 0
+            if block.masked:
+                each(first, first + masked, partial(step, masked=True))
+            each(first + masked, first + count, partial(step, masked=False))
+
+        each(0, spec.group, over_head)
         return seam.wait(dk_acc, in_flight=0)
 
     _start(block)

@@ -22,27 +22,31 @@ COMPILERS = HERE.parents[1] / ".compilers"
 VERSIONS = (HERE / "jax_versions.txt").read_text().split()
 PARTS = 2
 # Bytes that backward spills all the same. At head dim 64, S and dP of a block of 128 queries take
-# what dK and dV leave of a thread's 240 registers; at 256, dQ leaves little. Of the causal calls it
-# is the loop of masked visits, and what is between the loops: the loop of clear visits has none.
+# what dK and dV leave of a thread's 240 registers; at 256, dQ leaves little. Where there is a mask
+# it is the loop of masked visits, and what is between the loops: the loop of clear visits has none.
 # The more of both versions' ptxas.
 KNOWN_SPILLS = {
     "full_64": 28,
-    "causal_64": 104,
-    "short_causal_64": 112,
-    "float16_causal_64": 104,
-    "narrow": 104,
-    "window_64": 36,
-    "lengths_64": 36,
-    "offsets_64": 28,
+    **dict.fromkeys(("causal_64", "float16_causal_64", "narrow"), 88),
+    "short_causal_64": 96,
+    "window_64": 64,
+    "lengths_64": 120,
+    "offsets_64": 68,
     "offsets_segments": 68,
-    "one_query_offsets": 32,
-    "segments_64": 228,
-    "segments_128": 4,
+    "segments_64": 64,
+    "causal_128": 16,
+    "causal_96": 16,
+    "bottom_right": 20,
+    "lengths_128": 4,
+    "segments_128": 12,
     "segments_256": 24,
-    "soft_cap_sinks_256": 12,
+    "soft_cap_sinks_128": 12,
+    "soft_cap_sinks_256": 20,
     "one_query_64": 36,
+    "one_query_offsets": 32,
     "packed_heads": 24,
-    "array_scale_64": 108,
+    "array_scale_64": 88,
+    "array_scale_128": 20,
     "array_scale_full_64": 40,
 }
 FORWARD_SPILLS = {"full_64": 4, "array_scale_full_64": 12}

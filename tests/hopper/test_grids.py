@@ -86,7 +86,7 @@ def test_large_grids_run(case: Case) -> None:
 
     def loss(floats: Any, weights: Any) -> Any:
         out = jattn.flash_attention(**floats, **options)
-        return jnp.sum(out.astype(jnp.float32) * weights)
+        return jnp.sum(out.astype(jnp.float32) * weights.astype(jnp.float32))
 
     arrays = {
         name: jax.random.normal(key, x.shape, x.dtype)
