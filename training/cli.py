@@ -32,7 +32,7 @@ Without options: a memory-scaling report, then a short training on the standard 
 both sized for the machine. Results go to runs/<name>/: config.json, metrics.jsonl, checkpoints/,
 loss.png, memory_scaling.png and memory_scaling.json. Ctrl-C saves and says how to resume.
 
---report NAME gives one report instead of a training; --target GPU gives it for a GPU that is not
+The option report asks for one report instead of a training; target has it for a GPU that is not
 here, from what XLA compiles for it."""
 
 
