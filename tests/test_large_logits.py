@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
 from typing import Any
@@ -115,6 +115,21 @@ def test_results_are_exact_where_keys_are_split(name: str) -> None:
     check_sums(KERNELS, arrays)
 
 
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compiles as users do. With less of LLVM's work c S - m is rounded twice here and once there.
+
+    In float32 the sums of P are then of other weights than those computed again. A GPU's
+    instruction rounds once.
+    """
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("number", first(1, [1e4, 1e3]))
 def test_weights_add_up_to_one_in_hopper_kernels(number: float) -> None:
     check_sums(extremes.HOPPER, constant(number, dtype=jnp.bfloat16))
