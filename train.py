@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message = f"out of memory; lower --batch-size or --sequence-length ({one_line(error)})"
+        remedy = "lower --batch-size or --sequence-length, or recompute more: --rematerialize block"
+        message = f"out of memory; {remedy} ({one_line(error)})"
     print(f"train.py: error: {message}", file=sys.stderr)
     return 2
 

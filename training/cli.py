@@ -65,7 +65,7 @@ class RunOptions:
     ] = None
     """Give a report and do nothing else: memory and time of one attention layer (memory) or of the
     whole training step, with and without rematerialisation (step), or the longest sequence that
-    trains, with two steps of it (longest)."""
+    trains, blocks rematerialised, with two steps of it (longest)."""
 
     target: Annotated[
         TargetName | None, tyro.conf.arg(help_behavior_hint="(default: this machine's device)")

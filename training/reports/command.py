@@ -58,7 +58,10 @@ def report_step(
 
 
 def report_longest(config: TrainConfig, place: Place, screen: Screen) -> None:
-    """The longest sequence that trains; a stop leaves nothing."""
+    """The longest sequence that trains with blocks rematerialised; a stop leaves nothing."""
+    name = config.model.attn_implementation
+    model = whole_step.variant(config.model, name, rematerialized=True)
+    config = dataclasses.replace(config, model=model)
     with (
         screen.console.status("longest sequence") as status,
         library_log(screen.folder.library_log),
@@ -69,8 +72,8 @@ def report_longest(config: TrainConfig, place: Place, screen: Screen) -> None:
     measured = whole_step.what_is_measured(config.model)
     say(
         screen.console,
-        f"longest sequence on {place.device_kind}, {measured}, attention"
-        f" {config.model.attn_implementation}: {found.sequence_length:,} tokens,"
+        f"longest sequence on {place.device_kind}, {measured}, attention {name}, blocks"
+        f" rematerialised: {found.sequence_length:,} tokens,"
         f" {bytes_text(found.total_bytes)} a step of {bytes_text(found.free_bytes)} free;"
         f" {len(found.looked_at)} lengths compiled",
     )
