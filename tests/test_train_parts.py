@@ -173,3 +173,17 @@ def test_first_steps_take_as_many_bytes_in_shorter_sequences() -> None:
     assert next(evaluation_batches(text, options, 2)).inputs.shape == (2, 64)
     with pytest.raises(ValueError, match="short_share must be at least 0 and below 1, got 1"):
         dataclasses.replace(options, short_share=1)
+
+
+def test_the_readme_gives_the_cpu_presets_result_as_measured() -> None:
+    """And the run was of the preset as it is: about its steps, and the best of its variants."""
+    root = Path(config.__file__).parent.parent
+    runs = json.loads((root / "training/results/cpu/presets.json").read_text())["runs"]
+    measured, *variants = runs
+    held_out = measured["held_out_bits_per_byte"]
+    assert measured["changes"] == {}
+    assert measured["steps"] == pytest.approx(PRESETS["cpu"].optimizer.steps, rel=0.05)
+    assert (
+        f"[{held_out:.2f} bits per byte](training/results/cpu" in (root / "README.md").read_text()
+    )
+    assert all(run["held_out_bits_per_byte"] > held_out for run in variants)
