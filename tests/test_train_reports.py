@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import train
+from tests.hopper.test_compile import of_a_user
 from tests.promotion import of_others
 from tests.tiny_training import OPTIONS
 from training import quiet
@@ -251,7 +252,9 @@ def test_memory_on_a_gpu_that_is_not_here(target: str, tmp_path: Path) -> None:
     options = ["--target", target, "--memory-lengths", "1024", "131072"]
     command = [sys.executable, str(ROOT / "train.py"), *options]
     command += ["--runs-dir", str(tmp_path), "--name", "run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=of_a_user(), capture_output=True, text=True, timeout=600, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     stored = json.loads((tmp_path / "run" / "memory_scaling.json").read_text())
     cells = {(c["implementation"], c["sequence_length"]): c for c in stored["cells"]}

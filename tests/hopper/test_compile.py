@@ -71,7 +71,13 @@ def environment(version: str) -> dict[str, str]:
     if not (COMPILERS / "ready").exists():
         missing = "no .compilers, which scripts/compilers.sh makes"
         pytest.fail(missing) if os.environ.get("JATTN_COMPILERS") else pytest.skip(missing)
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(COMPILERS / version)}
+    return of_a_user() | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(COMPILERS / version)}
+
+
+def of_a_user() -> dict[str, str]:
+    """The environment without what conftest.py asks of the tests' own programs on a CPU."""
+    of_the_tests = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+    return {key: value for key, value in os.environ.items() if key not in of_the_tests}
 
 
 def compiled(version: str, program: str, *arguments: object) -> list[dict[str, Any]]:
