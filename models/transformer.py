@@ -13,7 +13,6 @@ arrays with a leading axis L, over which `jax.lax.scan` runs one compiled block.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -21,30 +20,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jattn import CHECKPOINT_NAMES, dot_product_attention
+from jattn import dot_product_attention
+from models.implementations import JATTN_NAMES, AttnImplementation
+from models.rematerialisation import (
+    GATES,
+    HEADS,
+    NORMALIZED,
+    Rematerialize,
+    rematerialized,
+)
 
 VOCABULARY = 256  # one token per byte value
-
-AttnImplementation = Literal["eager", "sdpa", "flash", "memory_efficient", "flash_attention_2"]
-
-# The names Hugging Face gives them -> jattn's `implementation=`; None lets jattn pick.
-_JATTN_NAMES: dict[str, str | None] = {
-    "eager": "eager",
-    "sdpa": None,
-    "flash": "flash",
-    "memory_efficient": "memory_efficient",
-    "flash_attention_2": "flash",
-}
-
-Rematerialize = Literal["nothing", "elementwise", "block", "everything"]
-
-# What a block keeps for backward, beside its input; "nothing" is recomputed where all is kept.
-_NORMALIZED, _HEADS, _GATES = "normalized", "rotated heads", "gates"
-_KEPT: dict[str, tuple[str, ...]] = {
-    "elementwise": (*CHECKPOINT_NAMES, _NORMALIZED, _HEADS, _GATES),
-    "block": tuple(CHECKPOINT_NAMES),
-    "everything": (),
-}
 
 RotaryTable = tuple[jax.Array, jax.Array]  # two of (B or 1, T, 1, 2, H / 2), float32: see `rotate`
 
@@ -193,8 +179,8 @@ def normalize(x: jax.Array, epsilon: float) -> jax.Array:
 def _normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     wide = x.astype(jnp.float32)
     factor = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
-    out = checkpoint_name((wide * factor).astype(x.dtype), _NORMALIZED)
-    return out, (out, checkpoint_name(factor, _NORMALIZED))
+    out = checkpoint_name((wide * factor).astype(x.dtype), NORMALIZED)
+    return out, (out, checkpoint_name(factor, NORMALIZED))
 
 
 def _normalize_backward(
@@ -228,13 +214,13 @@ class Attention(nnx.Module):
         config = self.config
         heads = (*x.shape[:2], -1, config.head_dim)
         attended = dot_product_attention(
-            checkpoint_name(rotate(_product(x, self.query).reshape(heads), table), _HEADS),
-            checkpoint_name(rotate(_product(x, self.key).reshape(heads), table), _HEADS),
-            checkpoint_name(_product(x, self.value).reshape(heads), _HEADS),
+            checkpoint_name(rotate(_product(x, self.query).reshape(heads), table), HEADS),
+            checkpoint_name(rotate(_product(x, self.key).reshape(heads), table), HEADS),
+            checkpoint_name(_product(x, self.value).reshape(heads), HEADS),
             is_causal=True,
             query_segment_ids=segment_ids,
             key_value_segment_ids=segment_ids,
-            implementation=_JATTN_NAMES[config.attn_implementation],
+            implementation=JATTN_NAMES[config.attn_implementation],
         )
         assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
         return _product(attended.reshape(*x.shape[:2], -1), self.out)
@@ -249,8 +235,8 @@ class SwiGLU(nnx.Module):
         self.out = _weights(config.mlp_size, config.hidden_size, config, rngs, into_residual=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = checkpoint_name(_product(x, self.gate), _GATES)
-        up = checkpoint_name(_product(x, self.up), _GATES)
+        gate = checkpoint_name(_product(x, self.gate), GATES)
+        up = checkpoint_name(_product(x, self.up), GATES)
         return _product(nnx.silu(gate) * up, self.out)
 
 
@@ -321,7 +307,7 @@ class TransformerLM(nnx.Module):
             layer: Block = nnx.merge(graph, weights)
             return layer(x, table, segment_ids)
 
-        block = _rematerialized(block, config)
+        block = rematerialized(block, config.rematerialize, in_a_loop=config.scan_blocks)
         # A product rather than a gather: on a GPU a gather's gradient adds in no fixed order.
         one_hot = jax.nn.one_hot(tokens, VOCABULARY, dtype=dtype)
         x, _ = jax.lax.scan(
@@ -336,17 +322,6 @@ class TransformerLM(nnx.Module):
             head[...].astype(dtype).T,
             preferred_element_type=jnp.float32,
         )
-
-
-def _rematerialized(
-    block: Callable[..., jax.Array], config: TransformerConfig
-) -> Callable[..., jax.Array]:
-    """A block of which backward finds its input and what the configuration keeps."""
-    if config.rematerialize == "nothing":
-        return block
-    keep = jax.checkpoint_policies.save_only_these_names(*_KEPT[config.rematerialize])
-    # A loop already keeps backward's computations apart from forward's.
-    return jax.checkpoint(block, policy=keep, prevent_cse=not config.scan_blocks)
 
 
 def _product(x: jax.Array, weights: nnx.Param[jax.Array]) -> jax.Array:
