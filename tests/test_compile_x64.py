@@ -17,8 +17,7 @@ pytestmark = pytest.mark.compile
 
 def known_spills(call: dict[str, Any]) -> int:
     if call["algorithm"] == "hopper":
-        tables = {"forward": hopper.FORWARD_SPILLS, "backward": hopper.KNOWN_SPILLS}
-        return tables.get(call["direction"], {}).get(call["call"], 0)
+        return hopper.KNOWN_SPILLS.get(call["call"], 0) if call["direction"] == "backward" else 0
     place = (call["device"], call["algorithm"], call["direction"])
     return portable.KNOWN_SPILLS.get(place, {}).get(call["call"], 0)
 

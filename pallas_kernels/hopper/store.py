@@ -43,9 +43,10 @@ def store(
         o_smem = refs.o_smem.at[number]
     else:
         o_smem = refs.q_smem.at[slot, :, pl.ds(0, width)]
-    o_smem[...] = (o * across(factor, width)).astype(o_smem.dtype)
+    # Before O, beside whose rounding they are on their way.
     refs.sums_smem[number, 0] = softmax.m
     refs.sums_smem[number, 1] = softmax.l
+    o_smem[...] = (o * across(factor, width)).astype(o_smem.dtype)
     plgpu.commit_smem()
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
     for rows, queries, head in query_parts(plan, work, number):

@@ -49,7 +49,6 @@ KNOWN_SPILLS = {
     "array_scale_128": 20,
     "array_scale_full_64": 40,
 }
-FORWARD_SPILLS = {"full_64": 4, "array_scale_full_64": 12}
 # Operands are padded to head dims of at least 64; in backward, over 64, to multiples of 64 or 128.
 # The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
@@ -111,7 +110,7 @@ def is_good(call: dict[str, Any]) -> bool:
         return False
     # The kernels' own arrays are a few times their operands; scores would be tens of times.
     is_linear = call["temporary"] <= 4 * call["operands"]
-    known = {"forward": FORWARD_SPILLS, "backward": KNOWN_SPILLS}.get(call["direction"], {})
+    known = KNOWN_SPILLS if call["direction"] == "backward" else {}
     spilled = call["spilled"] - known.get(call["call"], 0)
     moved = call["moves"] and call["call"] not in PADDED[call["direction"]]
     return is_linear and not (spilled > 0 or call["notes"] or moved)
