@@ -19,7 +19,13 @@ from hypothesis import HealthCheck, Phase, settings
 from tests.promotion import be_strict
 
 # Programs of their own, which set what XLA reads: not to be imported in search of doctests.
-collect_ignore_glob = ["*/absent.py", "*/compile_*.py", "compile_*.py", "*/memcheck.py"]
+collect_ignore_glob = [
+    "*/absent.py",
+    "*/compile_*.py",
+    "compile_*.py",
+    "*/make_checkpoints.py",
+    "*/memcheck.py",
+]
 
 COMMON = {
     "deadline": None,

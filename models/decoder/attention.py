@@ -87,7 +87,7 @@ def padding_segments(attention_mask: jax.Array) -> jax.Array:
 
     Real tokens have 1, padding before them 0, after them 2; such that padding within them has 0.
     """
-    real = attention_mask != 0
+    real = attention_mask.astype(bool)
     index = jnp.arange(real.shape[1], dtype=jnp.int32)[None]
     last = jnp.max(jnp.where(real, index, -1), axis=1, keepdims=True)
     return jnp.where(real, 1, jnp.where(index > last, 2, 0)).astype(jnp.int32)

@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
             raise ValueError("a cache holds one document a row and no dropout")
         if attention_mask is not None:
             # Whatever stands in the padding, no token that the vocabulary lacks.
-            tokens = jnp.where(attention_mask != 0, tokens, 0)
+            tokens = jnp.where(attention_mask.astype(bool), tokens, 0)
         step: CacheStep | None = None
         if cache is not None:
             step = cache.begin(tokens.shape[1], attention_mask)
@@ -263,15 +263,17 @@ def _positions(
     index = jnp.arange(length, dtype=jnp.int32)[None]
     if attention_mask is None:
         return index
-    first = jnp.argmax(attention_mask != 0, axis=1).astype(jnp.int32)
-    return jnp.maximum(index - first[:, None], 0)
+    real = attention_mask.astype(bool)
+    first = jnp.argmax(real, axis=1, keepdims=True).astype(jnp.int32)
+    last = jnp.max(jnp.where(real, index, 0), axis=1, keepdims=True)
+    return jnp.maximum(jnp.minimum(index, last) - first, 0)
 
 
 def _segments(attention_mask: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array | None:
     if attention_mask is None or segment_ids is None:
         return segment_ids if attention_mask is None else padding_segments(attention_mask)
     # No document's own: the padding of all of them.
-    return jnp.where(attention_mask != 0, segment_ids, _PADDING)
+    return jnp.where(attention_mask.astype(bool), segment_ids, _PADDING)
 
 
 def _check_shapes(
