@@ -36,10 +36,9 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 class Dynamic:
     """What makes frequencies depend on the length of the sequence."""
 
-    theta: float
     factor: float
     length: int
-    """The longest sequence that `theta` alone is for."""
+    """The longest sequence that the frequencies are for as they are."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,9 @@ def rotary_table(positions: jax.Array, rope: Rope) -> RotaryTable:
         positions: int32 (B or 1, T).
         rope: the frequencies.
     """
-    if rope.dynamic is None:
-        frequencies = jnp.asarray(rope.frequencies, jnp.float32)[None, None]
-    else:
-        frequencies = _grown(rope.dynamic, positions, 2 * len(rope.frequencies))
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)[None, None]
+    if rope.dynamic is not None:
+        frequencies /= _growth(rope.dynamic, positions, len(rope.frequencies))
     angles = positions[..., None].astype(jnp.float32) * frequencies
     cosine, sine = (f(angles) * rope.attention_factor for f in (jnp.cos, jnp.sin))
     return (
@@ -76,13 +74,15 @@ def rotary_table(positions: jax.Array, rope: Rope) -> RotaryTable:
     )
 
 
-def _grown(dynamic: Dynamic, positions: jax.Array, head_dim: int) -> jax.Array:
-    """Frequencies (B or 1, 1, H / 2) of rows as long as their largest position says."""
+def _growth(dynamic: Dynamic, positions: jax.Array, pairs: int) -> jax.Array:
+    """What divides the frequencies (B or 1, 1, H / 2) of rows as long as their positions say.
+
+    A base that is g^(H / (H - 2)) times as large divides frequency i by g^(2 i / (H - 2)): by 1
+    exactly, where the sequence is not longer than what the model was trained for.
+    """
     length = jnp.maximum(positions.max(axis=-1) + 1, dynamic.length).astype(jnp.float32)
-    growth = dynamic.factor * length / dynamic.length - (dynamic.factor - 1)
-    theta = dynamic.theta * growth ** (head_dim / (head_dim - 2))
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    return 1 / theta[:, None, None] ** exponents[None, None]
+    growth = 1 + dynamic.factor * (length - dynamic.length) / dynamic.length
+    return growth[:, None, None] ** (jnp.arange(pairs, dtype=jnp.float32) / (pairs - 1))[None, None]
 
 
 def _wavelengths(theta: float, head_dim: int) -> Floats:
@@ -107,7 +107,7 @@ def _linear(fields: Fields, head_dim: int) -> Rope:
 def _dynamic(fields: Fields, head_dim: int) -> Rope:
     if head_dim <= 2:
         raise ValueError(f"rope type dynamic needs a head_dim above 2, got {head_dim}")
-    grows = Dynamic(fields["rope_theta"], fields["factor"], fields["max_position_embeddings"])
+    grows = Dynamic(fields["factor"], fields["max_position_embeddings"])
     return _rope(1 / _wavelengths(fields["rope_theta"], head_dim), dynamic=grows)
 
 

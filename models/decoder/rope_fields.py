@@ -69,6 +69,12 @@ def ropes_by_layer_type(
         )
     entries = {_FULL: nested.get(_FULL) or {}, _SLIDING: nested.get(_SLIDING) or {}}
     if fields.get("rope_scaling"):
+        if "rope_type" not in flat and flat.get("type", "default") != "default":
+            # Transformers 4 follows it, Transformers 5 takes the positions for unscaled.
+            raise ValueError(
+                f"rope_scaling of a model with rope_local_base_freq must say rope_type, not type:"
+                f" {flat['type']!r}"
+            )
         entries[_FULL] = {**entries[_FULL], **flat}
     for entry in entries.values():
         if entry.get("truncate") is False:

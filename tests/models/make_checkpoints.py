@@ -1,4 +1,4 @@
-"""Writes tests/models/checkpoints: tiny models of Transformers, and what they give.
+"""Writes tests/models/checkpoints: tiny models of Transformers, and what they give; rope.json.
 
     python tests/models/make_checkpoints.py [NAME ...]     the extra `references` has what it needs
 
@@ -12,6 +12,9 @@ weights as Transformers writes them, and expected.npz, in float32:
     gradient_keys, gradient_norms     of the mean loss of each next token, by the weight's key
     prompts        the lengths of two prompts, tokens[0, :prompts[0]] and tokens[1, :prompts[1]]
     greedy         int32 (2, 32): the tokens that greedy decoding adds to each
+
+rope.json has the rotary frequencies of models as large as they come, by the fields of config.json
+that ask for them, and how long the sequence is.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 Model = Any  # torch.nn.Module, of which the checks of types know nothing
 Results = dict[str, np.ndarray[Any, Any]]
@@ -251,6 +255,98 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
 }
 
+# Fields of config.json, and the length of a sequence: of well-known checkpoints and beside them.
+ROPES: list[tuple[dict[str, Any], int]] = [
+    ({"head_dim": 128, "rope_theta": 10000.0}, 4096),
+    ({"head_dim": 128, "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 8.0}}, 4096),
+    (
+        {
+            "head_dim": 64,
+            "rope_theta": 500000.0,
+            "max_position_embeddings": 131072,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+        },
+        131072,
+    ),
+    (
+        {
+            "head_dim": 128,
+            "rope_theta": 1000000.0,
+            "max_position_embeddings": 32768,
+            "rope_scaling": {
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+                "type": "yarn",
+            },
+        },
+        131072,
+    ),
+    (
+        {
+            "head_dim": 64,
+            "rope_theta": 150000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": None,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "max_position_embeddings": 131072,
+        },
+        131072,
+    ),
+    (
+        {
+            "head_dim": 128,
+            "max_position_embeddings": 4096,
+            "rope_scaling": {"rope_type": "yarn", "factor": 16.0, "attention_factor": 1.25},
+        },
+        65536,
+    ),
+    (
+        {
+            "head_dim": 128,
+            "max_position_embeddings": 4096,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        },
+        12345,
+    ),
+    (
+        {
+            "head_dim": 96,
+            "max_position_embeddings": 4096,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        },
+        1000,
+    ),
+]
+
+
+def make_ropes(file: pathlib.Path) -> None:
+    """Writes rope.json."""
+    results = []
+    for fields, length in ROPES:
+        config = LlamaConfig(**copy.deepcopy(fields))
+        rotary = LlamaRotaryEmbedding(config)
+        rotary(torch.zeros(1), torch.tensor([[length - 1]]))
+        results.append(
+            {
+                "fields": fields,
+                "length": length,
+                "frequencies": rotary.inv_freq.tolist(),
+                "attention_factor": rotary.attention_scaling,
+            }
+        )
+    file.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+
 
 def make(name: str, folder: pathlib.Path) -> None:
     """Writes one case's folder anew."""
@@ -366,6 +462,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    make_ropes(FOLDER.parent / "rope.json")
     for name in sys.argv[1:] or CASES:
         make(name, FOLDER / name)
         size = sum(file.stat().st_size for file in (FOLDER / name).iterdir())
