@@ -6,6 +6,7 @@ Traced only, which is where both show. That nothing is promoted in silence all t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,16 @@ def wide_arrays(jaxpr: Any) -> Iterator[str]:
             yield from wide_arrays(inner)
 
 
+@pytest.fixture
+def what_was_there_before_is_no_garbage() -> Iterator[None]:
+    """The leak checker collects garbage after each trace, among all objects of all tests so far."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("what_was_there_before_is_no_garbage")
 @pytest.mark.parametrize(("backend", "cases"), CALLS, ids=str)
 def test_nothing_leaks_or_grows_to_64_bits(backend: Backend, cases: Any) -> None:
     with jax.enable_x64(True), jax.checking_leaks():
