@@ -82,7 +82,6 @@ _SIZES = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
-    "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
 }

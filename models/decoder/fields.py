@@ -37,7 +37,6 @@ _HOLDS = {
     "query_pre_attn_scalar": _POSITIVE,
     "final_logit_softcapping": _POSITIVE + _NULL,
     "attn_logit_softcapping": _POSITIVE + _NULL,
-    "bos_token_id": _IDS + _NULL,
     "eos_token_id": _IDS + _NULL,
     "pad_token_id": _IDS + _NULL,
 }
@@ -51,7 +50,8 @@ _LAYER_TYPES = {
 _BOOKKEEPING = frozenset((
     # what wrote the file, and where it was
     "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "auto_map",
-    "custom_pipelines", "model_type", "name_or_path", "transformers_version", "unsloth_fixed",
+    "custom_pipelines", "is_llama_config", "max_sequence_length", "model_type", "name_or_path",
+    "transformers_version", "unsloth_fixed",
     "unsloth_version", "transformers.js_config", "model_name", "torch_dtype", "dtype",
     # training
     "initializer_range", "gradient_checkpointing", "use_bfloat16",

@@ -66,7 +66,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """NaN for a token that the table does not have: traced code cannot raise."""
-        return jnp.take(self.weight[...], tokens, axis=0, mode="fill").astype(dtype)
+        table = self.weight[...]
+        beyond = jnp.asarray(table.shape[0], tokens.dtype)  # negative ones would count from its end
+        tokens = jnp.where(tokens < 0, beyond, tokens)
+        return jnp.take(table, tokens, axis=0, mode="fill").astype(dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -195,6 +195,10 @@ class Decoder(nnx.Module):
             jattn.UnsupportedAttentionError: the named implementation cannot run at this size.
         """
         _check_shapes(tokens, attention_mask, segment_ids, positions)
+        if logits_to_keep is not None and not 1 <= logits_to_keep <= tokens.shape[1]:
+            raise ValueError(
+                f"logits_to_keep must be from 1 to {tokens.shape[1]}, got {logits_to_keep}"
+            )
         if cache is not None and (segment_ids is not None or dropout_rng is not None):
             raise ValueError("a cache holds one document a row and no dropout")
         if attention_mask is not None:

@@ -11,6 +11,7 @@ weights as Transformers writes them, and expected.npz, in float32:
     short_logits   float32 (short, V): its real tokens' logits, of tokens[1, :short]
     gradient_keys, gradient_norms     of the mean loss of each next token, by the weight's key
     prompts        the lengths of two prompts, tokens[0, :prompts[0]] and tokens[1, :prompts[1]]
+    bfloat16_error root of the mean square of what computing in bfloat16 changes in the logits
     greedy         int32 (2, 32): the tokens that greedy decoding adds to each
 
 rope.json has the rotary frequencies of models as large as they come, by the fields of config.json
@@ -397,6 +398,7 @@ def random_model(folder: pathlib.Path, seed: int, stored: torch.dtype | None = N
 def expected(model: Model) -> tuple[Results, float]:
     """What expected.npz holds, see above; by how much the greedy tokens beat the next best."""
     fresh = copy.deepcopy(model)  # dynamic frequencies remember the longest sequence so far
+    half = copy.deepcopy(model).to(torch.bfloat16)
     vocabulary = model.config.vocab_size
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (2, LENGTH), generator=draw)
@@ -409,11 +411,13 @@ def expected(model: Model) -> tuple[Results, float]:
     with torch.no_grad():
         chosen = [_greedy(fresh, tokens[row, :length]) for row, length in enumerate(PROMPTS)]
         short = _short_logits(fresh, tokens)
+        change = half(tokens).logits.float() - logits
     results = {
         "tokens": tokens.numpy().astype(np.int32),
         "logits": logits.detach().numpy(),
         "short": np.int32(SHORT),
         "short_logits": short.numpy(),
+        "bfloat16_error": np.float32(change.square().mean().sqrt()),
         "gradient_keys": np.array(list(norms)),
         "gradient_norms": np.array([float(norm) for norm in norms.values()], np.float32),
         "prompts": np.array(PROMPTS, np.int32),

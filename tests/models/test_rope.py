@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from models.decoder import decoder_config
-from models.decoder.rope import Rope, rotary_table
+from models.decoder import rope as module
+from models.decoder.rope import Rope
 from models.transformer import rotate
+
+rotary_table = jax.jit(module.rotary_table, static_argnums=1)
 
 REFERENCE = json.loads((pathlib.Path(__file__).parent / "rope.json").read_text())
 
