@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from jattn.attention import with_full_signature
@@ -14,9 +15,11 @@ from jattn.backends import table
 from jattn.backends.table import NAMES, Form, Implementation
 from jattn.call.arguments import AttentionOptions, attention_call
 from jattn.call.keywords import check_keywords
-from jattn.call.sizes import is_known
 from jattn.call.spec import AttentionSpec
 from jattn.call.target import Target, asking_about, target_of
+from jattn.call.units import in_bytes
+from jattn.transforms.context import plan_of
+from jattn.transforms.per_shard import on_one_device
 
 __all__ = ["BackendReport", "Explanation", "explain"]
 
@@ -55,6 +58,8 @@ class Explanation:
       chosen: the name of the backend that would run; None if none can, and the call would raise.
       reports: one for each backend.
       hints: what about the call may be another than was meant.
+      sequence: how a sequence that is cut over several devices is computed, with the bytes that
+        each sends; None if it is not.
     """
 
     call: str
@@ -62,6 +67,7 @@ class Explanation:
     chosen: str | None
     reports: tuple[BackendReport, ...]
     hints: tuple[str, ...] = ()
+    sequence: str | None = None
 
     @property
     def kernel(self) -> str | None:
@@ -74,7 +80,7 @@ class Explanation:
             [
                 ("> " if report.name == self.chosen else "  ") + report.name,
                 report.kernel or "-",
-                "-" if report.gradient_bytes is None else _size(report.gradient_bytes),
+                "-" if report.gradient_bytes is None else in_bytes(report.gradient_bytes),
                 _why(report, self.chosen),
             ]
             for report in self.reports
@@ -86,8 +92,9 @@ class Explanation:
         ]
         if self.chosen is None:
             lines.append(self._what_would_help())
-        hints = [f"hint: {hint}" for hint in self.hints]
-        return "\n".join([f"attention: {self.call}", f"on: {self.target}", *lines, *hints])
+        more = [] if self.sequence is None else [f"sequence: {self.sequence}"]
+        more += [f"hint: {hint}" for hint in self.hints]
+        return "\n".join([f"attention: {self.call}", f"on: {self.target}", *lines, *more])
 
     def _what_would_help(self) -> str:
         named = ", ".join(report.name for report in self.reports if report.may_run)
@@ -112,7 +119,9 @@ def explain(
 ) -> Explanation:
     """Says which backend `jattn.dot_product_attention` would run for these arguments, and why.
 
-    Takes the same arguments, each array or its `jax.ShapeDtypeStruct`. Nothing is computed.
+    Takes the same arguments, each array or its `jax.ShapeDtypeStruct`. Nothing is computed. Where
+    query's sequence is sharded, by its `sharding` or by `jattn.context_parallel`, it says by which
+    schedule the call would go, and what each device sends.
 
     Args:
       query: as in `jattn.dot_product_attention`, like all arguments but `device`.
@@ -144,7 +153,29 @@ def explain(
         reports = [_report(name, spec, target, candidates) for name in NAMES]
         runs = (form.name for form in candidates if not form.reasons(spec, target))
         chosen = next(runs, None)
-    return Explanation(spec.describe(), str(target), chosen, tuple(reports), _hints(spec, options))
+    sequence = _sequence(spec, query, key, chosen)
+    hints = _hints(spec, options)
+    return Explanation(spec.describe(), str(target), chosen, tuple(reports), hints, sequence)
+
+
+def _sequence(spec: AttentionSpec, query: Shaped, key: Shaped, chosen: str | None) -> str | None:
+    """How the chosen backend computes a sequence that is cut over devices."""
+    if spec.context is not None:
+        return plan_of(spec).describe()
+    placed = _sharding(query)
+    if placed is None or chosen is None:
+        return None
+    takes_parts = all(form.takes_parts for form in table.forms_of(chosen))
+    part = on_one_device(spec, placed, _sharding(key), takes_parts=takes_parts)
+    if part.context is None:
+        return None
+    return plan_of(part).describe()
+
+
+def _sharding(x: Shaped) -> NamedSharding | None:
+    """By name, of an array that is somewhere or a shape that says where it will be."""
+    found = getattr(x, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
 
 
 _ARRAYS = {
@@ -226,14 +257,3 @@ def _why(report: BackendReport, chosen: str | None) -> str:
     else:
         why = "can; runs only when named"
     return "; ".join([why, *report.passed_over])
-
-
-def _size(count: int) -> str:
-    if not is_known(count):  # jax.export's free sizes
-        return f"{count} B"
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"

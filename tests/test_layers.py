@@ -10,7 +10,7 @@ import jattn
 ROOT = pathlib.Path(jattn.__file__).parent.parent
 # From the ground up; a name stands for a module or a whole folder.
 LAYERS = (
-    "jattn.call",
+    "jattn.call jattn.zigzag",
     "pallas_kernels",
     "jattn.transforms",
     "jattn.backends",

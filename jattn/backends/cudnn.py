@@ -81,6 +81,7 @@ class _Fused:
 
     can_partition = True
     takes_output = True
+    takes_parts = False
 
     def unit(self, spec: AttentionSpec) -> float:
         return 1.0

@@ -48,6 +48,10 @@ class WithLoops:
         return self.kernels.can_partition
 
     @property
+    def takes_parts(self) -> bool:
+        return self.kernels.takes_parts
+
+    @property
     def takes_output(self) -> bool:
         return self.kernels.takes_output
 

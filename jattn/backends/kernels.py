@@ -66,6 +66,7 @@ class Kernels:
     deterministic: bool
     interpret: bool
     takes_output = False
+    takes_parts = True
 
     @property
     def can_partition(self) -> bool:

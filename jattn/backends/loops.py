@@ -30,6 +30,7 @@ class Loops:
     keys: int | None
     can_partition = True
     takes_output = False
+    takes_parts = True
 
     def chunks(self, spec: AttentionSpec) -> Chunks:
         return choose_chunks(spec, self.target, self.queries, self.keys)

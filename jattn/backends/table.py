@@ -38,6 +38,7 @@ class Form:
     lacks: what a device lacks to run it; None if nothing.
     refusals: why it cannot do a call, with the values, on a device that lacks nothing.
     takes_free_sizes: whether `jax.export` may leave batch and lengths free.
+    takes_parts: whether it may be of one device among several that share the sequence.
     """
 
     name: str
@@ -48,12 +49,18 @@ class Form:
     refusals: Callable[[AttentionSpec, Target], list[str]] = lambda spec, target: []
     automatic: bool = True
     takes_free_sizes: bool = False
+    takes_parts: bool = True
 
     def reasons(self, spec: AttentionSpec, target: Target) -> list[str]:
         """All that keeps it from running."""
         lack = self.lacks(target)
         if lack is not None:
             return [lack]
+        if spec.context is not None and not self.takes_parts:
+            return [
+                f"the sequence is cut along {spec.context.name} (jattn.context_parallel), and it "
+                "gives no parts of a softmax that others could go on with"
+            ]
         free = [] if self.takes_free_sizes else spec.free_sizes
         if free:
             return [f"sizes left free ({', '.join(free)}): a kernel is made for numbers"]
@@ -80,6 +87,7 @@ FORMS = (
         gradient_bytes=flash.hopper_gradient_bytes,
         lacks=cudnn.lacks,
         refusals=cudnn.refusals,
+        takes_parts=False,
     ),
     Form(
         name="flash",
@@ -111,6 +119,7 @@ FORMS = (
         gradient_bytes=eager.gradient_bytes,
         takes_free_sizes=True,
         automatic=False,
+        takes_parts=False,
     ),
 )
 NAMES = tuple(dict.fromkeys(form.name for form in FORMS))

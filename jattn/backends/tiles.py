@@ -217,6 +217,9 @@ class Tile:
             return None
         row = self._of_rows(seeds).reshape(-1, 2, 1, 1, 1, 1)
         query, key = self._positions(j)
+        start = self.arrays.operands.dropout_start
+        if start is not None:
+            query, key = query + start[0], key + start[1]
         return dropout.keep(
             (row[:, 0], row[:, 1]),
             self.spec.dropout_heads(),

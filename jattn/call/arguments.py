@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jattn.call import dropout, positions
+from jattn.call.context import own_context
 from jattn.call.spec import AttentionSpec, Operands, Shape4
 
 __all__ = ["Alignment", "AttentionCall", "AttentionOptions", "Window", "attention_call"]
@@ -84,7 +85,9 @@ def attention_call(
     q, k, v, has_batch = _query_key_value(query, key, value)
     batch, queries, heads, head_dim = q.shape
     _, keys, kv_heads, value_dim = v.shape
-    logits_shape = (batch, heads, queries, keys)
+    context = own_context(queries, keys)
+    all_queries, all_keys = (queries, keys) if context is None else (context.queries, context.keys)
+    logits_shape = (batch, heads, queries, all_keys)
     is_causal = _flag("is_causal", is_causal)
     return_residual = _flag("return_residual", return_residual)
     broadcast_dropout = _flag("broadcast_dropout", broadcast_dropout)
@@ -102,10 +105,10 @@ def attention_call(
         bias=_bias(bias, logits_shape),
         mask=_mask(mask, logits_shape),
         query_lengths=positions.lengths(
-            "query_seq_lengths", query_seq_lengths, queries, batch, has_batch=has_batch
+            "query_seq_lengths", query_seq_lengths, all_queries, batch, has_batch=has_batch
         ),
         key_lengths=positions.lengths(
-            "key_value_seq_lengths", key_value_seq_lengths, keys, batch, has_batch=has_batch
+            "key_value_seq_lengths", key_value_seq_lengths, all_keys, batch, has_batch=has_batch
         ),
         query_segments=_segments("query_segment_ids", query_segment_ids, (batch, queries)),
         key_segments=_segments("key_value_segment_ids", key_value_segment_ids, (batch, keys)),
@@ -117,13 +120,14 @@ def attention_call(
         raise ValueError("query_segment_ids and key_value_segment_ids must be given together")
     offset = positions.query_offset(query_offset, batch, has_batch=has_batch)
     if causal_alignment == "bottom_right":
-        offset = positions.bottom_right(offset, operands)
+        offset = positions.bottom_right(offset, operands, all_queries, all_keys)
     band, offset = positions.band_and_offset(
         is_causal=bool(is_causal),
         window=_window(local_window_size),
         offset=0 if offset is None else offset,
-        queries=queries,
-        keys=keys,
+        queries=all_queries,
+        keys=all_keys,
+        in_parts=context is not None,
     )
     operands = operands._replace(query_offset=offset)
     spec = AttentionSpec(
@@ -150,6 +154,7 @@ def attention_call(
         has_query_offset=operands.query_offset is not None,
         has_sinks=operands.sinks is not None,
         wants_residual=return_residual,
+        context=context,
     )
     return AttentionCall(spec, operands, has_batch)
 

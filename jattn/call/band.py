@@ -37,6 +37,20 @@ class Band:
             upper=None if upper is None or upper >= keys - 1 else max(upper, -queries),
         )
 
+    def moved(self, distance: int) -> Band:
+        """The same band of queries that stand so far from the first key."""
+        lower, upper = self.lower, self.upper
+        return Band(
+            lower=None if lower is None else lower + distance,
+            upper=None if upper is None else upper + distance,
+        )
+
+    def hides_all(self, queries: int, keys: int) -> bool:
+        """Whether no query of this many sees any of this many keys."""
+        first = 1 - queries if self.lower is None else max(self.lower, 1 - queries)
+        last = keys - 1 if self.upper is None else min(self.upper, keys - 1)
+        return first > last
+
     @property
     def width(self) -> int | None:
         """How many keys a query may see, at least 0; None if a side is open."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 __all__ = [
+    "KEYS_A_HASH",
     "element_bits",
     "keep",
     "limit",
@@ -32,6 +33,7 @@ __all__ = [
     "seeds_from_head",
 ]
 
+KEYS_A_HASH = 16  # positions after which the pairs of keys begin again
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive counters over the range
 _SECOND = 0x85EBCA6B  # another odd constant, so that the two words of a row are unrelated
 

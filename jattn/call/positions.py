@@ -24,6 +24,7 @@ __all__ = [
     "as_integers",
     "band_and_offset",
     "bottom_right",
+    "kept_near",
     "lengths",
     "query_offset",
 ]
@@ -88,7 +89,7 @@ def query_offset(given: ArrayLike | None, batch: int, *, has_batch: bool) -> Off
     return jnp.broadcast_to(_int32(x, INT32.min, INT32.max), (batch,))
 
 
-def bottom_right(given: Offset | None, operands: Operands) -> Offset:
+def bottom_right(given: Offset | None, operands: Operands, queries: int, keys: int) -> Offset:
     """The offset with which the last query of each row stands at its last key; none is `given`."""
     if given is not None:
         raise ValueError(
@@ -96,9 +97,8 @@ def bottom_right(given: Offset | None, operands: Operands) -> Offset:
             "one of them: 'bottom_right' is the offset S - T, or where lengths are given each "
             f"row's key length - query length; got query_offset {given}"
         )
-    queries, keys = operands.query_lengths, operands.key_lengths
-    last_key = operands.key.shape[1] if keys is None else keys
-    offset = last_key - (operands.query.shape[1] if queries is None else queries)
+    last_key = keys if operands.key_lengths is None else operands.key_lengths
+    offset = last_key - (queries if operands.query_lengths is None else operands.query_lengths)
     if isinstance(offset, int | Array):
         return offset
     return jnp.full(operands.query.shape[0], offset, jnp.int32)  # sizes that jax.export leaves free
@@ -111,20 +111,26 @@ def band_and_offset(
     offset: Offset,
     queries: int,
     keys: int,
+    in_parts: bool = False,
 ) -> tuple[Band, Array | None]:
-    """The band of T `queries` and S `keys`, and the queries' offset if it is not part of it."""
+    """The band of T `queries` and S `keys`, and the queries' offset if it is not part of it.
+
+    in_parts: they are those of several devices, so that a kernel's are moved by an array.
+    """
     known = isinstance(offset, int)
     diagonal = offset if isinstance(offset, int) else 0
     band = Band.of(is_causal=is_causal, window=window, diagonal=diagonal)
     if band == Band():
         return band, None
-    most = MOST_KNOWN if known else MOST
+    most = MOST_KNOWN if known and not in_parts else MOST
     if any(map(export.is_symbolic_dim, (queries, keys))):
         queries = keys = most // 2  # a size that is free in an exported function is less
     if queries + keys > most:
         raise ValueError(
             f"lengths of query and key ({queries} + {keys}) must be at most {most} together with "
-            "a causal mask or a window" + ("" if known else " and an offset that is an array")
+            "a causal mask or a window"
+            + ("" if known else " and an offset that is an array")
+            + (" over several devices" if in_parts else "")
         )
     if known:
         return band.within(queries, keys), None
@@ -154,6 +160,13 @@ def _within(band: Band, offset: Array, queries: int, keys: int) -> tuple[Band, A
         offset, right = moved, reach
     offset = jnp.clip(offset, -queries - (right or 0), keys + (left or 0))
     return Band(None if left is None else -left, right), offset
+
+
+def kept_near(band: Band, offset: Array, queries: int, keys: int) -> Array:
+    """Offsets beyond which no bound shows or hides any more, of this many queries and keys."""
+    bounds = [bound for bound in (band.lower, band.upper) if bound is not None]
+    least = min((-queries - bound for bound in bounds), default=0)
+    return jnp.clip(offset, least, max((keys - bound for bound in bounds), default=0))
 
 
 def _known(x: Array | np.ndarray) -> np.ndarray | None:

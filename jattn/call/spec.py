@@ -7,13 +7,14 @@ query heads to a key head, H head dim, D value head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jattn.call.band import Band
+from jattn.call.context import Context
 from jattn.call.rows import Rows
 from jattn.call.sizes import is_known
 
@@ -29,7 +30,8 @@ class Operands(NamedTuple):
     broadcastable to (B, N, T, S); query_lengths and key_lengths (B,) int32; query_segments (B, T)
     and key_segments (B, S) int32; sinks (N,); dropout_seeds (B, 2) uint32; query_offset (B,) int32,
     the key position of query 0 where it is not known when traced; scale (1,) in the accumulator's
-    dtype. Of a batch that `jax.vmap` was folded into, scale may be (B,).
+    dtype. Of a batch that `jax.vmap` was folded into, scale may be (B,). dropout_start (2,) int32:
+    where the first query and key stand among those that dropout counts, if not at 0.
     """
 
     query: Array
@@ -45,6 +47,7 @@ class Operands(NamedTuple):
     dropout_seeds: Array | None = None
     query_offset: Array | None = None
     scale: Array | None = None
+    dropout_start: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class AttentionSpec:
     """What is known of a call while it is traced. Hashable, so it can key any cache.
 
     scale: None if it is an array, which the operands then have.
+    context: the longer call that this is a device's part of.
+    dropout_from: whether dropout counts from `Operands.dropout_start`, and whether keys there begin
+      where its pairs of keys do.
     """
 
     batch: int
@@ -78,6 +84,8 @@ class AttentionSpec:
     has_query_offset: bool = False
     has_sinks: bool = False
     wants_residual: bool = False
+    context: Context | None = None
+    dropout_from: Literal["zero", "pairs", "anywhere"] = "zero"
 
     @property
     def group(self) -> int:
@@ -164,6 +172,16 @@ class AttentionSpec:
         heads = heads.reshape(1, self.kv_heads, self.group, 1, 1)
         return jnp.zeros_like(heads) if self.broadcast_dropout else heads
 
+    @property
+    def _described_context(self) -> str:
+        context = self.context
+        if context is None:
+            return ""
+        return (
+            f"part of T {context.queries}, S {context.keys} on {context.devices} devices along "
+            f"{context.name}"
+        )
+
     def describe(self) -> str:
         """One line for people: shapes, dtype and every feature in use."""
         shape = (
@@ -185,6 +203,7 @@ class AttentionSpec:
             "sinks": self.has_sinks,
             "an array as scale": self.scale is None,
             "log-sum-exp": self.wants_residual,
+            self._described_context: self.context is not None,
         }
         used = [name for name, present in features.items() if present]
         return ", ".join([shape, dims, self.dtype.name, *used])

@@ -26,9 +26,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jattn.call.masking import past_zeroed
 from jattn.call.spec import AttentionSpec, Operands
-from jattn.transforms import sharding
+from jattn.transforms import context, sharding
 from jattn.transforms.folding import Arrays, Kernel, folds_into_batch
 from jattn.transforms.mapped import mapped
 from jattn.transforms.per_shard import GRADIENTS, RESULTS, per_explicit_shard, per_shard
@@ -63,6 +62,10 @@ class Kernels(Protocol):
     @property
     def can_partition(self) -> bool:
         """Whether the partitioner may cut a call."""
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether parts of a softmax may be computed, each by a call with an offset of its own."""
 
     @property
     def takes_output(self) -> bool:
@@ -107,7 +110,7 @@ class _Attention:
 @partial(jax.jit, static_argnums=(0, 1))
 def _forward(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> _Results:
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        return kernels.forward(spec, Operands(**arrays))
+        return context.forward(kernels, spec, Operands(**arrays))
 
     b, t, n, _ = sharding.partition(arrays["query"])
     places = (jax.P(b, t, n),) * 3
@@ -200,11 +203,12 @@ def _backward(
 ) -> Operands:
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
         own = {name: x for name, x in arrays.items() if name in Operands._fields}
-        saved = (arrays[name] for name in ("top", "rest", of_output, "d_out"))
-        return kernels.backward(
+        top, rest, d_out = (arrays[name] for name in ("top", "rest", "d_out"))
+        return context.backward(
+            kernels,
             spec,
             Operands(**own),
-            *saved,
+            (top, rest, arrays[of_output], d_out),
             wants_bias="bias" in wanted,
             wants_scale="scale" in wanted,
         )
@@ -212,7 +216,7 @@ def _backward(
     top, rest = _unkept(top, rest)
     d_out = d_out.astype(spec.dtype)
     if operands.query_lengths is not None:
-        d_out = past_zeroed(d_out, operands.query_lengths)
+        d_out = context.past_zeroed(spec, d_out, operands.query_lengths)
     term = row_term(top, out, d_out, d_lse)
     of_output = "out" if kernels.takes_output else "row_term"
     arrays = {
@@ -266,8 +270,11 @@ def _run(
     places: tuple[Any, ...],
 ) -> tuple[Array, ...]:
     """The kernel's call: vmap folded into the batch, sharded arrays where they are."""
-    each = per_shard(kernel, results) if kernels.can_partition else kernel
+    # A device's part of a call is for no partitioner to cut.
+    can_partition = kernels.can_partition and spec.context is None
+    takes_parts = kernels.takes_parts
+    each = per_shard(kernel, results, takes_parts=takes_parts) if can_partition else kernel
     folding = folds_into_batch(each, sums_bias="bias" in results)
-    found = per_explicit_shard(folding, results)(spec, arrays)
+    found = per_explicit_shard(folding, results, takes_parts=takes_parts)(spec, arrays)
     placed = (sharding.placed(x, place) for x, place in zip(found, places, strict=True))
     return sharding.varying_as(tuple(placed), arrays)

@@ -1,8 +1,10 @@
-"""A kernel's call on arrays sharded over batch or heads: each device runs it on what it holds.
+"""A kernel's call on sharded arrays: each device runs it on what it holds.
 
 The partitioner knows nothing of what is inside a kernel, and would gather all of every array. Here
-it is told which axes may stay sharded: batch, and heads where query and key heads are cut alike (or
-there is one key head). Sequences and head dims are gathered if they are sharded.
+it is told which axes may stay sharded: batch; heads where query and key heads are cut alike (or
+there is one key head); queries, and keys where they are cut as queries are. What a device then has
+is its part of a longer call (`transforms.context`). Head dims are gathered if they are sharded, and
+keys that are cut otherwise.
 
 A result without an axis that stays sharded is a sum over it, and is added up over the devices: the
 gradients of one key head for many query heads, and of a bias that is broadcast.
@@ -22,22 +24,25 @@ from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jattn.call.context import Context
 from jattn.call.dropout import seeds_from_head
+from jattn.call.positions import MOST
 from jattn.call.spec import AttentionSpec
 from jattn.transforms import sharding
 from jattn.transforms.folding import Arrays, Kernel
 
-__all__ = ["GRADIENTS", "RESULTS", "per_explicit_shard", "per_shard"]
+__all__ = ["GRADIENTS", "RESULTS", "on_one_device", "per_explicit_shard", "per_shard"]
 
-# The axes of each array, N being query heads and b the batch; see `_rule` for the partitioner's.
+# The axes of each array, N being query heads, b the batch and c keys that are columns of a matrix,
+# which every device has; see `_rule` for the partitioner's.
 # A bias or mask for some rows of the batch has B: what it has of the outermost of the axes that the
 # batch is made of.
 _AXES = {
     "query": "b t N h",
     "key": "b s k h",
     "value": "b s k d",
-    "bias": "b N t s",
-    "mask": "b N t s",
+    "bias": "b N t c",
+    "mask": "b N t c",
     "query_lengths": "b",
     "key_lengths": "b",
     "query_offset": "b",
@@ -56,10 +61,11 @@ RESULTS = ("out", "top", "rest")
 GRADIENTS = ("query", "key", "value")  # the bias's may follow
 
 
-def per_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
-    """The same function; on sharded arrays each device runs it on its own rows and heads.
+def per_shard(kernel: Kernel, results: tuple[str, ...], *, takes_parts: bool) -> Kernel:
+    """The same function; on sharded arrays each device runs it on its own rows, heads and queries.
 
     results: names that have the axes of each, `RESULTS` or `GRADIENTS`.
+    takes_parts: whether it computes a device's part of a longer call (`AttentionSpec.context`).
     """
 
     def partitioned(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
@@ -72,7 +78,7 @@ def per_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
 
         def partition(mesh: Mesh, arguments: Any, _: Any) -> Any:
             query, key, *_ = (_entries(x.sharding, len(x.shape)) for x in arguments)
-            kept = _Kept.of(spec, mesh, query, key)
+            kept = _Kept.of(spec, mesh, query, key, takes_parts=takes_parts)
 
             def placed(axes: str) -> NamedSharding:
                 return NamedSharding(mesh, kept.place(axes))
@@ -84,7 +90,9 @@ def per_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
 
         names = ("d_bias" if name == "bias" else name for name in results)
         rule, factors = _rule(spec, axes, dict(zip(names, out_axes, strict=True)))
-        whole = ("t", "h", "s", "d", *(("word",) if "dropout_seeds" in axes else ()))
+        whole = ("t", "h", "s", "d") if not takes_parts else ("h", "d")
+        columns = any("c" in axes[name].split() for name in ("bias", "mask") if name in axes)
+        whole += (*(("c",) if columns else ()), *(("word",) if "dropout_seeds" in axes else ()))
         call.def_partition(
             partition=partition,
             sharding_rule=rule,
@@ -97,7 +105,7 @@ def per_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
     return partitioned
 
 
-def per_explicit_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
+def per_explicit_shard(kernel: Kernel, results: tuple[str, ...], *, takes_parts: bool) -> Kernel:
     """The same function; on a mesh with explicit axes each device runs it on what it holds.
 
     There the types of the arrays say how they are sharded, and the partitioner is not asked.
@@ -120,7 +128,7 @@ def per_explicit_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
         axes = {name: _axes_of(name, x.shape, spec) for name, x in _in_order(arrays).items()}
         out_axes = _out_axes(axes, results, spec)
         query, key = (tuple(sharding.partition(arrays[name])) for name in ("query", "key"))
-        kept = _Kept.of(spec, mesh, query, key)
+        kept = _Kept.of(spec, mesh, query, key, takes_parts=takes_parts)
         placed = [jax.sharding.reshard(arrays[name], kept.place(of)) for name, of in axes.items()]
 
         def on_each(*held: Array) -> tuple[Array, ...]:
@@ -138,27 +146,70 @@ def per_explicit_shard(kernel: Kernel, results: tuple[str, ...]) -> Kernel:
     return shard_mapped
 
 
+def on_one_device(
+    spec: AttentionSpec, query: NamedSharding, key: NamedSharding | None, *, takes_parts: bool
+) -> AttentionSpec:
+    """What a device holds of a call on arrays that are sharded so; a bias or mask as it is."""
+    mesh = query.mesh
+    entries = (_entries(query, 4), _entries(key, 4))
+    kept = _Kept.of(spec, mesh, *entries, takes_parts=takes_parts)
+
+    def share(size: int, entry: Any) -> int:
+        devices: int = math.prod(mesh.shape[axis] for axis in _names(entry))
+        return -(-size // devices)
+
+    return replace(
+        spec,
+        batch=share(spec.batch, kept.batch),
+        queries=share(spec.queries, kept.queries if kept.devices > 1 else None),
+        keys=share(spec.keys, kept.keys),
+        heads=share(spec.heads, kept.heads),
+        kv_heads=share(spec.kv_heads, kept.key_heads),
+        context=_context(spec, kept),
+    )
+
+
 class _Kept(NamedTuple):
-    """The mesh axes that batch, query heads and key heads stay sharded over: names, or tuples."""
+    """The mesh axes over which batch, heads, queries and keys stay sharded: names, or tuples."""
 
     batch: Any = None
     heads: Any = None
     key_heads: Any = None
+    queries: Any = None
+    keys: Any = None
+    devices: int = 1  # that the queries are cut over
 
     @staticmethod
-    def of(spec: AttentionSpec, mesh: Any, query: tuple[Any, ...], key: tuple[Any, ...]) -> _Kept:
+    def of(
+        spec: AttentionSpec,
+        mesh: Any,
+        query: tuple[Any, ...],
+        key: tuple[Any, ...],
+        *,
+        takes_parts: bool,
+    ) -> _Kept:
         """By how query and key are sharded, an entry for each of their axes."""
-        batch, _, heads, _ = query
+        batch, queries, heads, _ = query
         if _outermost(spec) % math.prod(mesh.shape[axis] for axis in _names(batch)):
             batch = None
         key_heads = key[2]
         if spec.kv_heads > 1 and heads != key_heads:
             heads = key_heads = None
-        return _Kept(batch, heads, None if spec.kv_heads == 1 else key_heads)
+        key_heads = None if spec.kv_heads == 1 else key_heads
+        devices = math.prod(mesh.shape[axis] for axis in _names(queries))
+        # Their number beside the offsets of a device: see `positions.MOST`.
+        if not takes_parts or spec.context is not None or spec.queries + spec.keys > MOST:
+            devices = 1
+        if devices == 1:
+            return _Kept(batch, heads, key_heads)
+        return _Kept(
+            batch, heads, key_heads, queries, key[1] if key[1] == queries else None, devices
+        )
 
     def place(self, axes: str) -> PartitionSpec:
         """How an array with these axes is laid out."""
         named = {"b": self.batch, "B": self.batch, "k": self.key_heads, "N": self.heads}
+        named |= {"t": self.queries, "s": self.keys}
         return PartitionSpec(*map(named.get, axes.split()))
 
     def summed_over(self, axes: str) -> tuple[str, ...]:
@@ -167,7 +218,22 @@ class _Kept(NamedTuple):
         missing = () if "b" in own or "B" in own else (self.batch,)
         if "N" not in own and not ("k" in own and self.key_heads is not None):
             missing += (self.heads,)
+        if "t" not in own and not ("s" in own and self.keys is not None):
+            missing += (self.queries,)
         return tuple(axis for entry in missing for axis in _names(entry))
+
+
+def _context(spec: AttentionSpec, kept: _Kept) -> Context | None:
+    """What a device's queries and keys are a part of."""
+    if kept.devices == 1:
+        return spec.context
+    return Context(
+        axes=kept.queries,
+        devices=kept.devices,
+        queries=spec.queries,
+        keys=spec.keys,
+        has_whole_keys=kept.keys is None,
+    )
 
 
 def _on_a_device(
@@ -187,9 +253,19 @@ def _on_a_device(
     shapes: dict[str, Any] = {
         f"{name}_shape": own[name].shape for name in ("bias", "mask") if name in own
     }
-    batch, kv_heads = own["query"].shape[0], own["key"].shape[2]
+    (batch, queries, *_), (_, keys, kv_heads, _) = own["query"].shape, own["key"].shape
     rows = tuple((name, rows.part(spec.batch // batch)) for name, rows in spec.mapped_rows)
-    part = replace(spec, batch=batch, heads=heads, kv_heads=kv_heads, mapped_rows=rows, **shapes)
+    part = replace(
+        spec,
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        mapped_rows=rows,
+        context=_context(spec, kept),
+        **shapes,
+    )
     found = kernel(part, own)
     return tuple(_added_up(x, kept.summed_over(of)) for x, of in zip(found, out_axes, strict=True))
 
@@ -239,7 +315,7 @@ def _axes_of(name: str, shape: tuple[int, ...], spec: AttentionSpec) -> str:
     rows = spec.rows(name)
     own = {True: "B" if rows.is_mixed else "b", False: f"{name}b"}
     full = (spec.heads, spec.queries, spec.keys)
-    axes = zip("Nts", shape[1:], full, strict=True)
+    axes = zip("Ntc", shape[1:], full, strict=True)
     return " ".join(
         [own[rows.outer.own], *(x if n == of else f"{name}{x.lower()}" for x, n, of in axes)]
     )

@@ -128,9 +128,15 @@ def dropped(spec: AttentionSpec, refs: SimpleNamespace, at: Place, p: Array) -> 
         load(refs.row_words, index, at.queries_inside),
         load(refs.more_words, index, at.queries_inside),
     )
+    first = at.first_key
+    if spec.dropout_from != "zero":
+        first = first + load(refs.dropout_key, (0,))
     # Within the block, so that the compiler sees which elements of a thread share a hash.
-    pair, is_second = dropout.pairs(at.key - at.first_key)
-    bits = dropout.element_bits(row, at.first_key + pair, is_second)
+    before = at.key - at.first_key
+    if spec.dropout_from == "anywhere":
+        before, first = before + first, jnp.zeros_like(first)
+    pair, is_second = dropout.pairs(before)
+    bits = dropout.element_bits(row, first + pair, is_second)
     return zero_below(p, bits, dropout.limit(spec.dropout_rate))
 
 

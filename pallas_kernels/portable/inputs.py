@@ -40,6 +40,9 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
         seeds = operands.dropout_seeds[:, :, None, None]
         heads = jnp.arange(1 if spec.broadcast_dropout else spec.heads, dtype=jnp.int32)
         queries = jnp.arange(spec.queries, dtype=jnp.int32)
+        if operands.dropout_start is not None:
+            queries = queries + operands.dropout_start[0]
+            inputs["dropout_key"] = operands.dropout_start[1:]
         inputs["row_words"], inputs["more_words"] = dropout.row_words(
             (seeds[:, 0], seeds[:, 1]), heads[None, :, None], queries[None, None, :]
         )

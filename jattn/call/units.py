@@ -1,0 +1,19 @@
+"""Numbers of bytes in words."""
+
+from __future__ import annotations
+
+from jattn.call.sizes import is_known
+
+__all__ = ["in_bytes"]
+
+
+def in_bytes(count: int) -> str:
+    """The number with a binary unit, as in "3 MiB"."""
+    if not is_known(count):  # jax.export's free sizes
+        return f"{count} B"
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"

@@ -1,0 +1,113 @@
+"""Kernels that know of one device, as the schedules call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jattn.call.spec import AttentionSpec, Operands
+from jattn.transforms.context.parts import Part, context_of, device_index, queries_of
+from jattn.transforms.context.runs import Run
+
+__all__ = ["Backward", "Forward", "Gradients", "Pair", "Saved"]
+
+
+class Pair(Protocol):
+    """What is asked of a pair of kernels (`transforms.derivatives.Kernels`)."""
+
+    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]: ...
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        of_output: Array,
+        d_out: Array,
+        /,
+        *,
+        wants_bias: bool,
+        wants_scale: bool,
+    ) -> tuple[Array, ...]: ...
+
+    def unit(self, spec: AttentionSpec) -> float:
+        """What 1 in `top` is of the natural logarithm."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Forward of one device's call."""
+
+    run: Callable[[AttentionSpec, Operands], tuple[Array, Array, Array]]
+    unit: float
+
+
+class Saved(NamedTuple):
+    """What backward takes of the rows, each (B, T, N, ...)."""
+
+    top: Array
+    rest: Array
+    row_term: Array
+    d_out: Array
+
+    def of(self, run: Run) -> Saved:
+        """Those of a run of queries."""
+        return Saved(*(queries_of(run, x) for x in self))
+
+
+class Gradients(NamedTuple):
+    """Those of query, key and value, and of the bias if it is wanted."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+
+    @staticmethod
+    def zeros(spec: AttentionSpec, operands: Operands, *, wants_bias: bool) -> Gradients:
+        """Sums before anything is added to them."""
+        query, key, value = (
+            jnp.zeros(x.shape, spec.accumulator)
+            for x in (operands.query, operands.key, operands.value)
+        )
+        bias = None
+        if wants_bias:
+            assert spec.d_bias_shape is not None
+            *rest, columns = spec.d_bias_shape
+            held = context_of(spec).devices * operands.key.shape[1]
+            bias = jnp.zeros((*rest, max(held, columns) if columns > 1 else 1), spec.accumulator)
+        return Gradients(query, key, value, bias)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Backward of one device's call.
+
+    The gradient of query is that of the products where the scale's is wanted, and where parts of
+    it are added up: there kernels give it in float32.
+    """
+
+    kernels: Pair
+    wants_bias: bool
+
+    def run(self, spec: AttentionSpec, operands: Operands, saved: Saved) -> tuple[Array, ...]:
+        """The part's gradients, that of query in float32 and not multiplied by the scale."""
+        return self.kernels.backward(
+            spec, operands, *saved, wants_bias=self.wants_bias, wants_scale=True
+        )
+
+    def with_bias(self, spec: AttentionSpec, d_bias: Array, part: Part, found: Array) -> Array:
+        """The bias's gradient with a part's added where it lies."""
+        row, column = 0, jnp.zeros((), jnp.int32)
+        if d_bias.shape[2] > 1:
+            row = part.queries.first
+        if d_bias.shape[3] > 1:
+            column = part.keys.start(device_index(spec))
+        at = tuple(jnp.asarray(x, jnp.int32) for x in (0, 0, row, column))
+        old = lax.dynamic_slice(d_bias, at, found.shape)
+        return lax.dynamic_update_slice(d_bias, old + found.astype(d_bias.dtype), at)

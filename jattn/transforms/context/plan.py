@@ -1,0 +1,184 @@
+"""What a call over several devices does: its schedule, its hops, and the bytes that each moves.
+
+ring      hop h: own queries against the keys of the device h places before; hops in which no
+          device's queries see a key are not made
+gather    piece p: own queries of some heads against all keys of these heads
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from jattn.call.band import Band
+from jattn.call.context import Context, Schedule
+from jattn.call.sizes import is_known
+from jattn.call.spec import AttentionSpec
+from jattn.call.units import in_bytes
+from jattn.transforms.context.parts import Part, context_of
+from jattn.transforms.context.runs import Run, runs, sight
+
+__all__ = ["Hop", "Plan", "balances", "plan_of"]
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Keys of the device that many places before, and the parts that see something of them."""
+
+    distance: int
+    parts: tuple[tuple[int, int, Part], ...]  # number of the run of queries, of keys, and the part
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is done.
+
+    is_balanced: a causal mask's queries are exchanged before, and results after, so that each
+      device has as much to do.
+    pieces: into how many a gather of keys is cut, by heads.
+    """
+
+    context: Context
+    schedule: Schedule
+    is_balanced: bool
+    pieces: int
+    hops: tuple[Hop, ...]
+    why: str
+    kv_bytes: int  # of a device's own keys and values
+    sum_bytes: int  # of their gradients in float32
+
+    @property
+    def moves(self) -> int:
+        """How often keys and values are sent."""
+        if self.schedule == "gather":
+            return self.pieces
+        return sum(hop.distance != 0 for hop in self.hops)
+
+    def bytes_a_move(self) -> tuple[int, int]:
+        """What a device sends each time, forward and backward."""
+        if self.schedule == "ring":
+            return self.kv_bytes, self.kv_bytes + self.sum_bytes
+        times = 0 if self.context.has_whole_keys else self.context.devices - 1
+        forward, sums = (n * times // self.pieces for n in (self.kv_bytes, self.sum_bytes))
+        return forward, forward + sums
+
+    def describe(self) -> str:
+        """In words."""
+        context = self.context
+        kind = {"ring": "hop", "gather": "piece"}[self.schedule]
+        forward, backward = map(in_bytes, self.bytes_a_move())
+        moved = f"{self.moves} {kind}{'' if self.moves == 1 else 's'}"
+        if context.has_whole_keys:
+            moved += ", keys not sent"
+        elif self.moves:
+            moved += f" of {forward}, in backward {backward}"
+        exchange = "; queries are exchanged, so that all see as many keys"
+        return (
+            f"cut over {context.devices} devices along {context.name}: {self.schedule}, {moved}"
+            f"{exchange if self.is_balanced else ''}; {self.why}"
+        )
+
+
+def plan_of(spec: AttentionSpec) -> Plan:
+    """The plan of what one device holds of a call."""
+    context = context_of(spec)
+    hops = ring_hops(spec, context)
+    pieces, why = _pieces(spec, context)
+    reached = sum(hop.distance != 0 for hop in hops)
+    schedule: Schedule = "ring" if pieces is None else "gather"
+    if context.has_whole_keys:
+        schedule, why = "gather", "every device has all keys"
+    elif context.schedule is not None:
+        schedule, why = context.schedule, "asked for"
+    elif reached < context.devices - 1:
+        schedule = "ring"
+        why = f"the band leaves {reached} of {context.devices - 1} hops"
+    is_balanced = balances(spec, schedule)
+    if is_balanced and schedule == "ring":
+        hops = ring_hops(spec, replace(context, query_layout="zigzag", key_layout="zigzag"))
+    elements = spec.batch * spec.keys * spec.kv_heads * (spec.head_dim + spec.value_dim)
+    return Plan(
+        context=context,
+        schedule=schedule,
+        is_balanced=is_balanced,
+        pieces=_most_pieces(spec) if pieces is None else pieces,
+        hops=hops,
+        why=why,
+        kv_bytes=elements * spec.element_bytes,
+        sum_bytes=elements * spec.accumulator.itemsize,
+    )
+
+
+def ring_hops(spec: AttentionSpec, context: Context) -> tuple[Hop, ...]:
+    """The hops in which some device's queries see a key."""
+    queries = runs(context.query_layout, context.devices, spec.queries)
+    keys = runs(context.key_layout, context.devices, spec.keys)
+    found = []
+    for distance in range(context.devices):
+        parts = []
+        for j, of_keys in enumerate(keys):
+            sent = replace(of_keys, sent=distance)
+            for i, of_queries in enumerate(queries):
+                seen = sight(spec, of_queries, sent)
+                if seen is not None:
+                    parts.append((i, j, Part(of_queries, sent, seen)))
+        if parts:
+            found.append(Hop(distance, tuple(parts)))
+    return tuple(found)
+
+
+def whole_keys(context: Context, spec: AttentionSpec) -> Run:
+    """All keys, on every device."""
+    count = spec.keys if context.has_whole_keys else spec.keys * context.devices
+    return Run(0, count, context.devices)
+
+
+def balances(spec: AttentionSpec, schedule: Schedule) -> bool:
+    """Whether the causal mask's work is made even by an exchange of queries.
+
+    Not where each device's queries see as many keys as they are, or where rows of a bias or mask,
+    each as long as all keys, would have to be exchanged too.
+    """
+    context, band = context_of(spec), spec.band
+    rows = [shape[2] for shape in (spec.bias_shape, spec.mask_shape) if shape is not None]
+    is_even = spec.queries % 2 == 0 and (schedule == "gather" or spec.keys % 2 == 0)
+    is_full = spec.queries * context.devices == context.queries
+    is_full = is_full and (context.has_whole_keys or spec.keys * context.devices == context.keys)
+    return (
+        context.query_layout == "contiguous"
+        and band != Band()
+        and (band.lower is None) != (band.upper is None)
+        and is_even
+        and is_full
+        and not spec.has_query_offset
+        and all(size == 1 for size in rows)
+    )
+
+
+def _pieces(spec: AttentionSpec, context: Context) -> tuple[int | None, str]:
+    """The fewest pieces of a gather that hold no more than a ring does; None if all hold more.
+
+    A ring holds two devices' keys and values, and a float32 output beside a hop's own; a gather all
+    devices' of two pieces.
+    """
+    n = context.devices
+    own = spec.batch * spec.keys * spec.kv_heads * (spec.head_dim + spec.value_dim)
+    out = spec.batch * spec.queries * spec.heads * spec.value_dim
+    if not is_known(own, out):
+        return None, "sizes left free"
+    ring = 2 * own * spec.element_bytes
+    ring += out * (spec.element_bytes + spec.accumulator.itemsize)
+    held = 0
+    for pieces in _possible_pieces(spec):
+        held = 2 * n * own * spec.element_bytes // pieces
+        if held <= ring:
+            return pieces, "the keys of two pieces take no more memory than a ring's buffers"
+    return None, "keys of all devices would take more memory than a ring's buffers"
+
+
+def _possible_pieces(spec: AttentionSpec) -> list[int]:
+    """Into how many equal ones the key heads can be cut: at least two, to compute while sending."""
+    return [p for p in range(1, spec.kv_heads + 1) if spec.kv_heads % p == 0 and p > 1] or [1]
+
+
+def _most_pieces(spec: AttentionSpec) -> int:
+    return _possible_pieces(spec)[-1]
