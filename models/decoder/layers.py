@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from models.decoder.config import DecoderConfig
 from models.rematerialisation import GATES, NORMALIZED
 
-__all__ = ["ACTIVATIONS", "MLP", "Embedding", "Linear", "RMSNorm"]
+__all__ = ["ACTIVATIONS", "MLP", "Embedding", "Linear", "RMSNorm", "product"]
 
 _INITIAL = 0.02  # standard deviation of fresh weights, Hugging Face's initializer_range
 
@@ -34,6 +34,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """The gates of feed-forward layers by Hugging Face's names."""
 
 
+def product(
+    x: jax.Array, weight: jax.Array, preferred_element_type: DTypeLike | None = None
+) -> jax.Array:
+    """x Wᵀ: (..., inputs) and (outputs, inputs) -> (..., outputs), in x's dtype or the preferred.
+
+    Outside `jax.jit` too no transposed weight is made.
+    """
+    last = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+        x, weight.astype(x.dtype), last, preferred_element_type=preferred_element_type
+    )
+
+
 class Linear(nnx.Module):
     """x Wᵀ + b: (..., inputs) -> (..., outputs), in x's dtype."""
 
@@ -43,17 +56,11 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(_drawn(rngs, (outputs, inputs), param_dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, param_dtype)) if bias else None
 
-    def __call__(self, x: jax.Array, preferred_element_type: DTypeLike | None = None) -> jax.Array:
-        product = jnp.matmul(
-            x,
-            self.weight[...].astype(x.dtype).T,
-            preferred_element_type=preferred_element_type,
-        )
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = product(x, self.weight[...])
         if self.bias is None:
-            return product
-        return product + jnp.expand_dims(
-            self.bias[...].astype(product.dtype), range(product.ndim - 1)
-        )
+            return out
+        return out + jnp.expand_dims(self.bias[...].astype(out.dtype), range(out.ndim - 1))
 
 
 class Embedding(nnx.Module):

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from models.decoder.attention import Cache, CacheStep, Context, SelfAttention, padding_segments
 from models.decoder.config import DecoderConfig
-from models.decoder.layers import MLP, Embedding, Linear, RMSNorm
+from models.decoder.layers import MLP, Embedding, Linear, RMSNorm, product
 from models.decoder.rope import rotary_table
 from models.implementations import AttnImplementation
 from models.rematerialisation import Rematerialize, rematerialized
@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
         """Logits of what leaves the last block: (B, T, D) -> float32 (B, T, V)."""
         x = self.norm(x)
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits = jnp.matmul(x, head[...].astype(x.dtype).T, preferred_element_type=jnp.float32)
+        logits = product(x, head[...], preferred_element_type=jnp.float32)
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
