@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.flax import load_file
 
-from models.decoder import Decoder, DecoderConfig, decoder_config
+from models import Decoder, DecoderConfig, from_pretrained
+from models.decoder import decoder_config
 
 __all__ = ["CHECKPOINTS", "NAMES", "expected", "fields", "fixed", "loaded", "padded"]
 
@@ -42,14 +42,6 @@ def config(name: str) -> DecoderConfig:
     return decoder_config(fields(name))
 
 
-@cache
-def _tensors(name: str) -> dict[str, jax.Array]:
-    tensors: dict[str, jax.Array] = {}
-    for file in sorted((CHECKPOINTS / name).glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
 def key_of(path: tuple[Any, ...]) -> str:
     """The name of a parameter in a checkpoint."""
     key = ".".join(map(str, path))
@@ -57,17 +49,8 @@ def key_of(path: tuple[Any, ...]) -> str:
 
 
 def loaded(name: str, **options: Any) -> Decoder:
-    """A checkpoint as a decoder in float32, with each of its tensors and no other."""
-    built = nnx.eval_shape(lambda: Decoder(config(name), rngs=nnx.Rngs(0), **options))
-    graph, state = nnx.split(built)
-    left = dict(_tensors(name))
-    for path, leaf in nnx.to_flat_state(state):
-        tensor = left.pop(key_of(path)).astype(jnp.float32)
-        assert tensor.shape == leaf.shape
-        leaf.set_value(tensor)
-    assert not left
-    model: Decoder = nnx.merge(graph, state)
-    return model
+    """A checkpoint as a decoder, in float32 unless the options say otherwise."""
+    return from_pretrained(CHECKPOINTS / name, **{"dtype": "float32", **options})
 
 
 def fixed(model: Decoder) -> tuple[Callable[..., jax.Array], Any]:

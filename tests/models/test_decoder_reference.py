@@ -140,6 +140,17 @@ def test_kernels_agree(name: str, implementation: str) -> None:
     _assert_norms(name, norms)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["sdpa", "flash", "memory_efficient"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_gives_the_same(name: str, implementation: str) -> None:
+    logits, norms = _results(name, implementation, True)
+    np.testing.assert_allclose(logits[:2], expected(name)["logits"], rtol=0, atol=LOGITS)
+    alone = expected(name)["short_logits"]
+    np.testing.assert_allclose(logits[2, -len(alone) :], alone, rtol=0, atol=LOGITS)
+    _assert_norms(name, norms)
+
+
 @pytest.mark.parametrize(
     ("name", "rematerialize"),
     thorough(*((name, what) for name in _WITH_GRADIENTS for what in get_args(Rematerialize)[1:])),
