@@ -9,8 +9,14 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Interpreted kernels wait for each other on XLA's threads, which are else as few as the cores.
 os.environ.setdefault("NPROC", "16")
-# On a GPU most of a small test's time goes to trying kernels for the formula's products.
-os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")
+# On a GPU most of a small test's time goes to trying kernels for the formula's products. On a CPU
+# compiling takes it: half of that are MLIR's passes over every fusion, which XLA's older emitter of
+# the same operations does without, and for small programs the rest is many threads.
+os.environ["XLA_FLAGS"] = (
+    "--xla_gpu_autotune_level=0 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+    "--xla_cpu_parallel_codegen_split_count=1 "
+) + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import pytest

@@ -15,7 +15,7 @@ def run(program: str, *, devices: int = 4, timeout: int = 300) -> None:
     """Runs Python text in a process whose CPU is so many devices; fails with what it printed."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "NPROC": "64",  # interpreted kernels of each wait for each other on XLA's threads
     }
     ended = subprocess.run(

@@ -140,7 +140,7 @@ for kv_heads, keys, held in (
 def test_each_device_runs_its_own_rows_and_heads() -> None:
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
     }
     run = subprocess.run(
         [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False

@@ -18,7 +18,7 @@ from tests.cases import first
 def test_interpreted_on_four_devices(program: str) -> None:
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
     }
     path = pathlib.Path(__file__).with_name("sharded.py")
     command = [sys.executable, str(path), *program.split()]
