@@ -194,6 +194,7 @@ class Decoder(nnx.Module):
             ValueError: arguments whose shapes do not fit, or that a cache cannot be called with.
             jattn.UnsupportedAttentionError: the named implementation cannot run at this size.
         """
+        tokens = jnp.asarray(tokens)
         _check_shapes(tokens, attention_mask, segment_ids, positions)
         if logits_to_keep is not None and not 1 <= logits_to_keep <= tokens.shape[1]:
             raise ValueError(
