@@ -1,7 +1,8 @@
-"""Trains a byte-level transformer on real text and reports how its attention's memory scales.
+"""Trains a transformer on real text and reports how its attention's memory scales.
 
 python train.py                              sized for this machine, on the standard library
 python train.py --data PATH --steps 1000     on any file or folder
+python train.py --model FOLDER               fine-tunes a folder in Hugging Face's format
 python train.py --resume runs/NAME           exactly as if it had not stopped
 python train.py --report memory              memory and time of attention at growing lengths
 python train.py --report step                the same of the whole training step
@@ -22,7 +23,8 @@ import jax
 from rich.console import Console
 
 from jattn import UnsupportedAttentionError
-from training import cli, plots, run_folder
+from models import FolderError
+from training import cli, fine_tuning, plots, run_folder
 from training.ahead import Updates
 from training.checkpoints import Checkpoints
 from training.data import Corpus, load_corpus
@@ -34,6 +36,7 @@ from training.reports.command import Screen, report_layer, report_longest, repor
 from training.reports.place import here, place_of, start_again_with_compilers
 from training.run_folder import MetricsLog, RunFolder, read_metrics
 from training.step import TrainState, check_model_runs, initial_state, parameter_count
+from training.tokens import tokenized
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return (report if only_report else run)(request, make_console())
     except KeyboardInterrupt:  # before or after the part that saves
         return 130
-    except (TrainingError, UnsupportedAttentionError, OSError) as error:
+    except (TrainingError, FolderError, UnsupportedAttentionError, OSError) as error:
         message = one_line(error)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -63,6 +66,8 @@ def run(request: cli.Request, console: Console) -> int:
     config = request.config
     check_model_runs(config)
     corpus = load_corpus(config.data)
+    if config.fine_tune.model is not None:
+        corpus = tokenized(corpus, config)
     with stop_on_signals() as stop:
         folder, state = begin(request, corpus)
         checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
@@ -88,6 +93,9 @@ def run(request: cli.Request, console: Console) -> int:
         say(console, f"    {resume_command(folder)}")
         return 128 + stop.signal
     say(console, summary(rows, corpus.held_out_compressed))
+    if config.fine_tune.model is not None:
+        fine_tuning.save(folder.model, state.graph, state.params, config)
+        say(console, f"model saved in {folder.model}")
     say(console, f"results in {folder.path}")
     return 0
 
@@ -99,6 +107,8 @@ def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState |
         folder = RunFolder(Path(run.resume))
         return folder, Checkpoints(folder.checkpoints, config, corpus.fingerprint).restore()
     facts = {"weights": parameter_count(config), "corpus": corpus.facts()}
+    if config.fine_tune.model is not None:
+        facts["fine_tuned"] = fine_tuning.facts(config)
     return run_folder.create(run.runs_dir, run.name, config, facts), None
 
 

@@ -14,6 +14,7 @@ import jax
 import tyro
 
 from training.config import (
+    FINE_TUNING,
     PRESETS,
     STEP_REPORTS,
     PresetName,
@@ -23,6 +24,7 @@ from training.config import (
     from_json,
 )
 from training.errors import TrainingError
+from training.fine_tuning import APPLY_TO_FOLDERS
 from training.reports.place import TargetName
 
 _DESCRIPTION = """\
@@ -33,7 +35,8 @@ both sized for the machine. Results go to runs/<name>/: config.json, metrics.jso
 loss.png, memory_scaling.png and memory_scaling.json. Ctrl-C saves and says how to resume.
 
 The option report asks for one report instead of a training; target has it for a GPU that is not
-here, from what XLA compiles for it."""
+here, from what XLA compiles for it. With the option model a folder in Hugging Face's format is
+fine-tuned instead, and saved so in runs/<name>/model/."""
 
 
 ReportName = Literal["memory", "step", "longest"]
@@ -100,7 +103,11 @@ def parse(argv: Sequence[str] | None) -> Request:
     resume = peek(argv, "--resume")
     if resume is None:
         preset = _preset(peek(argv, "--preset"), target=peek(argv, "--target"))
-        return _parse_over(PRESETS[preset], STEP_REPORTS[preset], argv)
+        if peek(argv, "--model") is None:
+            return _parse_over(PRESETS[preset], STEP_REPORTS[preset], argv)
+        request = _parse_over(FINE_TUNING[preset], STEP_REPORTS[preset], argv)
+        _check_fine_tuning(request, FINE_TUNING[preset])
+        return request
     stored = read_config(Path(resume))
     request = _parse_over(stored, StepReportConfig(), argv)
     for option in ("preset", "name", "runs_dir", "report", "target"):
@@ -115,6 +122,23 @@ def parse(argv: Sequence[str] | None) -> Request:
             f" {', '.join(changed)}"
         )
     return request
+
+
+def _check_fine_tuning(request: Request, defaults: TrainConfig) -> None:
+    """Refuses what does not apply to a model that has its own sizes."""
+    model = request.config.fine_tune.model
+    changed = [
+        field.name.replace("_", "-")
+        for field in dataclasses.fields(defaults.model)
+        if field.name not in APPLY_TO_FOLDERS
+        and getattr(request.config.model, field.name) != getattr(defaults.model, field.name)
+    ]
+    if changed:
+        raise TrainingError(f"--{changed[0]} describes a new model; --model {model} says its own")
+    if request.config.optimizer.optimizer != "adamw":
+        raise TrainingError("--optimizer muon is for new models; --model takes adamw")
+    if request.run.report or request.run.target or request.config.memory.memory_report:
+        raise TrainingError("reports measure the trainer's own model; leave out --model for them")
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -173,6 +197,6 @@ def _one_line(box: str) -> str:
     is_text = itertools.groupby(lines, key=lambda line: bool(line.strip("─╰╯-+")))
     message = next((" ".join(group) for text, group in is_text if text), "bad arguments")
     message = message.removeprefix("Error parsing step_report: ")
-    for section in ("run", "model", "data", "optimizer", "record", "memory"):
+    for section in ("run", "model", "fine_tune", "data", "optimizer", "record", "memory"):
         message = message.removeprefix(f"Error parsing config.{section}: ")
     return f"{message} (see train.py --help)"

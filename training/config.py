@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from models import TransformerConfig
-from models.transformer import AttnImplementation
+from models.implementations import AttnImplementation
 from training.errors import TrainingError
 
 PresetName = Literal["cpu", "gpu"]
@@ -24,6 +24,22 @@ def _require_at_least(least: int, config: Any, *names: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class FineTuneConfig:
+    """The model of another's making that is trained on, if one is."""
+
+    model: Annotated[
+        str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: a new model)")
+    ] = None
+    """Fine-tune the model of this folder in Hugging Face's format on text, cut into its tokens, and
+    save it so in the run's model/. The folder says its sizes: of the options that describe a model
+    only attn-implementation, rematerialize, dtype and param-dtype apply."""
+
+    def __post_init__(self) -> None:
+        if self.model == "":
+            raise ValueError("model must name a folder, got an empty name")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read and how it is cut."""
 
@@ -33,13 +49,14 @@ class DataConfig:
             metavar="PATH", help_behavior_hint="(default: the running Python's standard library)"
         ),
     ] = None
-    """File or folder of any bytes to learn from; hidden files are left out."""
+    """File or folder of any bytes to learn from, of text in UTF-8 where a folder's model is
+    fine-tuned; hidden files are left out."""
 
     held_out_fraction: float = 0.05
     """Share of the bytes held out, by whole files chosen by name; of a single file its end."""
 
     sequence_length: int = 1024
-    """Bytes in one training sequence, T."""
+    """Bytes in one training sequence, T; tokens where a folder's model is fine-tuned."""
 
     batch_size: int = 1
     """Sequences in one step."""
@@ -52,7 +69,7 @@ class DataConfig:
     bytes, and attention is cheap there."""
 
     pack_documents: bool = False
-    """Let a byte see only bytes of its own file where a sequence spans several."""
+    """Let a byte or token see only those of its own file where a sequence spans several."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out_fraction < 1:
@@ -189,6 +206,9 @@ class TrainConfig:
     model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig.cpu)
     """The model."""
 
+    fine_tune: FineTuneConfig = FineTuneConfig()
+    """Or one that is there already."""
+
     data: DataConfig = DataConfig()
     """The corpus."""
 
@@ -232,6 +252,31 @@ PRESETS: dict[PresetName, TrainConfig] = {
     ),
 }
 
+# With --model: AdamW at the rates of fine-tuning, documents apart, the layers' report left out.
+FINE_TUNING: dict[PresetName, TrainConfig] = {
+    "cpu": TrainConfig(
+        data=DataConfig(sequence_length=512, pack_documents=True),
+        optimizer=OptimizerConfig(
+            steps=100, learning_rate=2e-5, warmup_fraction=0.1, weight_decay=0.0, beta2=0.999
+        ),
+        record=RecordConfig(
+            log_every=10, evaluate_every=50, evaluation_windows=8, checkpoint_every=50
+        ),
+        memory=MemoryConfig(memory_report=False),
+    ),
+    "gpu": TrainConfig(
+        model=TransformerConfig(dtype="bfloat16", rematerialize="block"),
+        data=DataConfig(sequence_length=8192, pack_documents=True),
+        optimizer=OptimizerConfig(
+            steps=300, learning_rate=1e-5, warmup_fraction=0.1, weight_decay=0.0, beta2=0.999
+        ),
+        record=RecordConfig(
+            log_every=10, evaluate_every=100, evaluation_windows=16, checkpoint_every=100
+        ),
+        memory=MemoryConfig(memory_report=False),
+    ),
+}
+
 STEP_REPORTS: dict[PresetName, StepReportConfig] = {
     "cpu": StepReportConfig(),
     "gpu": StepReportConfig(
@@ -242,7 +287,7 @@ STEP_REPORTS: dict[PresetName, StepReportConfig] = {
 }
 
 # A resumed run continues bit for bit only if none of these changed.
-_SHAPES_THE_LOSSES = ("model", "data", "optimizer")
+_SHAPES_THE_LOSSES = ("model", "fine_tune", "data", "optimizer")
 
 
 def differences(stored: TrainConfig, given: TrainConfig) -> list[str]:

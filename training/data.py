@@ -1,4 +1,4 @@
-"""Bytes to learn from: the files, the split by file, the batches, and how well zlib and xz do.
+"""What to learn from: the files, the split by file, the batches, and how well zlib and xz do.
 
 A batch is a function of (seed, step) alone, so a resumed run sees what it would have seen.
 """
@@ -21,6 +21,7 @@ from training.config import DataConfig
 from training.errors import TrainingError
 
 _COMPRESSED_AT_MOST = 8 << 20  # bytes; xz takes about a second per MiB
+NO_TARGET = -1  # a target that is not learnt: what follows a document's last token
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -28,7 +29,7 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests"
 class Text:
     """Files one after another, and where each begins."""
 
-    data: NDArray[np.uint8]
+    data: NDArray[Any]  # uint8 bytes or int32 tokens
     starts: NDArray[np.int64]
 
     @classmethod
@@ -37,22 +38,25 @@ class Text:
         data = np.frombuffer(b"".join(files), np.uint8)
         return cls(data, np.concatenate([np.zeros(1, np.int64), ends[:-1]]))
 
-    def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
-        """(len(starts), length) bytes."""
+    def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """(len(starts), length) bytes or tokens."""
         return np.take(self.data, starts[:, None] + np.arange(length))
 
     def segment_ids(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int32]:
-        """(len(starts), length): which file each byte is from."""
+        """(len(starts), length): which file each byte or token is from."""
         index = np.searchsorted(self.starts, starts[:, None] + np.arange(length), side="right")
         return index.astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Inputs and the byte that follows each: (B, T); segment ids are None if files may mix."""
+    """Inputs and what follows each: (B, T); segment ids are None if files may mix.
 
-    inputs: NDArray[np.uint8]
-    targets: NDArray[np.uint8]
+    Bytes are uint8. Tokens are int32, and of packed documents the last has `NO_TARGET`.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
     segment_ids: NDArray[np.int32] | None
 
 
@@ -66,6 +70,16 @@ class Corpus:
     train_files: tuple[str, ...]
     held_out_files: tuple[str, ...]
     unreadable: int
+
+    @property
+    def unit(self) -> str:
+        """What sequences are counted in."""
+        return "bytes"
+
+    @property
+    def units_per_byte(self) -> tuple[float, float]:
+        """Of the text to learn from and of that held out."""
+        return 1.0, 1.0
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -141,14 +155,19 @@ def load_corpus(config: DataConfig) -> Corpus:
         tuple(held_out),
         unreadable,
     )
+    check_long_enough(corpus, config)
+    return corpus
+
+
+def check_long_enough(corpus: Corpus, config: DataConfig) -> None:
+    """TrainingError if a part is shorter than one sequence and its last target."""
     for part, text in (("to learn from", corpus.train), ("held out", corpus.held_out)):
         if len(text.data) <= config.sequence_length:
             raise TrainingError(
-                f"{source} is too short: {len(text.data)} bytes {part}, but one sequence and its"
-                f" last target take {config.sequence_length + 1}; lower --sequence-length, change"
-                " --held-out-fraction or name more text"
+                f"{corpus.source} is too short: {len(text.data)} {corpus.unit} {part}, but one"
+                f" sequence and its last target take {config.sequence_length + 1}; lower"
+                " --sequence-length, change --held-out-fraction or name more text"
             )
-    return corpus
 
 
 def training_batch(
@@ -182,8 +201,12 @@ def evaluation_batches(text: Text, config: DataConfig, windows: int) -> Iterator
 
 def _batch(text: Text, starts: NDArray[np.int64], length: int, config: DataConfig) -> Batch:
     rows = text.windows(starts, length + 1)
-    ids = text.segment_ids(starts, length) if config.pack_documents else None
-    return Batch(rows[:, :-1], rows[:, 1:], ids)
+    if not config.pack_documents:
+        return Batch(rows[:, :-1], rows[:, 1:], None)
+    ids, targets = text.segment_ids(starts, length + 1), rows[:, 1:]
+    if text.data.dtype == np.int32:
+        targets = np.where(ids[:, 1:] == ids[:, :-1], targets, np.int32(NO_TARGET))
+    return Batch(rows[:, :-1], targets, ids[:, :-1])
 
 
 def _paths(root: Path, *, library: bool) -> Iterator[tuple[str, Path]]:

@@ -15,7 +15,7 @@ from training.errors import TrainingError
 from training.interrupt import StopRequest
 from training.progress import TrainingProgress
 from training.run_folder import MetricsLog
-from training.step import BITS_PER_NAT, TrainState, held_out_bits_per_byte
+from training.step import BITS_PER_NAT, TrainState, held_out_loss, model_config
 from training.throughput import Pace, peak_flops
 
 
@@ -54,11 +54,12 @@ def train(
     """
     total, record = config.optimizer.steps, config.record
     log, checkpoints, progress = outputs.log, outputs.checkpoints, outputs.progress
-    pace = Pace(config.model, peak=peak_flops(config.model, jax.devices()[0]))
+    pace = Pace(model_config(config), peak=peak_flops(config.model, jax.devices()[0]))
+    bits, held_out_bits = (BITS_PER_NAT * density for density in corpus.units_per_byte)
 
     def held_out() -> float:
         windows = evaluation_batches(corpus.held_out, config.data, record.evaluation_windows)
-        return held_out_bits_per_byte(state, windows)
+        return held_out_loss(state, windows) * held_out_bits
 
     first = int(state.step) + 1
     batch = batch_of(config, corpus, first)
@@ -75,7 +76,7 @@ def train(
             break
         if batch.inputs.shape != shape:
             shape = batch.inputs.shape
-            progress.line(f"{shape[0]} x {shape[1]:,} bytes a step")
+            progress.line(f"{shape[0]} x {shape[1]:,} {corpus.unit} a step")
         started = time.perf_counter()
         state, in_flight = update(state, batch)
         next_batch = batch_of(config, corpus, step + 1)  # prepared while the device works
@@ -90,7 +91,7 @@ def train(
         row = {
             "step": step,
             "loss": float(scalars.loss),
-            "bits_per_byte": float(scalars.loss) * BITS_PER_NAT,
+            "bits_per_byte": float(scalars.loss) * bits,
             "gradient_norm": float(scalars.gradient_norm),
             "learning_rate": float(scalars.learning_rate),
             "seconds": seconds,

@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def model(self) -> Path:
+        """The fine-tuned model, in Hugging Face's format."""
+        return self.path / "model"
+
+    @property
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 

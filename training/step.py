@@ -13,14 +13,18 @@ import optax  # type: ignore[import-untyped]
 import optax.contrib  # type: ignore[import-untyped]
 from flax import nnx
 
-from models import TransformerConfig, TransformerLM
+from models import Decoder, DecoderConfig, TransformerConfig, TransformerLM
+from training import fine_tuning
 from training.config import OptimizerConfig, TrainConfig
-from training.data import Batch
+from training.data import NO_TARGET, Batch
 
 BITS_PER_NAT = 1 / math.log(2)
 # Root mean square of an update of Muon over the learning rate: about AdamW's (Liu et al. 2025), so
 # that one learning rate serves both.
 _RMS_OF_ADAM = 0.2
+
+
+type Graph = nnx.GraphDef[TransformerLM] | nnx.GraphDef[Decoder]
 
 
 @functools.partial(
@@ -35,7 +39,7 @@ class TrainState:
     step: jax.Array  # int32, updates done
     params: nnx.State[Any, Any]
     optimizer: optax.OptState
-    graph: nnx.GraphDef[TransformerLM]
+    graph: Graph
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -43,22 +47,33 @@ class TrainState:
 class StepScalars:
     """What one update reports, float32."""
 
-    loss: jax.Array  # nats per byte
+    loss: jax.Array  # nats per byte or token
     gradient_norm: jax.Array  # before clipping
     learning_rate: jax.Array
 
 
 def initial_state(config: TrainConfig) -> TrainState:
-    """The state before the first step, a function of the seed."""
+    """The state before the first step, a function of the seed or of the folder to fine-tune."""
+    if config.fine_tune.model is not None:
+        return _state_of(fine_tuning.load(config), config.optimizer)
     state: TrainState = _initial_state(config.model, config.optimizer)
     return state
 
 
 def abstract_state(config: TrainConfig) -> TrainState:
     """Shapes and dtypes of the state, to restore a checkpoint into."""
+    if config.fine_tune.model is not None:
+        return _state_of(fine_tuning.abstract_model(config), config.optimizer)
     state = jax.eval_shape(functools.partial(_initial_state, config.model, config.optimizer))
     assert isinstance(state, TrainState)
     return state
+
+
+def model_config(config: TrainConfig) -> TransformerConfig | DecoderConfig:
+    """What the model that is trained is like."""
+    if config.fine_tune.model is None:
+        return config.model
+    return fine_tuning.decoder_config_of(config)
 
 
 def check_model_runs(config: TrainConfig) -> None:
@@ -67,7 +82,8 @@ def check_model_runs(config: TrainConfig) -> None:
     Raises:
         jattn.UnsupportedAttentionError: the named implementation cannot do this size here.
     """
-    tokens = np.zeros((config.data.batch_size, config.data.sequence_length), np.uint8)
+    kind = np.uint8 if config.fine_tune.model is None else np.int32
+    tokens = np.zeros((config.data.batch_size, config.data.sequence_length), kind)
     ids = tokens.astype(np.int32) if config.data.pack_documents else None
     step = functools.partial(train_step, config=config.optimizer)
     jax.eval_shape(step, abstract_state(config), tokens, tokens, ids)
@@ -86,7 +102,8 @@ def train_step(
     loss, gradients = jax.value_and_grad(_mean_loss)(
         state.params, state.graph, inputs, targets, segment_ids
     )
-    updates, optimizer = _optimizer(config).update(gradients, state.optimizer, state.params)
+    update = _optimizer(config, state.params).update
+    updates, optimizer = update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     scalars = StepScalars(
         loss, optax.tree.norm(gradients), jnp.asarray(_schedule(config)(state.step), jnp.float32)
@@ -94,13 +111,17 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer, state.graph), scalars
 
 
-def held_out_bits_per_byte(state: TrainState, batches: Iterable[Batch]) -> float:
-    """Mean over all bytes of all batches, which are of one size."""
-    losses = [
-        _held_out_loss(state.params, state.graph, batch.inputs, batch.targets, batch.segment_ids)
-        for batch in batches
-    ]
-    return float(jnp.stack(losses).mean()) * BITS_PER_NAT
+def held_out_loss(state: TrainState, batches: Iterable[Batch]) -> float:
+    """Mean over all targets of all batches, in nats."""
+    losses, counts = [], []
+    for batch in batches:
+        losses.append(
+            _held_out_loss(
+                state.params, state.graph, batch.inputs, batch.targets, batch.segment_ids
+            )
+        )
+        counts.append(np.count_nonzero(batch.targets != NO_TARGET))
+    return float(np.average(jax.device_get(losses), weights=counts))
 
 
 def parameter_count(config: TrainConfig) -> int:
@@ -110,22 +131,40 @@ def parameter_count(config: TrainConfig) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _initial_state(model: TransformerConfig, config: OptimizerConfig) -> TrainState:
     graph, params = nnx.split(TransformerLM(model, rngs=nnx.Rngs(config.seed)))
-    optimizer = _optimizer(config).init(params)
+    optimizer = _optimizer(config, params).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer, graph)
+
+
+def _state_of(model: Decoder, config: OptimizerConfig) -> TrainState:
+    """The state before the first step; of an abstract model an abstract one."""
+    graph, params = nnx.split(model)
+
+    def beginning(params: nnx.State[Any, Any]) -> tuple[jax.Array, optax.OptState]:
+        return jnp.zeros((), jnp.int32), _optimizer(config, params).init(params)
+
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+    begin = functools.partial(jax.eval_shape, beginning) if abstract else jax.jit(beginning)
+    step, optimizer = begin(params)
+    return TrainState(step, params, optimizer, graph)
 
 
 def _mean_loss(
     params: nnx.State[Any, Any],
-    graph: nnx.GraphDef[TransformerLM],
+    graph: Graph,
     inputs: jax.Array,
     targets: jax.Array,
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    logits = nnx.merge(graph, params)(inputs, segment_ids)
+    model: Any = nnx.merge(graph, params)
+    logits = model(inputs, segment_ids=segment_ids)
+    labels, is_byte = targets.astype(jnp.int32), targets.dtype == jnp.uint8
     losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
-        logits, targets.astype(jnp.int32)
+        logits, labels if is_byte else jnp.maximum(labels, 0)
     )
-    return losses.mean()
+    if is_byte:
+        return losses.mean()
+    weights = (labels != NO_TARGET).astype(losses.dtype)
+    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
 
 
 _held_out_loss = jax.jit(_mean_loss, static_argnames="graph")
@@ -142,7 +181,8 @@ def _schedule(config: OptimizerConfig) -> optax.Schedule:
     return lambda done: schedule(done + 1)  # the first step, after 0 done, already learns
 
 
-def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def _optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
+    """For weights like these."""
     if config.optimizer == "muon":
         update = _in_bfloat16_products(
             optax.contrib.muon(
@@ -162,8 +202,14 @@ def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
+            mask=_matrices if any(leaf.ndim < 2 for leaf in jax.tree.leaves(params)) else None,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _matrices(weights: Any) -> Any:
+    """Which weights decay: gains and biases do not."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, weights)
 
 
 def _in_bfloat16_products(inner: optax.GradientTransformation) -> optax.GradientTransformation:

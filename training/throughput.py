@@ -1,4 +1,4 @@
-"""How fast it goes: bytes per second, and the share of the device's peak arithmetic (MFU).
+"""How fast it goes: bytes or tokens a second, the share of the device's peak arithmetic (MFU).
 
 Arithmetic is counted as in PaLM (Chowdhery et al. 2022, appendix B): 6 per weight and token for the
 matrices, 12 per visible (query, key) pair, head and head dim for attention. Recomputation is not
@@ -8,7 +8,7 @@ counted.
 import jax
 import numpy as np
 
-from models import TransformerConfig
+from models import DecoderConfig, TransformerConfig
 from models.transformer import VOCABULARY
 from training.data import Batch
 
@@ -35,7 +35,7 @@ _BF16_PEAK = {
 class Pace:
     """Rates of single steps and of the steps since the last call of `take`."""
 
-    def __init__(self, config: TransformerConfig, *, peak: float | None) -> None:
+    def __init__(self, config: TransformerConfig | DecoderConfig, *, peak: float | None) -> None:
         self._config = config
         self._peak = peak
         self._compiled: set[tuple[int, ...]] = set()
@@ -77,8 +77,10 @@ def peak_flops(config: TransformerConfig, device: jax.Device) -> float | None:
     return next(matches, None)
 
 
-def step_flops(config: TransformerConfig, batch: Batch) -> float:
+def step_flops(config: TransformerConfig | DecoderConfig, batch: Batch) -> float:
     """FLOPs of one update's forward and backward pass."""
+    if isinstance(config, DecoderConfig):
+        return _decoder_flops(config, batch)
     heads = config.num_heads * config.head_dim
     key_value_heads = config.num_key_value_heads * config.head_dim
     attention = config.hidden_size * (2 * heads + 2 * key_value_heads)
@@ -88,10 +90,27 @@ def step_flops(config: TransformerConfig, batch: Batch) -> float:
     return 6.0 * weights * batch.inputs.size + 12.0 * config.num_layers * heads * pairs
 
 
-def _visible_pairs(batch: Batch) -> int:
+def _decoder_flops(config: DecoderConfig, batch: Batch) -> float:
+    """The same of a decoder: its embedding multiplies nothing, and its windows count."""
+    heads = config.num_attention_heads * config.head_dim
+    key_value_heads = config.num_key_value_heads * config.head_dim
+    attention = config.hidden_size * (2 * heads + 2 * key_value_heads)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    weights = len(config.layers) * (attention + mlp) + config.vocab_size * config.hidden_size
+    pairs = sum(_visible_pairs(batch, layer.window) for layer in config.layers)
+    return 6.0 * weights * batch.inputs.size + 12.0 * heads * pairs
+
+
+def _visible_pairs(batch: Batch, window: int | None = None) -> int:
     if batch.segment_ids is None:
         rows, length = batch.inputs.shape
-        return int(rows * length * (length + 1) // 2)
-    documents = [np.unique(row, return_counts=True)[1] for row in batch.segment_ids]
-    lengths = [int(length) for row in documents for length in row]
-    return sum(length * (length + 1) // 2 for length in lengths)
+        lengths = [length] * rows
+    else:
+        documents = [np.unique(row, return_counts=True)[1] for row in batch.segment_ids]
+        lengths = [int(length) for row in documents for length in row]
+    return sum(_causal_pairs(length, window) for length in lengths)
+
+
+def _causal_pairs(length: int, window: int | None) -> int:
+    seen = length if window is None else min(window, length)  # by the last query
+    return seen * (seen + 1) // 2 + (length - seen) * seen

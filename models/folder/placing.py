@@ -32,8 +32,9 @@ def place(
     shape = transform.shape(tensor.shape)
     if sharding is None:
         whole = tuple(slice(None) for _ in shape)
-        array = jax.device_put(_read(tensor, transform, whole, dtype))
-        return array.block_until_ready()
+        array: jax.Array = jax.device_put(_read(tensor, transform, whole, dtype))
+        array.block_until_ready()
+        return array
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None

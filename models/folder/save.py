@@ -72,7 +72,7 @@ def save_pretrained(
             of its weights are held by another process.
         OSError: it cannot be written; nothing is left of it.
     """
-    final = Path(folder).expanduser().absolute()
+    final = Path(folder).expanduser().resolve()
     limit = _size(max_shard_size)
     config = _config_text(model)
     tensors = _tensors(model)
@@ -95,8 +95,6 @@ def save_pretrained(
 
 
 def _check_free(final: Path, *, overwrite: bool) -> None:
-    if final.is_symlink() and not final.exists():
-        raise FolderError(f"{final} is a link to nothing")
     if not final.exists():
         return
     if not final.is_dir():
@@ -117,16 +115,15 @@ def _check_free(final: Path, *, overwrite: bool) -> None:
 
 def _replace(partial: Path, final: Path) -> None:
     """The one for the other; the old one is gone only once the new one is in its place."""
-    target = final.resolve()
-    if not target.exists() or not any(target.iterdir()):
-        partial.rename(target)
+    if not final.exists() or not any(final.iterdir()):
+        partial.rename(final)
         return
     old = partial.with_suffix(".old")
-    target.rename(old)
+    final.rename(old)
     try:
-        partial.rename(target)
+        partial.rename(final)
     except BaseException:
-        old.rename(target)
+        old.rename(final)
         raise
     shutil.rmtree(old)
 

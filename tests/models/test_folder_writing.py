@@ -201,6 +201,18 @@ def test_failure_leaves_what_was_there(
     assert bits(read(parent / "old")) == bits(drawn(seed=5))
 
 
+def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    write(tmp_path / "a", LLAMA, drawn())
+    model = models.from_pretrained(tmp_path / "a")
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "down")
+    for _ in range(2):
+        models.save_pretrained(model, tmp_path / "link", overwrite=True)
+        assert (tmp_path / "link").is_symlink()
+        assert bits(read(tmp_path / "deep" / "down")) == bits(drawn())
+    assert os.listdir(tmp_path / "deep") == ["down"]
+
+
 def test_others_may_read_it(tmp_path: Path) -> None:
     write(tmp_path / "a", LLAMA, drawn())
     before = os.umask(0o022)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 
-from models.transformer import AttnImplementation
+from models.implementations import AttnImplementation
 from training.reports.place import Place
 from training.reports.programs import Built, build_all, out_of_memory
 from training.reports.running import Run

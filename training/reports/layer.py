@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from models import Attention, TransformerConfig
-from models.transformer import AttnImplementation, rotary_table
+from models.implementations import AttnImplementation
+from models.transformer import rotary_table
 from training.config import MemoryConfig
 from training.reports.cells import Cell, Job, Watch, fill
 from training.reports.place import Place

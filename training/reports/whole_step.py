@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from models import TransformerConfig
-from models.transformer import AttnImplementation, Rematerialize
+from models.implementations import AttnImplementation
+from models.rematerialisation import Rematerialize
 from training.config import StepReportConfig, TrainConfig
 from training.reports.cells import Cell, Job, Watch, fill
 from training.reports.place import Place
