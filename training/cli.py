@@ -26,6 +26,7 @@ from training.config import (
 from training.errors import TrainingError
 from training.fine_tuning import APPLY_TO_FOLDERS
 from training.reports.place import TargetName
+from training.usage import message_of
 
 _DESCRIPTION = """\
 Trains a byte-level transformer on real text and reports how its attention's memory scales.
@@ -192,11 +193,8 @@ def _parse_over(
 
 
 def _one_line(box: str) -> str:
-    """The message in tyro's frame: what stands between its title and the next rule."""
-    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
-    is_text = itertools.groupby(lines, key=lambda line: bool(line.strip("─╰╯-+")))
-    message = next((" ".join(group) for text, group in is_text if text), "bad arguments")
-    message = message.removeprefix("Error parsing step_report: ")
+    """Tyro's message, without the names of our sections."""
+    message = message_of(box).removeprefix("Error parsing step_report: ")
     for section in ("run", "model", "fine_tune", "data", "optimizer", "record", "memory"):
         message = message.removeprefix(f"Error parsing config.{section}: ")
     return f"{message} (see train.py --help)"

@@ -121,3 +121,12 @@ def test_sharded_over_rows_and_heads_nothing_is_gathered(version: str) -> None:
     found = compiled(version, "compile_sharded.py")
     assert [call["call"] for call in found] == ["results", "gradients"]
     assert not any(call["gathers"] for call in found), found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_step_of_generation_writes_its_cache_where_it_is(version: str) -> None:
+    (step,) = compiled(version, "compile_decode.py")
+    assert step["alias"] >= step["cache"]
+    assert step["temp"] < step["cache"] / 100
+    assert step["copies"] == []
+    assert any("mosaic_gpu" in name for name in step["kernels"])
