@@ -38,6 +38,8 @@ class BackendReport:
       kernel: what it would run.
       gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
         arguments, results and their gradients.
+      tangents: what makes the tangents, of forward mode and second derivatives: loops in "XLA",
+        from the output and log-sum-exp of whatever kernel ran; of "eager" it is "JAX" itself.
     """
 
     name: str
@@ -46,6 +48,7 @@ class BackendReport:
     may_run: bool
     kernel: str | None
     gradient_bytes: int | None
+    tangents: str | None
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,20 @@ class Explanation:
         return next((r.kernel for r in self.reports if r.name == self.chosen), None)
 
     def __str__(self) -> str:
-        head = ["  backend", "runs", "extra memory of the gradient", "why"]
+        head = ["  backend", "runs", "extra memory of the gradient", "tangents by", "why"]
         body = [
             [
                 ("> " if report.name == self.chosen else "  ") + report.name,
                 report.kernel or "-",
                 "-" if report.gradient_bytes is None else in_bytes(report.gradient_bytes),
+                report.tangents or "-",
                 _why(report, self.chosen),
             ]
             for report in self.reports
         ]
-        widths = [max(len(row[i]) for row in [head, *body]) for i in range(3)]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(4)]
         lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
             for row in [head, *body]
         ]
         if self.chosen is None:
@@ -220,6 +224,7 @@ def _report(
         may_run=any(form.name == name for form in candidates),
         kernel=None if runs is None else runs.kernel(spec, target),
         gradient_bytes=None if runs is None else runs.gradient_bytes(spec, target),
+        tangents=None if runs is None else runs.tangents(spec, target),
     )
 
 

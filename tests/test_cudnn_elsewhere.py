@@ -15,7 +15,7 @@ import pytest
 
 import jattn
 from tests import cudnn_calls
-from tests.backends import Backend, quick_jit
+from tests.backends import EAGER, Backend, quick_jit
 from tests.cases import thorough
 from tests.test_large_logits import CASES as LARGE
 from tests.test_large_logits import check_sums, constant
@@ -101,12 +101,21 @@ def test_what_a_policy_keeps_is_not_run_again(seed: int) -> None:
     assert both_ways(jax.checkpoint(attend)) == 3
 
 
-def test_derivatives_it_does_not_have_are_refused(seed: int) -> None:
-    x = drawn(seed)
-    with pytest.raises(jattn.UnsupportedAttentionError, match="forward-mode"):
-        jax.jvp(attend, (x,), (x,))
-    with pytest.raises(jattn.UnsupportedAttentionError, match="second"):
-        jax.grad(lambda x: jax.grad(loss)(x).astype(jnp.float32).sum())(x)
+def test_derivatives_it_does_not_have_are_made_of_its_results(seed: int) -> None:
+    """By the loops in XLA: the tangent, and the gradient of a loss that holds it."""
+    x, t = drawn(seed), drawn(seed + 1)
+
+    def loss(backend: Backend, x: jax.Array) -> jax.Array:
+        out, along = jax.jvp(lambda x: backend(x, x, x, is_causal=True), (x,), (t,))
+        return (out * along).astype(jnp.float32).sum()
+
+    found, want = (
+        np.float32(quick_jit(jax.grad(partial(loss, backend)))(x)) for backend in (CUDNN, EAGER)
+    )
+    np.testing.assert_allclose(found, want, atol=0.03 * np.abs(want).max())
+    traced = jax.jit(jax.grad(partial(loss, CUDNN))).trace(x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert set(CUSTOM_CALL.findall(text)) == set(BOTH)
 
 
 def test_a_bias_is_left_to_others(seed: int) -> None:

@@ -475,6 +475,5 @@ def test_the_implementation_can_be_named(flavour: str) -> None:
     q = normal("q", 2, T, HEADS, 4)
     jax.jvp(lambda q: attention_fn(implementation="eager")(q, q, q), (q,), (q,))
     with jattn.attention_backend("eager"):
-        jax.jvp(lambda q: attention_fn()(q, q, q), (q,), (q,))
-    with pytest.raises(jattn.UnsupportedAttentionError, match="eager"):
-        jax.jvp(lambda q: attention_fn()(q, q, q), (q,), (q,))
+        expected = jax.jvp(lambda q: attention_fn()(q, q, q), (q,), (q,))
+    close(jax.jvp(lambda q: attention_fn()(q, q, q), (q,), (q,)), expected)

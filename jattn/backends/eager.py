@@ -44,10 +44,10 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
 
     sinks = None
     if operands.sinks is not None:
-        sinks = operands.sinks.astype(logits.dtype).reshape(1, spec.kv_heads, spec.group, 1, 1)
+        sinks = operands.sinks.astype(logits.dtype).reshape(-1, spec.kv_heads, spec.group, 1, 1)
     weights, _, lse = _softmax(logits, sinks)
     if operands.dropout_seeds is not None:
-        kept = _kept(spec, operands.dropout_seeds)
+        kept = _kept(spec, operands.dropout_seeds, operands.dropout_start)
         weights = jnp.where(kept, weights / (1 - spec.dropout_rate), 0)
 
     out = jnp.einsum("bkgts,bskd->btkgd", weights, value, precision=spec.precision)
@@ -123,10 +123,12 @@ def _past_zeroed(x: Array, lengths: Array | None) -> Array:
     return x if lengths is None else masking.past_zeroed(x, lengths)
 
 
-def _kept(spec: AttentionSpec, seeds: Array) -> Array:
+def _kept(spec: AttentionSpec, seeds: Array, start: Array | None) -> Array:
     """The dropout mask of the whole call, (B, K, G, T, S)."""
     queries = jnp.arange(spec.queries, dtype=jnp.int32)[None, None, None, :, None]
     keys = jnp.arange(spec.keys, dtype=jnp.int32)[None, None, None, None, :]
+    if start is not None:
+        queries, keys = queries + start[0], keys + start[1]
     row = seeds[:, :, None, None, None, None]
     return dropout.keep(
         (row[:, 0], row[:, 1]),

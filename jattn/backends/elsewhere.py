@@ -10,17 +10,19 @@ two halves of 12 bits, whose products are not rounded, so that a compiler may jo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jattn.backends import any_order
 from jattn.backends.kernels import Family, kernels_of
 from jattn.backends.loops import Loops
-from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
 from jattn.call.target import Target
 from jattn.transforms import derivatives
 from jattn.transforms.per_platform import on_nvidia
@@ -28,20 +30,61 @@ from jattn.transforms.per_platform import on_nvidia
 __all__ = ["WithLoops", "kernels_anywhere"]
 
 _LOOPS = Loops(Target("cpu", "cpu"), None, None)
+_LOOPS_ON_GPU = Loops(Target("gpu", "gpu"), None, None)
 _HIGH_BITS = 0xFFFFF000  # of a float32: sign, exponent and the first 11 of 23 bits
 
 
-def kernels_anywhere(family: Family, algorithm: Literal["flash", "chunked"]) -> derivatives.Kernels:
-    """A Pallas pair, with the loops beside it but where its text is interpreted."""
+def kernels_anywhere(family: Family, algorithm: Literal["flash", "chunked"]) -> WithLoops:
+    """Pallas kernels, with the loops beside them but where their text is interpreted."""
     kernels = kernels_of(family, algorithm)
-    return kernels if kernels.interpret else WithLoops(kernels)
+    return WithLoops(kernels, interpret=kernels.interpret)
+
+
+class TangentKernels(Protocol):
+    """Kernels of the tangents (`derivatives.Kernels`), for the calls that they have them for."""
+
+    def own_tangents(self, spec: AttentionSpec, names: frozenset[str]) -> bool:
+        """Whether they do a call where these operands move, or their gradients are wanted."""
+        ...
+
+    def tangent(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        out: Array,
+        tangents: Tangents,
+        of_sinks: Array | None,
+        /,
+    ) -> tuple[Array, Array]: ...
+
+    def backward_tangent(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        rows: MovingRows,
+        tangents: Tangents,
+        /,
+        *,
+        wanted: tuple[str, ...],
+    ) -> tuple[Array, ...]: ...
 
 
 @dataclass(frozen=True)
 class WithLoops:
-    """A pair of kernels, and the loops for where they do not run (`derivatives.Kernels`)."""
+    """A pair of kernels, and the loops for where they do not run (`derivatives.Kernels`).
 
-    kernels: derivatives.Kernels
+    tangents: kernels of the tangents, if there are. What they lack the loops do, from the output
+    and the log-sum-exp that the kernels saved.
+    interpret: the kernels' text runs here, whatever the device is.
+    """
+
+    kernels: derivatives.Pair
+    tangents: TangentKernels | None = None
+    interpret: bool = False
 
     @property
     def can_partition(self) -> bool:
@@ -60,7 +103,7 @@ class WithLoops:
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
         kernel = partial(self.kernels.forward, spec)
-        out, top, rest = on_nvidia(kernel, partial(_forward, self.unit(spec), spec), operands)
+        out, top, rest = self._run(kernel, partial(_forward, self.unit(spec), spec), operands)
         return out, top, rest
 
     def backward(
@@ -80,7 +123,75 @@ class WithLoops:
         kernel, loops = (
             partial(of, wants_bias=wants_bias, wants_scale=wants_scale) for of in (kernel, loops)
         )
-        return on_nvidia(kernel, loops, operands, top, rest, of_output, d_out)
+        return self._run(kernel, loops, operands, top, rest, of_output, d_out)
+
+    def tangent(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        out: Array,
+        tangents: Tangents,
+        of_sinks: Array | None,
+    ) -> tuple[Array, Array]:
+        moving = _names(tangents)
+        kernel, loops = self._tangents(spec, moving, "tangent")
+        saved = (operands, top, rest, out)
+        t_out, t_lse = self._run(kernel, loops, *saved, tangents, of_sinks)
+        return t_out, t_lse
+
+    def backward_tangent(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        rows: MovingRows,
+        tangents: Tangents,
+        *,
+        wanted: tuple[str, ...],
+    ) -> tuple[Array, ...]:
+        names = _names(tangents) | set(wanted)
+        both = self._tangents(spec, names, "backward_tangent")
+        kernel, loops = (partial(of, wanted=wanted) for of in both)
+        return self._run(kernel, loops, operands, top, rest, rows, tangents)
+
+    def formula(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
+        return any_order.attend(spec, operands)
+
+    def _run(self, kernel: Any, loops: Any, *arrays: Any) -> tuple[Array, ...]:
+        found: tuple[Array, ...] = (
+            kernel(*arrays) if self.interpret else on_nvidia(kernel, loops, *arrays)
+        )
+        return found
+
+    def _tangents(self, spec: AttentionSpec, names: Set[str], which: str) -> tuple[Any, Any]:
+        """What runs on NVIDIA's GPUs, and what runs elsewhere."""
+        unit = self.unit(spec)
+        loops = partial(_from_saved, getattr(_LOOPS, which), unit, spec)
+        if self.tangents is not None and self.tangents.own_tangents(spec, frozenset(names)):
+            return partial(getattr(self.tangents, which), spec), loops
+        if self.interpret:
+            return loops, loops
+        return partial(_from_saved, getattr(_LOOPS_ON_GPU, which), unit, spec), loops
+
+
+def _names(tangents: Tangents) -> set[str]:
+    return {name for name, x in tangents._asdict().items() if x is not None}
+
+
+def _from_saved(
+    loops: Callable[..., tuple[Array, ...]],
+    unit: float,
+    spec: AttentionSpec,
+    operands: Operands,
+    top: Array,
+    *rest: Any,
+    **options: Any,
+) -> tuple[Array, ...]:
+    """The loops, whose unit is 1, from a maximum in a kernel's unit."""
+    return loops(spec, operands, _in_loops_unit(top, unit), *rest, **options)
 
 
 def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
@@ -93,7 +204,7 @@ def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Arra
 
 
 def _backward(
-    kernels: derivatives.Kernels,
+    kernels: derivatives.Pair,
     spec: AttentionSpec,
     operands: Operands,
     top: Array,
@@ -104,11 +215,18 @@ def _backward(
     wants_bias: bool,
     wants_scale: bool,
 ) -> tuple[Array, ...]:
-    seen = top > -jnp.inf
-    natural = jnp.where(seen, _natural(jnp.where(seen, top, 0), kernels.unit(spec)), -jnp.inf)
+    natural = _in_loops_unit(top, kernels.unit(spec))
     term = derivatives.row_term(top, of_output, d_out) if kernels.takes_output else of_output
     saved = (natural, rest, term, d_out)
     return _LOOPS.backward(spec, operands, *saved, wants_bias=wants_bias, wants_scale=wants_scale)
+
+
+def _in_loops_unit(top: Array, unit: float) -> Array:
+    """The natural maximum, of one in a kernel's unit."""
+    if unit == 1:
+        return top
+    seen = top > -jnp.inf
+    return jnp.where(seen, _natural(jnp.where(seen, top, 0), unit), -jnp.inf)
 
 
 def _natural(top: Array, unit: float) -> Array:

@@ -1,4 +1,4 @@
-"""The loops in XLA as a pair of functions like the kernels', and the sizes of their chunks."""
+"""The loops in XLA as functions like the kernels', and the sizes of their chunks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from jattn.backends import query_chunks
+from jattn.backends import any_order, query_chunks, query_tangents
 from jattn.backends.tiles import Chunks
 from jattn.call.sizes import is_known, smaller
-from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
 from jattn.call.target import Target
 
 __all__ = ["Loops", "choose_chunks"]
@@ -23,7 +23,7 @@ _MOST = {"cpu": (256, 512), "gpu": (1024, 1024)}
 
 @dataclass(frozen=True)
 class Loops:
-    """The pair of `query_chunks`, with the chunk sizes that were asked for."""
+    """Those of `query_chunks` and `query_tangents`, with the chunk sizes that were asked for."""
 
     target: Target
     queries: int | None
@@ -57,6 +57,36 @@ class Loops:
         return query_chunks.backward(
             spec, self.chunks(spec), *saved, wants_bias=wants_bias, wants_scale=wants_scale
         )
+
+    def tangent(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        out: Array,
+        tangents: Tangents,
+        of_sinks: Array | None,
+    ) -> tuple[Array, Array]:
+        saved = (operands, top, rest, out)
+        return query_tangents.tangent(spec, self.chunks(spec), *saved, tangents, of_sinks)
+
+    def backward_tangent(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        rows: MovingRows,
+        tangents: Tangents,
+        *,
+        wanted: tuple[str, ...],
+    ) -> tuple[Array, ...]:
+        saved = (operands, top, rest, rows, tangents)
+        return query_tangents.backward_tangent(spec, self.chunks(spec), *saved, wanted=wanted)
+
+    def formula(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
+        return any_order.attend(spec, operands)
 
 
 def choose_chunks(

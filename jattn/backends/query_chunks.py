@@ -21,17 +21,17 @@ Pᵀ dO would, runs at half the speed of dOᵀ P on a CPU.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jattn.backends.products import against_keys, over_rows, times_keys
 from jattn.backends.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
 from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "bias_sums", "forward"]
 
 
 class _Softmax(NamedTuple):
@@ -71,7 +71,7 @@ def forward(spec: AttentionSpec, chunks: Chunks, operands: Operands) -> tuple[Ar
             kept = tile.kept(j)
             if kept is not None:
                 weights = jnp.where(kept, weights / (1 - spec.dropout_rate), 0)
-            product = _times_keys(spec, weights, tile.keys(arrays.value, j, clear=clear))
+            product = times_keys(spec, weights, tile.keys(arrays.value, j, clear=clear))
             return _Softmax(top, total, state.out * fade[..., None] + product)
 
         rows = (chunks.rows, spec.kv_heads, spec.group, chunks.queries)
@@ -116,7 +116,7 @@ def backward(
             key, value = (tile.keys(x, j, clear=clear) for x in (arrays.key, arrays.value))
             logits, slope = _logits(tile, query, key, j, clear=clear)
             weights = jnp.exp((logits - tile_top) - tile_rest)
-            d_weights = _against_keys(spec, d_rows, value)
+            d_weights = against_keys(spec, d_rows, value)
             if not clear or spec.bias_shape is not None:  # a hidden value's dP may be infinite
                 d_weights = jnp.where(weights == 0, 0, d_weights)
             kept_weights = weights
@@ -128,9 +128,9 @@ def backward(
             d_logits = weights * (d_weights - term)
             d_products = d_logits if slope is None else d_logits * slope
             return _Sums(
-                query=sums.query + _times_keys(spec, d_products, key),
-                key=tile.add_keys(sums.key, _over_rows(spec, query, d_products), j),
-                value=tile.add_keys(sums.value, _over_rows(spec, d_rows, kept_weights), j),
+                query=sums.query + times_keys(spec, d_products, key),
+                key=tile.add_keys(sums.key, over_rows(spec, query, d_products), j),
+                value=tile.add_keys(sums.value, over_rows(spec, d_rows, kept_weights), j),
                 bias=None if sums.bias is None else tile.add_block(sums.bias, d_logits, j),
             )
 
@@ -158,7 +158,7 @@ def _logits(
     """The tile's logits against key block j, -inf where hidden, and the soft cap's slope there."""
     spec, bias = tile.spec, tile.arrays.operands.bias
     seen = None if clear else tile.visible(j)
-    logits = _against_keys(spec, query, key) * tile.scale
+    logits = against_keys(spec, query, key) * tile.scale
     slope = None
     if spec.logits_soft_cap is not None:
         logits = spec.soft_cap(logits)
@@ -187,64 +187,22 @@ def _finish(state: _Softmax, sinks: Array | None) -> tuple[Array, Array, Array]:
 def _empty_sums(spec: AttentionSpec, chunks: Chunks, bias: Array | None) -> _Sums:
     tile = (chunks.rows, spec.kv_heads, spec.group, chunks.queries, spec.head_dim)
     keys = (spec.batch, spec.kv_heads)
-    assert bias is None or spec.d_bias_shape is not None
+    d_bias = None if bias is None else jnp.zeros(*bias_sums(spec, chunks))
     return _Sums(
         query=jnp.zeros(tile, spec.accumulator),
         key=jnp.zeros((*keys, spec.head_dim, spec.keys), spec.accumulator),
         value=jnp.zeros((*keys, spec.value_dim, spec.keys), spec.accumulator),
-        bias=None if bias is None else jnp.zeros(spec.d_bias_shape, _bias_sum_dtype(spec, chunks)),
+        bias=d_bias,
     )
 
 
-def _bias_sum_dtype(spec: AttentionSpec, chunks: Chunks) -> jnp.dtype:
-    """The bias's own dtype where one tile writes each element, so that no sum is rounded twice."""
+def bias_sums(spec: AttentionSpec, chunks: Chunks) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    """Shape and dtype in which a bias's gradient grows.
+
+    Its own dtype where one tile writes each element, so that no sum is rounded twice.
+    """
     assert spec.d_bias_shape is not None
     assert spec.bias_dtype is not None
     b, _, t, s = spec.d_bias_shape
     one_writer = (t, s) == (spec.queries, spec.keys) and spec.batch in (b, chunks.rows)
-    return spec.bias_dtype if one_writer else spec.accumulator
-
-
-def _against_keys(spec: AttentionSpec, rows: Array, key: Array) -> Array:
-    """(r, K, G, q, h) x (r, K, s, h) -> (r, K, G, q, s): Q Kᵀ and dO Vᵀ."""
-    return _product("rkmh,rksh->rkms", spec, rows, key)
-
-
-def _times_keys(spec: AttentionSpec, weights: Array, key: Array) -> Array:
-    """(r, K, G, q, s) x (r, K, s, h) -> (r, K, G, q, h): P V and dS K."""
-    return _product("rkms,rksh->rkmh", spec, weights, key)
-
-
-def _over_rows(spec: AttentionSpec, rows: Array, weights: Array) -> Array:
-    """(r, K, G, q, h) x (r, K, G, q, s) -> (r, K, h, s): Qᵀ dS and dOᵀ P, summed over the group."""
-    r, k, g, q, s = weights.shape
-    rows, weights = rows.reshape(r, k, g * q, -1), weights.reshape(r, k, g * q, s)
-    return _einsum("rkmh,rkms->rkhs", spec, rows, weights)
-
-
-def _product(equation: str, spec: AttentionSpec, rows: Array, key: Array) -> Array:
-    """A product over the rows of a tile, all heads of a group against their one key head."""
-    r, k, g, q, last = rows.shape
-    out = _einsum(equation, spec, rows.reshape(r, k, g * q, last), key)
-    return out.reshape(r, k, g, q, out.shape[-1])
-
-
-def _einsum(equation: str, spec: AttentionSpec, a: Array, b: Array) -> Array:
-    """A product summed in the accumulator, of operands in the call's dtype.
-
-    On a CPU, which has no units for floats of two bytes, of operands in the accumulator: XLA there
-    converts them, or refuses (it depends on their strides and batch axes); and nothing is rounded.
-    """
-
-    def of(dtype: np.dtype[np.generic], a: Array, b: Array) -> Array:
-        return jnp.einsum(
-            equation, a.astype(dtype), b.astype(dtype),
-            preferred_element_type=spec.accumulator, precision=spec.precision,
-        )  # fmt: skip
-
-    if spec.dtype == spec.accumulator:
-        return of(spec.dtype, a, b)
-    product: Array = lax.platform_dependent(
-        a, b, cpu=partial(of, spec.accumulator), default=partial(of, spec.dtype)
-    )
-    return product
+    return spec.d_bias_shape, spec.bias_dtype if one_writer else spec.accumulator

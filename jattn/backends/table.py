@@ -39,6 +39,7 @@ class Form:
     refusals: why it cannot do a call, with the values, on a device that lacks nothing.
     takes_free_sizes: whether `jax.export` may leave batch and lengths free.
     takes_parts: whether it may be of one device among several that share the sequence.
+    tangents: what makes a call's tangents, of forward and backward, from what it saved.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Form:
     gradient_bytes: Callable[[AttentionSpec, Target], int]
     lacks: Callable[[Target], str | None] = lambda target: None
     refusals: Callable[[AttentionSpec, Target], list[str]] = lambda spec, target: []
+    tangents: Callable[[AttentionSpec, Target], str] = lambda spec, target: "XLA"
     automatic: bool = True
     takes_free_sizes: bool = False
     takes_parts: bool = True
@@ -117,6 +119,7 @@ FORMS = (
         attend=lambda spec, operands, target: eager.attend(spec, operands),
         kernel=lambda spec, target: "XLA, the formula",
         gradient_bytes=eager.gradient_bytes,
+        tangents=lambda spec, target: "JAX",
         takes_free_sizes=True,
         automatic=False,
         takes_parts=False,

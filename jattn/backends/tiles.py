@@ -116,11 +116,15 @@ class Tile:
     @property
     def scale(self) -> Array | float:
         """What Q Kᵀ is multiplied by: a number, or (rows or 1, 1, 1, 1, 1)."""
-        operands = self.arrays.operands
-        scale = self.spec.scale_beside(self.arrays.query, operands)
-        if isinstance(scale, float) or scale.shape[0] == 1:
-            return scale
-        return lax.dynamic_slice_in_dim(scale, self.row, self.chunks.rows, 0)
+        if self.spec.scale is not None:
+            return self.spec.scale
+        assert self.arrays.operands.scale is not None
+        return self.numbers(self.arrays.operands.scale)
+
+    def numbers(self, x: Array) -> Array:
+        """(rows or 1, 1, 1, 1, 1) of a number for each row of the batch (B,), or for all (1,)."""
+        x = x.reshape(-1, 1, 1, 1, 1)
+        return x if x.shape[0] == 1 else self._of_rows(x)
 
     def real_rows(self, part: Array) -> Array:
         """This tile's part of a per-query array with zeros past the query lengths."""

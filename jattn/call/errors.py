@@ -4,7 +4,4 @@ __all__ = ["UnsupportedAttentionError"]
 
 
 class UnsupportedAttentionError(NotImplementedError):
-    """No backend that may run can do the call; the text lists each one's reasons.
-
-    Also raised by every backend but `eager` when asked for a forward-mode or a second derivative.
-    """
+    """No backend that may run can do the call; the text lists each one's reasons."""

@@ -6,7 +6,7 @@ query heads to a key head, H head dim, D value head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jattn.call.context import Context
 from jattn.call.rows import Rows
 from jattn.call.sizes import is_known
 
-__all__ = ["AttentionSpec", "Operands", "Shape4"]
+__all__ = ["AttentionSpec", "MovingRows", "Operands", "Shape4", "Tangents"]
 
 type Shape4 = tuple[int, int, int, int]
 
@@ -48,6 +48,37 @@ class Operands(NamedTuple):
     query_offset: Array | None = None
     scale: Array | None = None
     dropout_start: Array | None = None
+
+
+class Tangents(NamedTuple):
+    """Tangents of a call's operands, in their dtypes; None of what does not move.
+
+    Shapes: those of the operands, but for what `jax.vmap` over tangents alone leaves: a bias has
+    rows of its own, `AttentionSpec.rows("t_bias")`, and a scale may be (B,) where the call's is
+    (1,). What sinks add is one number a row, and reaches no kernel.
+    """
+
+    query: Array | None = None
+    key: Array | None = None
+    value: Array | None = None
+    bias: Array | None = None
+    scale: Array | None = None
+
+
+class MovingRows(NamedTuple):
+    """What the tangent of the gradients needs of each row of the logits, beside the operands.
+
+    d_out (B, T, N, D), the output's gradient, and td_out, its tangent, None if it does not move:
+    both 0 past the query lengths. row_term (B, T, N), rowsum(O dO) less the gradient of the
+    log-sum-exp; t_row_term, its tangent; t_lse, the tangent of the log-sum-exp: in the
+    accumulator's dtype, and 0 of a row that sees no key.
+    """
+
+    d_out: Array
+    row_term: Array
+    t_lse: Array
+    t_row_term: Array
+    td_out: Array | None
 
 
 @dataclass(frozen=True)
@@ -93,18 +124,27 @@ class AttentionSpec:
         return self.heads // self.kv_heads
 
     def rows(self, name: str) -> Rows:
-        """Of a "bias", of its gradient, "d_bias", or of a "mask": which row the batch's rows take.
+        """Of a "bias" or a "mask": which row the batch's rows take.
 
-        A gradient has those of its bias but where `jax.vmap` asks for one of each mapped row.
+        A bias's gradient, "d_bias", and its tangents, "t_bias" and "u_bias", have those of the bias
+        but where `jax.vmap` has one for each mapped row.
         """
         found = dict(self.mapped_rows)
-        if name == "d_bias" and name not in found:
+        if name != "mask" and name not in found:
             name = "bias"
         if name in found:
             return found[name]
         shape = self.mask_shape if name == "mask" else self.bias_shape
         assert shape is not None
         return Rows.of(shape[0], self.batch)
+
+    def with_rows(self, **names: str) -> AttentionSpec:
+        """The same call; what is named on the left has the rows of what is named on the right."""
+        kept = {name: rows for name, rows in self.mapped_rows if name in ("bias", "mask")}
+        if self.bias_shape is not None:
+            found = {new: self.rows(old) for new, old in names.items()}
+            kept |= {new: rows for new, rows in found.items() if rows != self.rows("bias")}
+        return replace(self, mapped_rows=tuple(kept.items()))
 
     @property
     def d_bias_shape(self) -> Shape4 | None:

@@ -1,280 +1,347 @@
-"""Attention by a pair of kernels as a differentiable function, whose backward recomputes.
+"""Attention by its kernels as a function with every derivative, in linear memory.
 
-Forward saves its arguments, the output and the log-sum-exp; the backward kernels make the weights
-again from these. What is one number a row is made here, in `jnp`: the row term
-D = rowsum(O dO) - dlse, and what the sinks add to the sum, and their gradient,
--sum over rows of P_sink D.
+Four maps of a call are primitives (`calls`), evaluated by kernels (`evaluated`), and what JAX asks
+of one is another. With x the operands, J(x) the derivative of attention, and d the gradients of
+output and log-sum-exp:
 
-The log-sum-exp is kept as two numbers, top unit + rest: the row's maximum in the kernels' unit, and
-the logarithm of the sum of exponentials beside it. A float32 beside 1e9 has steps of 64: in one
-number the sum would be lost, and all weights of a row be wrong by one factor.
+    attention            f(x)                    its tangent along t is J(x) t
+    attention_tangent    J(x) t                  transposed, backward
+    attention_backward   J(x)ᵀ d                 transposed, the tangent; its tangent along t is
+    attention_backward_tangent                   (t ∂) J(x)ᵀ d + J(x)ᵀ td
+    attention_second_tangent                     (u ∂) J(x) t: forward mode over forward mode
 
-Outside `jax.jit` the results of what is jitted here are what `jax_debug_infs` looks at. They are
-finite, but for the log-sum-exp of a row that sees no key where the caller asks for it: such a row's
--inf and 0 are kept as 0 and a number that no sum has.
+so that reverse mode is attention, and backward from its output and log-sum-exp; forward over
+reverse the tangent of each; reverse over forward, where (u ∂) J(x) t is transposed to
+(t ∂) J(x)ᵀ d, and reverse over reverse, where (t ∂) J(x)ᵀ d is transposed to (c ∂) J(x)ᵀ d and
+J(x) c, again those four. What is of third order is derived by JAX (`higher_order`).
+
+Output and log-sum-exp, saved beside x, are functions of x: no map has a derivative by them, and
+their tangents, which come along, are what a map may use of J(x) t instead of making it again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from jattn.call.spec import AttentionSpec, Operands
-from jattn.transforms import context, sharding
-from jattn.transforms.folding import Arrays, Kernel, folds_into_batch
-from jattn.transforms.mapped import mapped
-from jattn.transforms.per_shard import GRADIENTS, RESULTS, per_explicit_shard, per_shard
+from jattn.transforms import evaluated, formulas, higher_order, sharding
+from jattn.transforms.calls import Results, bind, primitive
+from jattn.transforms.evaluated import Kernels, Pair, tangents_of
+from jattn.transforms.folding import Arrays
+from jattn.transforms.per_shard import TANGENTS
 from jattn.transforms.rematerialisation import named
-from jattn.transforms.reverse_only import first_order_only, naming_eager, reverse_only
+from jattn.transforms.rows import log_sum_exp, row_term
 
-__all__ = ["Kernels", "attend", "row_term"]
+__all__ = ["Kernels", "Pair", "attend", "row_term"]
 
-
-class Kernels(Protocol):
-    """Forward and backward, hashable; `backends.kernels` explains the arguments."""
-
-    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]: ...
-
-    def backward(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        of_output: Array,
-        d_out: Array,
-        /,
-        *,
-        wants_bias: bool,
-        wants_scale: bool,
-    ) -> tuple[Array, ...]: ...
-
-    def unit(self, spec: AttentionSpec) -> float:
-        """What 1 in `top` is of the natural logarithm."""
-
-    @property
-    def can_partition(self) -> bool:
-        """Whether the partitioner may cut a call."""
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether parts of a softmax may be computed, each by a call with an offset of its own."""
-
-    @property
-    def takes_output(self) -> bool:
-        """Whether backward takes the output, and makes the row term, instead of being given it."""
+type Primitive = jax.extend.core.Primitive
+type Along = tuple[Results, Sequence[Array | None]]
+_SAVED = ("out", "top", "rest")
+_COTANGENTS = ("d_out", "d_lse")
+_OF_OPERANDS = (*_SAVED, "t_out", "t_lse", "u_out", "u_lse")  # functions of those that have them
 
 
 def attend(kernels: Kernels, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N)."""
     arrays = {name: x for name, x in operands._asdict().items() if x is not None}
-    with naming_eager():
-        found: tuple[Array, Array] = _attend(kernels, spec, arrays)
-        return found
+    found: tuple[Array, Array] = _attend(kernels, spec, arrays)
+    return found
 
 
 # Jitted, so that calls outside `jax.jit` trace and differentiate it once; in line inside of it.
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _attend(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> tuple[Array, Array]:
-    out, lse, *_ = mapped(_Attention(kernels), spec, sharding.varying_alike(arrays))
+    out, lse, *_ = bind(_Attention(kernels), spec, sharding.varying_alike(arrays))
     return out, lse
-
-
-type _Results = tuple[Array, Array, Array, Array]
 
 
 @dataclass(frozen=True)
 class _Attention:
-    """`mapped.Forward` by a pair of kernels: output, log-sum-exp, and the same in two numbers.
+    """f(x): output, log-sum-exp, and the same in two numbers, of which the second moves with it."""
 
-    Those have no gradient of their own.
-    """
+    primitive: ClassVar[Primitive] = primitive("attention")
+    results: ClassVar[tuple[str, ...]] = ("out", "lse", "top", "rest")
 
     kernels: Kernels
 
-    def run(self, spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        found: _Results = _forward(self.kernels, spec, arrays)
+    def run(self, spec: AttentionSpec, arrays: Arrays) -> Results:
+        found: Results = evaluated.forward(self.kernels, spec, arrays)
         return found
 
-    def derivative(self, spec: AttentionSpec, moving: Arrays, fixed: Arrays) -> tuple[Array, ...]:
-        return _with_backward(self.kernels, spec, reverse_only(moving), fixed)
+    def types(self, spec: AttentionSpec, types: dict[str, Any]) -> None:
+        return None
+
+    def jvp(self, spec: AttentionSpec, arrays: Arrays, tangents: Arrays) -> Along:
+        out, _, *sums = bind(self, spec, arrays)
+        out, (top, rest) = named(out, sums)
+        lse = log_sum_exp(self.kernels.unit(spec), spec, top, rest)
+        saved = dict(zip(_SAVED, (out, top, rest), strict=True))
+        t_out, t_lse = _tangent(self.kernels, spec, arrays | saved, tangents)
+        return (out, lse, top, rest), (t_out, t_lse, None, t_lse)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _forward(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> _Results:
-    def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        return context.forward(kernels, spec, Operands(**arrays))
-
-    b, t, n, _ = sharding.partition(arrays["query"])
-    places = (jax.P(b, t, n),) * 3
-    out, top, rest = _run(kernel, kernels, spec, arrays, RESULTS, places)
-    unit = kernels.unit(spec)
-    if "sinks" in arrays:
-        rest = jnp.logaddexp(rest, _above(arrays["sinks"], top, unit))
-    top, rest = _kept(top, rest)
-    return out, _log_sum_exp(kernels, spec, top, rest), top, rest
+def _tangent(
+    kernels: Kernels, spec: AttentionSpec, arrays: Arrays, tangents: Arrays
+) -> tuple[Array, Array]:
+    """J(x) t, of arrays among which are the operands and what is saved."""
+    own = {name: x for name, x in arrays.items() if name in (*Operands._fields, *_SAVED)}
+    t_out, t_lse = bind(_Tangent(kernels), spec, own | _prefixed("t_", tangents))
+    return t_out, t_lse
 
 
-def _kept(top: Array, rest: Array) -> tuple[Array, Array]:
-    """The two numbers as they are handed on and saved: finite."""
-    sees_none = top == -jnp.inf
-    return jnp.where(sees_none, 0, top), jnp.where(sees_none, _none(rest), rest)
+def _prefixed(prefix: str, arrays: Arrays) -> Arrays:
+    return {prefix + name: x for name, x in arrays.items()}
 
 
-def _unkept(top: Array, rest: Array) -> tuple[Array, Array]:
-    """What `_kept` was given."""
-    sees_none = rest == _none(rest)
-    return jnp.where(sees_none, -jnp.inf, top), jnp.where(sees_none, 0, rest)
+def _of(arrays: Arrays, names: Sequence[str]) -> Arrays:
+    return {name: arrays[name] for name in names if name in arrays}
 
 
-def _none(rest: Array) -> float:
-    """The logarithm of no sum."""
-    return float(np.finfo(rest.dtype).min)
+@dataclass(frozen=True)
+class _Tangent:
+    """J(x) t: linear in the tangents t_."""
+
+    primitive: ClassVar[Primitive] = primitive("attention_tangent")
+    results: ClassVar[tuple[str, ...]] = TANGENTS
+
+    kernels: Kernels
+
+    def run(self, spec: AttentionSpec, arrays: Arrays) -> Results:
+        found: Results = evaluated.tangent(self.kernels, spec, arrays)
+        return found
+
+    def types(self, spec: AttentionSpec, types: dict[str, Any]) -> Sequence[Any]:
+        return types["out"], types["rest"]
+
+    def jvp(self, spec: AttentionSpec, arrays: Arrays, tangents: Arrays) -> Along:
+        found = t_out, t_lse = bind(self, spec, arrays)
+        moving = _of(tangents, Operands._fields)
+        parts: list[Results] = []
+        if along := tangents_of(tangents):
+            parts.append(_tangent(self.kernels, spec, arrays, along))
+        if moving:
+            u_out, u_lse = _results_along(self.kernels, spec, arrays, tangents)
+            linear = _prefixed("u_", moving) | {"u_out": u_out, "u_lse": u_lse}
+            more = bind(
+                _SecondTangent(self.kernels),
+                spec,
+                arrays | {"t_out": t_out, "t_lse": t_lse} | linear,
+            )
+            parts.append(more)
+        return found, _added(parts)
+
+    def transposed(
+        self, spec: AttentionSpec, arrays: Arrays, linear: tuple[str, ...], cotangents: Any
+    ) -> Arrays:
+        wanted = tuple(name.removeprefix("t_") for name in linear)
+        given = zip(_COTANGENTS, cotangents, strict=True)
+        arrays = arrays | {name: x for name, x in given if x is not None}
+        found = _backward(self.kernels, spec.with_rows(d_bias="t_bias"), wanted, arrays)
+        return dict(zip(linear, found, strict=True))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _log_sum_exp(kernels: Kernels, spec: AttentionSpec, top: Array, rest: Array) -> Array:
-    """Natural; of a row that sees no key -inf, or where nobody asks for it 0."""
-    lse = top * kernels.unit(spec) + rest
-    return jnp.where(rest == _none(rest), -jnp.inf if spec.wants_residual else 0, lse)
+def _results_along(
+    kernels: Kernels, spec: AttentionSpec, arrays: Arrays, tangents: Arrays
+) -> tuple[Array, Array]:
+    """J(x) t for the tangents of the operands: those of what was saved have it."""
+    if "out" in tangents and "rest" in tangents:
+        return tangents["out"], tangents["rest"]
+    return _tangent(kernels, spec.with_rows(), arrays, _of(tangents, Operands._fields))
 
 
-def _above(sinks: Array, top: Array, unit: float) -> Array:
-    """The sinks, (N,) or of each batch row (B, N), less the rows' maxima (B, T, N)."""
-    return sinks.astype(top.dtype).reshape(-1, 1, top.shape[2]) - _finite(top) * unit
+def _added(parts: list[Results]) -> Sequence[Array | None]:
+    if len(parts) < 2:
+        return parts[0] if parts else (None, None)
+    return [a + b for a, b in zip(*parts, strict=True)]
 
 
-def _finite(top: Array) -> Array:
-    """The maxima with 0 for a row that sees no key; NaN stays NaN."""
-    return jnp.where(top == -jnp.inf, 0, top)
-
-
-type _Saved = tuple[Arrays, Arrays, Array, Array, Array]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_backward(
-    kernels: Kernels, spec: AttentionSpec, moving: Arrays, fixed: Arrays
-) -> tuple[Array, ...]:
-    return mapped(_Attention(kernels), spec, moving | fixed)
-
-
-def _forward_rule(
-    kernels: Kernels, spec: AttentionSpec, moving: Arrays, fixed: Arrays
-) -> tuple[_Results, _Saved]:
-    out, _, *sums = mapped(_Attention(kernels), spec, moving | fixed)
-    out, (top, rest) = named(out, sums)
-    lse = _log_sum_exp(kernels, spec, top, rest)
-    return (out, lse, top, rest), (moving, fixed, out, top, rest)
-
-
-def _backward_rule(
-    kernels: Kernels, spec: AttentionSpec, saved: _Saved, gradients: _Results
-) -> tuple[dict[str, Array | None], None]:
-    moving, fixed, *results = saved
-    d_out, d_lse, *_ = gradients
-    wanted = tuple(name for name in ("bias", "scale", "sinks") if name in moving)
-    backward = first_order_only(partial(_backward, kernels, spec, wanted))
-    found = backward(Operands(**moving, **fixed), *results, d_out, d_lse)._asdict()
-    return {name: found[name] for name in moving}, None
-
-
-_with_backward.defvjp(_forward_rule, _backward_rule)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(
-    kernels: Kernels,
-    spec: AttentionSpec,
-    wanted: tuple[str, ...],  # of bias, scale and sinks: those that moved
-    operands: Operands,
-    out: Array,
-    top: Array,
-    rest: Array,
-    d_out: Array,
-    d_lse: Array,
-) -> Operands:
-    def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        own = {name: x for name, x in arrays.items() if name in Operands._fields}
-        top, rest, d_out = (arrays[name] for name in ("top", "rest", "d_out"))
-        return context.backward(
-            kernels,
-            spec,
-            Operands(**own),
-            (top, rest, arrays[of_output], d_out),
-            wants_bias="bias" in wanted,
-            wants_scale="scale" in wanted,
+    kernels: Kernels, spec: AttentionSpec, wanted: tuple[str, ...], arrays: Arrays
+) -> Results:
+    """J(x)ᵀ d, of arrays among which are operands, what is saved, and cotangents."""
+    own = _of(arrays, (*Operands._fields, *_SAVED, *_COTANGENTS))
+    if "d_out" not in own:
+        own["d_out"] = jnp.zeros_like(own["out"])
+    return bind(_Backward(kernels, wanted), spec, own)
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """J(x)ᵀ d for some of the operands: linear in d_out and d_lse."""
+
+    primitive: ClassVar[Primitive] = primitive("attention_backward")
+
+    kernels: Kernels
+    results: tuple[str, ...]
+
+    def run(self, spec: AttentionSpec, arrays: Arrays) -> Results:
+        found: Results = evaluated.backward(self.kernels, spec, self.results, arrays)
+        return found
+
+    def types(self, spec: AttentionSpec, types: dict[str, Any]) -> None:
+        return None
+
+    def jvp(self, spec: AttentionSpec, arrays: Arrays, tangents: Arrays) -> Along:
+        found = bind(self, spec, arrays)
+        moving = _of(tangents, Operands._fields)
+        cotangents = _of(tangents, _COTANGENTS)
+        if moving:
+            t_out, t_lse = _results_along(self.kernels, spec, arrays, tangents)
+            linear = _prefixed("t_", moving | {"out": t_out, "lse": t_lse})
+            linear |= _prefixed("t", cotangents)
+            of = _BackwardTangent(self.kernels, self.results)
+            return found, bind(of, spec, arrays | linear)
+        if cotangents:
+            own = {name: x for name, x in arrays.items() if name not in _COTANGENTS}
+            return found, _backward(self.kernels, spec, self.results, own | cotangents)
+        return found, [None] * len(found)
+
+    def transposed(
+        self, spec: AttentionSpec, arrays: Arrays, linear: tuple[str, ...], cotangents: Any
+    ) -> Arrays:
+        t = {name: x for name, x in zip(self.results, cotangents, strict=True) if x is not None}
+        found = _tangent(self.kernels, spec.with_rows(t_bias="d_bias"), arrays, t)
+        return _of(dict(zip(_COTANGENTS, found, strict=True)), linear)
+
+
+@dataclass(frozen=True)
+class _BackwardTangent:
+    """(t ∂) J(x)ᵀ d + J(x)ᵀ td for some of the operands: linear in t_ and td_.
+
+    t_out and t_lse are J(x) t.
+    """
+
+    primitive: ClassVar[Primitive] = primitive("attention_backward_tangent")
+
+    kernels: Kernels
+    results: tuple[str, ...]
+
+    def run(self, spec: AttentionSpec, arrays: Arrays) -> Results:
+        found: Results = evaluated.backward_tangent(self.kernels, spec, self.results, arrays)
+        return found
+
+    def types(self, spec: AttentionSpec, types: dict[str, Any]) -> Sequence[Any]:
+        return [
+            types[name].update(shape=spec.d_bias_shape) if name == "bias" else types[name]
+            for name in self.results
+        ]
+
+    def jvp(self, spec: AttentionSpec, arrays: Arrays, tangents: Arrays) -> Along:
+        found = bind(self, spec, arrays)
+        linear = {name: x for name, x in tangents.items() if name.startswith(("t_", "td_"))}
+        if linear.keys() <= {"t_out", "t_lse"}:
+            linear = {}
+        moving = {name: x for name, x in tangents.items() if name not in (*_OF_OPERANDS, *linear)}
+        if moving:
+            static = (self.kernels, spec, self.results)
+            formula = (formulas.backward_tangent, static)
+            return found, _by_formula(*formula, arrays, moving | linear, found)
+        if not linear:
+            return found, [None] * len(found)
+        along = tangents_of(linear)
+        own = {name: x for name, x in arrays.items() if not name.startswith(("t_", "td_"))}
+        if not along:
+            own = {name: x for name, x in own.items() if name not in _COTANGENTS}
+            own |= {name[1:]: x for name, x in linear.items()}
+            return found, _backward(self.kernels, spec, self.results, own)
+        if not {"t_out", "t_lse"} <= linear.keys():
+            t_out, t_lse = _tangent(self.kernels, spec, own, along)
+            linear |= {"t_out": t_out, "t_lse": t_lse}
+        return found, bind(self, spec, own | linear)
+
+    def transposed(
+        self, spec: AttentionSpec, arrays: Arrays, linear: tuple[str, ...], cotangents: Any
+    ) -> Arrays:
+        c = {name: x for name, x in zip(self.results, cotangents, strict=True) if x is not None}
+        swapped = spec.with_rows(t_bias="d_bias", d_bias="t_bias")
+        t_out, t_lse = _tangent(self.kernels, swapped, arrays, c)
+        found = {"td_out": t_out, "td_lse": t_lse}
+        own = _of(arrays, (*Operands._fields, *_SAVED, *_COTANGENTS))
+        c = _prefixed("t_", c | {"out": t_out, "lse": t_lse})
+        found |= _gradients_along(self.kernels, swapped, own | c, linear)
+        return _of(found, linear)
+
+
+def _gradients_along(
+    kernels: Kernels, spec: AttentionSpec, arrays: Arrays, linear: tuple[str, ...]
+) -> Arrays:
+    """(t ∂) J(x)ᵀ d for the operands whose tangents are named, under those names."""
+    names = {name: name[2:] for name in linear if name[2:] in Operands._fields}
+    if not names:
+        return {}
+    found = bind(_BackwardTangent(kernels, tuple(names.values())), spec, arrays)
+    return dict(zip(names, found, strict=True))
+
+
+@dataclass(frozen=True)
+class _SecondTangent:
+    """(u ∂) J(x) t: linear in u_. u_out and u_lse are J(x) u, t_out and t_lse J(x) t."""
+
+    primitive: ClassVar[Primitive] = primitive("attention_second_tangent")
+    results: ClassVar[tuple[str, ...]] = TANGENTS
+
+    kernels: Kernels
+
+    def run(self, spec: AttentionSpec, arrays: Arrays) -> Results:
+        used = {name: x for name, x in arrays.items() if name not in _OF_OPERANDS}
+        places = tuple(sharding.partition(arrays[name]) for name in ("out", "rest"))
+        formula = partial(formulas.second_tangent, self.kernels)
+        return evaluated.run(formula, self.kernels, spec, used, TANGENTS, places)
+
+    def types(self, spec: AttentionSpec, types: dict[str, Any]) -> Sequence[Any]:
+        return types["out"], types["rest"]
+
+    def jvp(self, spec: AttentionSpec, arrays: Arrays, tangents: Arrays) -> Along:
+        found = bind(self, spec, arrays)
+        moving = {name: x for name, x in tangents.items() if name not in _OF_OPERANDS}
+        if not moving:
+            return found, (None, None)
+        formula = (formulas.second_tangent, (self.kernels, spec))
+        return found, _by_formula(*formula, arrays, moving, found)
+
+    def transposed(
+        self, spec: AttentionSpec, arrays: Arrays, linear: tuple[str, ...], cotangents: Any
+    ) -> Arrays:
+        given = zip(_COTANGENTS, cotangents, strict=True)
+        own = {name: x for name, x in arrays.items() if not name.startswith("u_")}
+        own |= {name: x for name, x in given if x is not None}
+        if "d_out" not in own:
+            own["d_out"] = jnp.zeros_like(own["out"])
+        return _gradients_along(
+            self.kernels, spec.with_rows(t_bias="t_bias", d_bias="u_bias"), own, linear
         )
 
-    top, rest = _unkept(top, rest)
-    d_out = d_out.astype(spec.dtype)
-    if operands.query_lengths is not None:
-        d_out = context.past_zeroed(spec, d_out, operands.query_lengths)
-    term = row_term(top, out, d_out, d_lse)
-    of_output = "out" if kernels.takes_output else "row_term"
-    arrays = {
-        name: x for name, x in operands._asdict().items() if x is not None and name != "sinks"
-    }
-    arrays |= {"top": top, "rest": rest, "d_out": d_out}
-    arrays[of_output] = out if kernels.takes_output else term
-    results = (*GRADIENTS, "bias") if "bias" in wanted else GRADIENTS
-    places = tuple(sharding.partition(arrays[name]) for name in results)
-    found = _run(kernel, kernels, spec, arrays, results, places)
-    gradients = dict(zip(results, found, strict=True))
-    if "sinks" in wanted:
-        assert operands.sinks is not None
-        above = _above(operands.sinks, top, kernels.unit(spec))
-        weights = jnp.where(top == -jnp.inf, 0, jnp.exp(jnp.minimum(above - rest, 0)))
-        summed_over = (0, 1) if operands.sinks.ndim == 1 else 1
-        sinks = -jnp.sum(weights * term, axis=summed_over)
-        gradients["sinks"] = sinks.astype(operands.sinks.dtype)
-    if "scale" in wanted:
-        gradients |= _by_scale(spec, operands, gradients["query"])
-    return Operands(**gradients)
+
+@dataclass(frozen=True)
+class _Formula:
+    """A function of arrays by name as one by position."""
+
+    function: Callable[..., Results]
+    static: tuple[Any, ...]
+    names: tuple[str, ...]
+
+    def __call__(self, *held: Array) -> Results:
+        return self.function(*self.static, dict(zip(self.names, held, strict=True)))
 
 
-def row_term(top: Array, out: Array, d_out: Array, d_lse: ArrayLike = 0) -> Array:
-    """D = rowsum(O dO) - dlse, (B, T, N), and 0 of a row that sees no key."""
-    products = out.astype(top.dtype) * d_out.astype(top.dtype)
-    return jnp.where(top == -jnp.inf, 0, products.sum(axis=-1) - d_lse)
-
-
-def _by_scale(spec: AttentionSpec, operands: Operands, unscaled: Array) -> Arrays:
-    """The gradients of query and scale from dS K, which is the one's if the scale is 1.
-
-    The other's is the sum over dS Q Kᵀ. A query that gets no gradient may hold anything.
-    """
-    assert operands.scale is not None
-    own = operands.scale.shape[0] > 1
-    query = operands.query.astype(unscaled.dtype)
-    products = jnp.where(unscaled == 0, 0, query * unscaled)
-    return {
-        "query": (unscaled * spec.scale_beside(unscaled, operands)).astype(spec.dtype),
-        "scale": products.sum(axis=(1, 2, 3) if own else None).reshape(-1),
-    }
-
-
-def _run(
-    kernel: Kernel,
-    kernels: Kernels,
-    spec: AttentionSpec,
+def _by_formula(
+    function: Callable[..., Results],
+    static: tuple[Any, ...],
     arrays: Arrays,
-    results: tuple[str, ...],
-    places: tuple[Any, ...],
-) -> tuple[Array, ...]:
-    """The kernel's call: vmap folded into the batch, sharded arrays where they are."""
-    # A device's part of a call is for no partitioner to cut.
-    can_partition = kernels.can_partition and spec.context is None
-    takes_parts = kernels.takes_parts
-    each = per_shard(kernel, results, takes_parts=takes_parts) if can_partition else kernel
-    folding = folds_into_batch(each, sums_bias="bias" in results)
-    found = per_explicit_shard(folding, results, takes_parts=takes_parts)(spec, arrays)
-    placed = (sharding.placed(x, place) for x, place in zip(found, places, strict=True))
-    return sharding.varying_as(tuple(placed), arrays)
+    moving: Arrays,
+    like: Results,
+) -> Results:
+    """The tangent of what a formula makes of the arrays, along those that move."""
+    used = {name: x for name, x in arrays.items() if name not in _OF_OPERANDS}
+    names = tuple(used)
+    at = {names.index(name): x for name, x in moving.items() if name in used}
+    formula = _Formula(function, static, names)
+    return higher_order.along(formula, tuple(used.values()), at, like)

@@ -1,4 +1,4 @@
-"""`jax.vmap` of a kernel's call as a call with a larger batch."""
+"""`jax.vmap` of a call as a call with a larger batch."""
 
 from __future__ import annotations
 
@@ -14,32 +14,10 @@ from jattn.call.rows import Rows
 from jattn.call.spec import AttentionSpec
 from jattn.transforms import sharding
 
-__all__ = ["Arrays", "Kernel", "batched_call", "folds_into_batch"]
+__all__ = ["Arrays", "Kernel", "batched_call", "operand_of"]
 
 type Arrays = dict[str, Array]
 type Kernel = Callable[[AttentionSpec, Arrays], tuple[Array, ...]]
-
-
-def folds_into_batch(kernel: Kernel, *, sums_bias: bool = False) -> Kernel:
-    """The same function; under `jax.vmap` the mapped axis becomes part of the batch.
-
-    sums_bias: the bias's gradient is among the results: each mapped row's own, of a bias for all.
-    """
-
-    def folding(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        @jax.custom_batching.custom_vmap
-        def call(arrays: Arrays) -> tuple[Array, ...]:
-            return kernel(spec, arrays)
-
-        @call.def_vmap
-        def _(size: int, batched: list[dict[str, bool]], arrays: Arrays) -> tuple[Any, Any]:
-            results = batched_call(folding, spec, size, arrays, batched[0], sums_bias=sums_bias)
-            return results, (True,) * len(results)
-
-        results: tuple[Array, ...] = call(arrays)
-        return results
-
-    return folding
 
 
 def batched_call(
@@ -51,7 +29,7 @@ def batched_call(
     *,
     sums_bias: bool = False,
 ) -> tuple[Array, ...]:
-    """`jax.vmap` of a kernel along the first axis of those arrays that are batched, of this size.
+    """`jax.vmap` of a call along the first axis of those arrays that are batched, of this size.
 
     The batch is the first axis of every array, and what is not mapped is repeated along it, but for
 
@@ -62,8 +40,8 @@ def batched_call(
         return _of_no_calls(kernel, spec, arrays, is_batched)
     rows: dict[str, Rows] = {
         name: spec.rows(name).within(size, own=is_batched[name])
-        for name in ("bias", "mask")
-        if name in arrays
+        for name in arrays
+        if operand_of(name) in ("bias", "mask")
     }
     if sums_bias:
         rows["d_bias"] = spec.rows("d_bias").within(size, own=True)
@@ -72,10 +50,15 @@ def batched_call(
         for name, x in arrays.items()
     }
     shapes: dict[str, Any] = {
-        f"{name}_shape": folded[name].shape for name in rows if name in folded
+        f"{name}_shape": folded[name].shape for name in ("bias", "mask") if name in folded
     }
     larger = replace(spec, batch=size * spec.batch, mapped_rows=tuple(rows.items()), **shapes)
     return tuple(x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in kernel(larger, folded))
+
+
+def operand_of(name: str) -> str:
+    """The operand of which this is a tangent, or the name itself."""
+    return name.removeprefix("t_").removeprefix("u_")
 
 
 def _of_no_calls(
@@ -96,6 +79,7 @@ def _of_no_calls(
 
 def _folded(name: str, batch: int, size: int, x: Array, *, is_batched: bool) -> Array:
     own = x.shape[1:] if is_batched else x.shape
+    name = operand_of(name)
     if name in ("bias", "mask"):
         return x.reshape(-1, *own[1:]) if is_batched else x
     if name == "sinks":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +29,17 @@ from jattn.call.dropout import seeds_from_head
 from jattn.call.positions import MOST
 from jattn.call.spec import AttentionSpec
 from jattn.transforms import sharding
-from jattn.transforms.folding import Arrays, Kernel
+from jattn.transforms.folding import Arrays, Kernel, operand_of
 
-__all__ = ["GRADIENTS", "RESULTS", "on_one_device", "per_explicit_shard", "per_shard"]
+__all__ = [
+    "GRADIENTS",
+    "RESULTS",
+    "TANGENTS",
+    "on_one_device",
+    "partitioned_call",
+    "per_explicit_shard",
+    "per_shard",
+]
 
 # The axes of each array, N being query heads, b the batch and c keys that are columns of a matrix,
 # which every device has; see `_rule` for the partitioner's.
@@ -56,15 +64,29 @@ _AXES = {
     "rest": "b t N",
     "row_term": "b t N",
     "d_out": "b t N d",
+    "of_sinks": "b t N",
+    "t_lse": "b t N",
+    "t_out": "b t N d",
+    "t_row_term": "b t N",
+    "td_out": "b t N d",
+    "u_lse": "b t N",
+    "u_out": "b t N d",
+    "by_scale": "b t N",
+}
+_AXES |= {
+    f"{way}_{name}": _AXES[name]
+    for way in "tu"
+    for name in ("query", "key", "value", "bias", "sinks", "scale")
 }
 RESULTS = ("out", "top", "rest")
 GRADIENTS = ("query", "key", "value")  # the bias's may follow
+TANGENTS = ("t_out", "t_lse")
 
 
 def per_shard(kernel: Kernel, results: tuple[str, ...], *, takes_parts: bool) -> Kernel:
     """The same function; on sharded arrays each device runs it on its own rows, heads and queries.
 
-    results: names that have the axes of each, `RESULTS` or `GRADIENTS`.
+    results: names that have the axes of each, `RESULTS`, `GRADIENTS` or `TANGENTS`.
     takes_parts: whether it computes a device's part of a longer call (`AttentionSpec.context`).
     """
 
@@ -103,6 +125,25 @@ def per_shard(kernel: Kernel, results: tuple[str, ...], *, takes_parts: bool) ->
         return found
 
     return partitioned
+
+
+@cache
+def partitioned_call() -> Any:
+    """The jaxpr of some call of `per_shard`.
+
+    JAX looks for such calls in the parameters of primitives, and tells only those it finds which
+    devices a program is lowered for: one that is traced when it is lowered needs it beside it.
+    """
+
+    @custom_partitioning
+    def call(x: Array) -> Array:
+        return x
+
+    def partition(mesh: Mesh, arguments: Any, result: Any) -> Any:
+        return mesh, call, result.sharding, (arguments[0].sharding,)
+
+    call.def_partition(partition=partition, sharding_rule="i -> i")
+    return jax.make_jaxpr(call)(jax.ShapeDtypeStruct((1,), jnp.float32))
 
 
 def per_explicit_shard(kernel: Kernel, results: tuple[str, ...], *, takes_parts: bool) -> Kernel:
@@ -306,11 +347,12 @@ def _out_axes(axes: dict[str, str], results: tuple[str, ...], spec: AttentionSpe
 
 def _axes_of(name: str, shape: tuple[int, ...], spec: AttentionSpec) -> str:
     """The axes that an array really has: a bias or mask may be 1 along any of its own."""
-    if name == "sinks" and len(shape) == 2:
+    of = operand_of(name)
+    if of == "sinks" and len(shape) == 2:
         return "b N"
-    if name == "scale" and shape != (spec.batch,):
+    if of == "scale" and shape != (spec.batch,):
         return "one"
-    if name not in ("bias", "mask", "d_bias"):
+    if of not in ("bias", "mask", "d_bias"):
         return _AXES[name]
     rows = spec.rows(name)
     own = {True: "B" if rows.is_mixed else "b", False: f"{name}b"}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-import jattn
 from tests import formula
 from tests.backends import EAGER, Backend, largest_array, quick_jit
 from tests.cases import first, thorough
@@ -200,19 +199,3 @@ def test_one_result_alone_has_its_gradient(backend: Backend, which: int) -> None
         quick_jit(jax.grad(partial(total, each), (0, 1)))(x, bias) for each in (backend, EAGER)
     )
     assert_close(found, expected)
-
-
-@pytest.mark.parametrize("backend", [FLASH, *thorough((CHUNKED,))], ids=str)
-def test_other_derivatives_are_refused_and_eager_named(backend: Backend) -> None:
-    x = normal("x", 1, 8, 2, 4)
-
-    def total(x: jax.Array) -> jax.Array:
-        return (backend(x, x, x) ** 2).sum()
-
-    for differentiate in (
-        lambda: jax.jvp(total, (x,), (x,)),
-        lambda: jax.jacfwd(total)(x),
-        lambda: jax.grad(lambda x: (jax.grad(total)(x) ** 2).sum())(x),
-    ):
-        with pytest.raises(jattn.UnsupportedAttentionError, match="eager"):
-            differentiate()

@@ -24,23 +24,23 @@ from jattn.transforms.context.parts import Keys, Part, context_of, kept_heads
 from jattn.transforms.context.plan import Plan, whole_keys
 from jattn.transforms.context.runs import Sight, runs, sight
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "gathered", "of_all_keys", "scattered"]
 
 
 def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands) -> Merged:
     """The rows' output without sinks, and their numbers."""
     pieces = _pieces(plan, spec)
     segments = _segments(spec, operands)
-    coming = _gathered(spec, operands, pieces[0])
+    coming = _of_piece(spec, operands, pieces[0])
     found: list[Merged] = []
     for number, piece in enumerate(pieces):
         keys, coming = coming | segments, {}
         if number + 1 < len(pieces):
-            coming = _gathered(spec, operands, pieces[number + 1])
+            coming = _of_piece(spec, operands, pieces[number + 1])
         own_spec, own = kept_heads(spec, operands, *piece)
         by_run = [
             Merged(*kernel.run(part.spec(own_spec), part.operands(own_spec, own, keys)))
-            for part in _parts(spec)
+            for part in of_all_keys(spec)
         ]
         found.append(Merged(*(jnp.concatenate(x, axis=1) for x in zip(*by_run, strict=True))))
         # The piece after the next is asked for only when this one is done.
@@ -56,17 +56,17 @@ def backward(
     pieces = _pieces(plan, spec)
     segments = _segments(spec, operands)
     d_bias = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias).bias
-    coming = _gathered(spec, operands, pieces[0])
+    coming = _of_piece(spec, operands, pieces[0])
     found: list[tuple[Array, Array, Array]] = []
     for number, piece in enumerate(pieces):
         keys, coming = coming | segments, {}
         if number + 1 < len(pieces):
-            coming = _gathered(spec, operands, pieces[number + 1])
+            coming = _of_piece(spec, operands, pieces[number + 1])
         own_spec, own = kept_heads(spec, operands, *piece)
         heads = slice(piece.first * spec.group, (piece.first + piece.heads) * spec.group)
         own_saved = Saved(*(x[:, :, heads] for x in saved))
         d_queries, sums = [], None
-        for part in _parts(spec):
+        for part in of_all_keys(spec):
             d_query, *d_keys = kernel.run(
                 part.spec(own_spec),
                 part.operands(own_spec, own, keys),
@@ -84,7 +84,7 @@ def backward(
         coming, d_query, sums, operands = lax.optimization_barrier(
             (coming, d_query, sums, operands)
         )
-        d_key, d_value = (_scattered(context, x) for x in sums)
+        d_key, d_value = (scattered(context, x) for x in sums)
         found.append((d_query, d_key, d_value))
     query, key, value = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
     return Gradients(query, key, value, d_bias)
@@ -102,7 +102,7 @@ def _pieces(plan: Plan, spec: AttentionSpec) -> list[_Piece]:
     return [_Piece(first, count) for first in range(0, spec.kv_heads, count)]
 
 
-def _parts(spec: AttentionSpec) -> list[Part]:
+def of_all_keys(spec: AttentionSpec) -> list[Part]:
     """Each run of queries, with all keys; whatever they see of these, they get a result."""
     context = context_of(spec)
     keys = whole_keys(context, spec)
@@ -113,18 +113,18 @@ def _parts(spec: AttentionSpec) -> list[Part]:
     return found
 
 
-def _gathered(spec: AttentionSpec, operands: Operands, piece: _Piece) -> Keys:
+def _of_piece(spec: AttentionSpec, operands: Operands, piece: _Piece) -> Keys:
     heads = slice(piece.first, piece.first + piece.heads)
     own = {"key": operands.key[:, :, heads], "value": operands.value[:, :, heads]}
-    return {name: _of_all(context_of(spec), x) for name, x in own.items()}
+    return {name: gathered(context_of(spec), x) for name, x in own.items()}
 
 
 def _segments(spec: AttentionSpec, operands: Operands) -> Keys:
     ids = operands.key_segments
-    return {} if ids is None else {"key_segments": _of_all(context_of(spec), ids)}
+    return {} if ids is None else {"key_segments": gathered(context_of(spec), ids)}
 
 
-def _of_all(context: Context, x: Array) -> Array:
+def gathered(context: Context, x: Array) -> Array:
     """What all devices have of (B, S, ...), in the order of positions."""
     if context.has_whole_keys:
         return x
@@ -135,7 +135,7 @@ def _of_all(context: Context, x: Array) -> Array:
     return found
 
 
-def _scattered(context: Context, x: Array) -> Array:
+def scattered(context: Context, x: Array) -> Array:
     """The sum over all devices of a device's own positions of (B, S, ...)."""
     if context.has_whole_keys:
         return x

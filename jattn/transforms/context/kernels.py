@@ -13,7 +13,7 @@ from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms.context.parts import Part, context_of, device_index, queries_of
 from jattn.transforms.context.runs import Run
 
-__all__ = ["Backward", "Forward", "Gradients", "Pair", "Saved"]
+__all__ = ["Backward", "Forward", "Gradients", "Pair", "Saved", "added_bias"]
 
 
 class Pair(Protocol):
@@ -103,11 +103,16 @@ class Backward:
 
     def with_bias(self, spec: AttentionSpec, d_bias: Array, part: Part, found: Array) -> Array:
         """The bias's gradient with a part's added where it lies."""
-        row, column = 0, jnp.zeros((), jnp.int32)
-        if d_bias.shape[2] > 1:
-            row = part.queries.first
-        if d_bias.shape[3] > 1:
-            column = part.keys.start(device_index(spec))
-        at = tuple(jnp.asarray(x, jnp.int32) for x in (0, 0, row, column))
-        old = lax.dynamic_slice(d_bias, at, found.shape)
-        return lax.dynamic_update_slice(d_bias, old + found.astype(d_bias.dtype), at)
+        return added_bias(spec, d_bias, part, found)
+
+
+def added_bias(spec: AttentionSpec, d_bias: Array, part: Part, found: Array) -> Array:
+    """A bias's gradient with a part's added where it lies."""
+    row, column = 0, jnp.zeros((), jnp.int32)
+    if d_bias.shape[2] > 1:
+        row = part.queries.first
+    if d_bias.shape[3] > 1:
+        column = part.keys.start(device_index(spec))
+    at = tuple(jnp.asarray(x, jnp.int32) for x in (0, 0, row, column))
+    old = lax.dynamic_slice(d_bias, at, found.shape)
+    return lax.dynamic_update_slice(d_bias, old + found.astype(d_bias.dtype), at)
