@@ -54,6 +54,8 @@ def arrays_and_options(case: Case, multiple: int, seed: int = 0) -> tuple[Result
     for name, size in (("query_seq_lengths", case.queries), ("key_value_seq_lengths", case.keys)):
         if size % multiple:
             options[name] = jnp.minimum(options.get(name, jnp.full(case.batch, size)), size)
+        if name in options:
+            arrays[name] = options.pop(name)
     return arrays, options
 
 
@@ -108,11 +110,11 @@ def everything(attend: Any, case: Case, arrays: Results, multiple: int) -> Resul
     d_out, d_lse = (padded(jnp.asarray(drawn[name]), 1, multiple) for name in ("dout", "dlse"))
 
     @quick_jit
-    def run(moving: Results, d_out: Any, d_lse: Any) -> Results:
+    def run(moving: Results, fixed: Results, d_out: Any, d_lse: Any) -> Results:
         (out, lse), vjp = jax.vjp(lambda moving: attend(moving | fixed), moving)
         return {"out": out, "lse": lse, **vjp((d_out, d_lse.astype(lse.dtype)))[0]}
 
-    found = run(moving, d_out, d_lse)
+    found = run(moving, fixed, d_out, d_lse)
     names = {"query": "q", "key": "k", "value": "v"}
     found = {names.get(name, name): x for name, x in found.items()}
     shapes = {name: x.shape for name, x in drawn.differentiable.items()}

@@ -72,8 +72,10 @@ def context_parallel(
     with the columns of all keys. Lengths, `query_offset`, "bottom_right" and dropout are those of
     the whole sequence, and so are the results: each device gets those of its own queries, whatever
     others hold, and gradients of its own arrays from all (Liu et al., "Ring Attention with
-    Blockwise Transformers", 2023). Part of `jax.jit`'s cache key. Under `jax.jit` without
-    `jax.shard_map` nothing has to be said: arrays sharded along the sequence are enough.
+    Blockwise Transformers", 2023). Mesh axes that `shard_map` leaves to the partitioner are
+    gathered for GPU kernels: let it cut batch and heads as well. Part of `jax.jit`'s cache key.
+    Under `jax.jit` without `jax.shard_map` nothing has to be said: arrays sharded along the
+    sequence are enough.
 
     Args:
       axis_name: the mesh axis, or several, along which `shard_map` cuts the sequence; None: calls
