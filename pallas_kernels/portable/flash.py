@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.portable import flash_forward
-from pallas_kernels.portable.bias_gradient import bias_gradient
+from pallas_kernels.portable.bias_gradient import bias_gradient, summed, way_of
 from pallas_kernels.portable.flash_backward import key_gradients, query_gradients
 from pallas_kernels.portable.inputs import backward_inputs
 from pallas_kernels.portable.tiles import Tiles, bias_tiles, key_tiles, query_tiles
@@ -64,7 +63,7 @@ def backward(
     """
     tiles = tiles or backward_tiles(spec)
     inputs = backward_inputs(spec, operands, top, rest, row_term, d_out)
-    way = _way(spec) if wants_bias else None
+    way = way_of(spec) if wants_bias else None
     dk, dv, *sums = key_gradients(
         spec, operands, inputs, tiles.keys, sums_bias=way == "columns", interpret=interpret
     )
@@ -80,28 +79,4 @@ def backward(
     if way == "whole":
         return dq, dk, dv, by_query[0]
     (partial,) = by_query + sums
-    return dq, dk, dv, _summed(spec, partial[..., None] if way == "rows" else partial[:, :, None])
-
-
-def _way(spec: AttentionSpec) -> str | None:
-    """Where the bias's gradient is summed: over keys, over queries, over what shares it, or not."""
-    if spec.d_bias_shape is None:
-        return None
-    b, n, t, s = spec.d_bias_shape
-    if s == 1:
-        return "rows"
-    if t == 1:
-        return "columns"
-    return "whole" if (b, n) == (spec.batch, spec.heads) else "shared"
-
-
-def _summed(spec: AttentionSpec, partial: Array) -> Array:
-    """(B, N, T, 1) or (B, N, 1, S) summed to the gradient's shape, in the bias's dtype."""
-    assert spec.d_bias_shape is not None
-    axes = spec.rows("d_bias").axes
-    partial = partial.reshape(*(axis.size for axis in axes), *partial.shape[1:])
-    shared = tuple(i for i, axis in enumerate(axes) if not axis.own)
-    total = jnp.sum(partial, axis=shared).reshape(-1, *partial.shape[len(axes) :])
-    pairs = zip(total.shape, spec.d_bias_shape, strict=True)
-    narrow = tuple(axis for axis, (whole, own) in enumerate(pairs) if own < whole)
-    return jnp.sum(total, axis=narrow, keepdims=True).astype(spec.bias_dtype)
+    return dq, dk, dv, summed(spec, partial[..., None] if way == "rows" else partial[:, :, None])
