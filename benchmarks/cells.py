@@ -13,7 +13,8 @@ __all__ = ["Cell", "Mask", "Pass"]
 
 type Kind = Literal["full", "causal", "window", "packed"]
 # gradient: one call that computes the output and every gradient. backward: gradient - forward.
-type Pass = Literal["forward", "gradient", "backward"]
+# jvp: the output and its tangent along query, key and value. hvp: the same of the gradients.
+type Pass = Literal["forward", "gradient", "backward", "jvp", "hvp"]
 
 _KINDS: tuple[str, ...] = get_args(Kind.__value__)
 
@@ -151,9 +152,20 @@ class Cell:
         return sum(len(self.visible(query)) for query in range(self.queries))
 
     def flops(self, which: Pass) -> float:
-        """Floating-point operations: two matmuls forward, five backward."""
+        """Floating-point operations: matmuls, two forward and five each backward and of a tangent.
+
+        A tangent of the gradients is twelve more.
+        """
         h, d = self.head_dim, self.values
         forward = h + d  # Q Kᵀ; P V
         backward = 3 * h + 2 * d  # Q Kᵀ, dQ, dK; dP, dV
-        widths = {"forward": forward, "backward": backward, "gradient": forward + backward}[which]
+        tangent = 3 * h + 2 * d  # Q Kᵀ, tQ Kᵀ, Q tKᵀ; P tS V, P tV
+        of_gradients = 7 * h + 5 * d
+        widths = {
+            "forward": forward,
+            "backward": backward,
+            "gradient": forward + backward,
+            "jvp": forward + tangent,
+            "hvp": forward + backward + tangent + of_gradients,
+        }[which]
         return 2.0 * self.batch * self.heads * widths * self.visible_pairs()

@@ -52,6 +52,8 @@ class Ready:
         if which == "gradient":
             on_gpu = jax.default_backend() == "gpu"
             function = (_with_cotangent if on_gpu else _of_the_sum)(function)
+        elif which in _ALONG:
+            function = _ALONG[which](function)
         start = time.perf_counter()
         self._compiled = jax.jit(function).lower(*self._operands.shapes).compile()
         self.compile_s = time.perf_counter() - start
@@ -110,8 +112,10 @@ class _Operands:
 
     def __init__(self, cell: Cell, which: Pass, *, dense_mask: bool) -> None:
         self._cell, self._dense_mask = cell, dense_mask
-        self._cotangent = which == "gradient" and jax.default_backend() == "gpu"
-        self._split = which == "gradient"
+        on_gpu = jax.default_backend() == "gpu"
+        self._cotangent = which == "hvp" or (which == "gradient" and on_gpu)
+        self._along = which in _ALONG
+        self._split = which in ("gradient", *_ALONG)
         self.shapes: tuple[Any, ...] = jax.eval_shape(self._made)
         self.nbytes = sum(
             x.size * x.dtype.itemsize
@@ -133,10 +137,15 @@ class _Operands:
             return (arrays,)
         wanted = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
         rest = {name: x for name, x in arrays.items() if name not in wanted}
-        if not self._cotangent:
-            return (wanted, rest)
-        shape = (*arrays["query"].shape[:-1], self._cell.values)
-        return (wanted, rest, jax.random.normal(jax.random.key(2), shape, self._cell.dtype))
+        made: tuple[Any, ...] = (wanted, rest)
+        if self._along:
+            keys = jax.random.split(jax.random.key(3), len(wanted))
+            pairs = zip(wanted.items(), keys, strict=True)
+            made += ({n: jax.random.normal(key, x.shape, x.dtype) for (n, x), key in pairs},)
+        if self._cotangent:
+            shape = (*arrays["query"].shape[:-1], self._cell.values)
+            made += (jax.random.normal(jax.random.key(2), shape, self._cell.dtype),)
+        return made
 
 
 def _rows_of(cell: Cell) -> Callable[[Arrays, Array], Arrays]:
@@ -183,6 +192,34 @@ def _of_the_sum(attend: Attend) -> Callable[..., tuple[Array, Arrays]]:
         return attend({**wanted, **rest}).astype(jnp.float32).sum()
 
     return jax.value_and_grad(total)
+
+
+def _jvp(attend: Attend) -> Callable[..., tuple[Array, Array]]:
+    """Output, and its tangent along tangents of all arrays that have a gradient."""
+
+    def along(wanted: Arrays, rest: Arrays, tangents: Arrays) -> tuple[Array, Array]:
+        return jax.jvp(lambda wanted: attend({**wanted, **rest}), (wanted,), (tangents,))
+
+    return along
+
+
+def _hvp(attend: Attend) -> Callable[..., tuple[Arrays, Arrays]]:
+    """Gradients for a random gradient of the output, and their tangents along all arrays'."""
+
+    def along(
+        wanted: Arrays, rest: Arrays, tangents: Arrays, cotangent: Array
+    ) -> tuple[Arrays, Arrays]:
+        def gradients(wanted: Arrays) -> Arrays:
+            _, vjp = jax.vjp(lambda wanted: attend({**wanted, **rest}), wanted)
+            found: Arrays = vjp(cotangent)[0]
+            return found
+
+        return jax.jvp(gradients, (wanted,), (tangents,))
+
+    return along
+
+
+_ALONG: dict[Pass, Callable[[Attend], Callable[..., Any]]] = {"jvp": _jvp, "hvp": _hvp}
 
 
 def prepare(peer: str, cell: Cell, which: Pass) -> Ready:

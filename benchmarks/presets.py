@@ -24,6 +24,8 @@ PORTABLE_PEERS = (
     "tokamax/xla_chunked",
 )
 DETERMINISTIC = "jattn/flash-deterministic"
+DERIVATIVE_PEERS = ("jattn/flash", "jattn/flash-portable", "jattn/memory_efficient-xla")
+CAUSAL = Mask("causal")
 RIVALS = ("jax.nn/cudnn", "tokamax/mosaic")
 
 
@@ -155,6 +157,26 @@ def portable(*, tokens: int = 16384, width: int = 2048) -> Preset:
     return Preset(tuple(plans), (*PORTABLE_PEERS, *RIVALS, *in_xla), tuple(targets))
 
 
+def derivatives(*, heads: int = 24, length: Sequence[int] = (8192, 16384)) -> Preset:
+    """Forward-mode and second derivatives on one GPU, bf16: jvp of full attention, HVP of causal.
+
+    The bounds in milliseconds are for an H100.
+    """
+    plans: list[Plan] = []
+    targets: list[Target] = []
+    bounds = {8192: 6.5, 16384: 26.0}
+    for t in length:
+        shown = Cell(1, t, t, heads, heads, 128, Mask("full"))
+        plans.append(Plan(shown, ("forward", "jvp"), DERIVATIVE_PEERS))
+        if (t, heads) in {(of, 24) for of in bounds}:
+            targets.append(Time(shown.name, "jvp", "jattn/flash", bounds[t]))
+    causal = Cell(1, max(length), max(length), max(heads // 2, 1), max(heads // 2, 1), 64, CAUSAL)
+    plans.append(Plan(causal, ("forward", "gradient", "hvp"), DERIVATIVE_PEERS))
+    if (causal.queries, causal.heads) == (16384, 12):
+        targets.append(Time(causal.name, "hvp", "jattn/flash", 13.0))
+    return Preset(tuple(plans), DERIVATIVE_PEERS, tuple(targets))
+
+
 def custom(
     *,
     peers: tuple[str, ...],
@@ -202,5 +224,6 @@ PRESETS: dict[str, Callable[..., Preset]] = {
     "hopper-forward": hopper_forward,
     "hopper-backward": hopper_backward,
     "portable": portable,
+    "derivatives": derivatives,
     "all": all_shapes,
 }

@@ -44,6 +44,8 @@ class Ready:
     temp_bytes: int | None = None
 
     def __init__(self, peer: str, cell: Cell, which: Pass) -> None:
+        if which not in ("forward", "gradient"):
+            raise NotImplementedError(f"PyTorch's kernels have no {which}")
         self._cell, self._which, self._backend = cell, which, BACKENDS[peer]
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
