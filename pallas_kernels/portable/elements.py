@@ -28,6 +28,7 @@ __all__ = [
     "both",
     "dropped",
     "logits",
+    "matrix",
     "may_hide",
     "placed",
     "scale_of",
@@ -54,14 +55,11 @@ class Place:
 
 
 class Logits(NamedTuple):
-    """x and c such that x c are the logits in base 2, and the soft cap's slope or None.
-
-    The slope is that of the logits by Q Kᵀ scale.
-    """
+    """x and c such that x c are the logits in base 2; and tanh(z / cap), or None without a cap."""
 
     x: Array
     c: float
-    slope: Array | None
+    tanh: Array | None
 
 
 def both(a: Mask, b: Mask) -> Mask:
@@ -92,22 +90,21 @@ def logits(spec: AttentionSpec, refs: SimpleNamespace, at: Place, s: Array) -> L
     """The logits of a tile whose Q Kᵀ is s."""
     scale = scale_of(spec, refs, at.batch)
     cap = spec.logits_soft_cap
-    x, c, slope = s, base(spec), None
+    x, c, tanh = s, base(spec), None
     seen = _seen(spec, refs, at)
     if cap is not None:
         if seen is not None:
             x = jnp.where(seen, x, 0.0)  # the slope at a NaN, times a gradient of 0, would be NaN
-        x = _tanh(spec, x * (scale / cap))
-        slope = 1 - x * x
+        x = tanh = _tanh(spec, x * (scale / cap))
     if spec.bias_shape is not None:
         index, inside = placed(spec, "bias", spec.bias_shape, at)
-        bias = _matrix(load(refs.bias, index, inside)).astype(jnp.float32)
+        bias = matrix(load(refs.bias, index, inside)).astype(jnp.float32)
         x = multiply_add(x, scale if cap is None else cap, bias)
     elif cap is None and (spec.scale is None or spec.scale <= 0):
         x = x * scale
     if seen is not None:
         x = jnp.where(seen, x, -jnp.inf)
-    return Logits(x, c, slope)
+    return Logits(x, c, tanh)
 
 
 def base(spec: AttentionSpec) -> float:
@@ -162,11 +159,12 @@ def _seen(spec: AttentionSpec, refs: SimpleNamespace, at: Place) -> Mask:
     if spec.mask_shape is not None:
         index, inside = placed(spec, "mask", spec.mask_shape, at)
         mask = load(refs.mask, index, inside, False)
-        seen = both(seen, _matrix(mask).astype(jnp.int32) != 0)
+        seen = both(seen, matrix(mask).astype(jnp.int32) != 0)
     return seen
 
 
-def _matrix(x: Array) -> Array:
+def matrix(x: Array) -> Array:
+    """What was loaded, a scalar as a matrix of one element."""
     return x.reshape(1, 1) if x.ndim == 0 else x
 
 

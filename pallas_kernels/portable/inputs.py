@@ -12,9 +12,9 @@ from pallas_kernels.portable.precision import factor
 from pallas_kernels.portable.triton import LOG2E
 
 if TYPE_CHECKING:
-    from jattn.call.spec import AttentionSpec, Operands
+    from jattn.call.spec import AttentionSpec, Operands, Tangents
 
-__all__ = ["backward_inputs", "forward_inputs"]
+__all__ = ["backward_inputs", "forward_inputs", "log_sum_exp_inputs", "tangent_inputs"]
 
 
 def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
@@ -57,13 +57,28 @@ def backward_inputs(
     row_term: Array,
     d_out: Array,
 ) -> dict[str, Array]:
-    """The same with d_out, and the rows' numbers by head: (B, N, T), `rest` in base 2.
+    """The same with d_out, and the rows' numbers by head, (B, N, T)."""
+    return (
+        forward_inputs(spec, operands)
+        | log_sum_exp_inputs(top, rest)
+        | {"row_term": jnp.swapaxes(row_term, 1, 2), "d_out": factor(spec, d_out)}
+    )
+
+
+def log_sum_exp_inputs(top: Array, rest: Array) -> dict[str, Array]:
+    """The log-sum-exp by head, (B, N, T), `rest` in base 2.
 
     The maximum of a row that sees nothing is infinite, which makes all its weights 0.
     """
-    return forward_inputs(spec, operands) | {
+    return {
         "top": jnp.swapaxes(jnp.where(top > -jnp.inf, top, jnp.inf), 1, 2),
         "rest": jnp.swapaxes(rest * LOG2E, 1, 2),
-        "row_term": jnp.swapaxes(row_term, 1, 2),
-        "d_out": factor(spec, d_out),
     }
+
+
+def tangent_inputs(spec: AttentionSpec, tangents: Tangents) -> dict[str, Array]:
+    """The tangents of a call's logits and values, those that there are, as products take them."""
+    factors = {"tq": tangents.query, "tk": tangents.key, "tv": tangents.value}
+    inputs = {name: factor(spec, x) for name, x in factors.items() if x is not None}
+    others = {"t_bias": tangents.bias, "t_scale": tangents.scale}
+    return inputs | {name: x for name, x in others.items() if x is not None}

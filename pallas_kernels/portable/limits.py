@@ -15,12 +15,22 @@ from pallas_kernels.portable.tiles import shared_kib
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["refusals"]
+__all__ = ["refusals", "tangent_refusals"]
 
 MOST_HEAD_DIM = 512
 MOST_PROGRAMS = 2**31 - 1  # of a launch
 # Of float32, by its terms and KiB of shared memory, which a backward tile of 16 by 16 must fit.
 MOST_OF_TERMS = {(3, 163): 256, (3, 99): 128, (2, 99): 256}
+# The same of tangents, whose kernels hold twice as much; of two-byte floats too.
+MOST_OF_TANGENTS = {
+    (1, 99): 256,
+    (2, 227): 128,
+    (2, 163): 128,
+    (2, 99): 128,
+    (3, 227): 128,
+    (3, 163): 128,
+    (3, 99): 64,
+}
 DTYPES = ("bfloat16", "float16", "float32")
 # An array of more than 2^32 bytes is indexed with 64 bits, else with 32, one of them a sign.
 INDEXED = 1 << 31
@@ -58,6 +68,20 @@ def refusals(spec: AttentionSpec) -> list[str]:
     if (count := spec.tiles(16)) > MOST_PROGRAMS:
         reasons.append(
             f"its portable kernel may have {count} tiles of 16 rows, more than {MOST_PROGRAMS}"
+        )
+    return reasons
+
+
+def tangent_refusals(spec: AttentionSpec) -> list[str]:
+    """Why the kernels of tangents cannot do the call, with the values; empty if they can."""
+    kib = shared_kib(current_target().compute_capability)
+    size, terms = max(spec.head_dim, spec.value_dim), term_count(spec)
+    reasons = refusals(spec)
+    most = MOST_OF_TANGENTS.get((terms, kib), MOST_HEAD_DIM)
+    if most < size <= MOST_HEAD_DIM:
+        reasons.append(
+            f"its portable kernels of tangents take {spec.dtype.name} up to a head dim of {most}, "
+            f"not {size}, where a program has {kib} KiB of shared memory"
         )
     return reasons
 

@@ -23,7 +23,7 @@ from jax import Array
 from pallas_kernels.portable.elements import Logits
 from pallas_kernels.portable.triton import LN2, LOG2E, exp2
 
-__all__ = ["APART", "End", "Softmax"]
+__all__ = ["APART", "End", "Softmax", "apart"]
 
 APART = 8
 
@@ -64,7 +64,7 @@ class Softmax(NamedTuple):
         shift = jnp.where(m == -jnp.inf, 0.0, m) if may_hide else m
         p = exp2(x, c, shift)
         correction = jnp.exp2((self.m - shift) * c)
-        added = p.sum(axis=1, keepdims=True) if self.l.shape[1] == 1 else _apart(p).sum(axis=1)
+        added = p.sum(axis=1, keepdims=True) if self.l.shape[1] == 1 else apart(p).sum(axis=1)
         return p, Softmax(m, self.l * correction + added), correction
 
     def add(self, logits: Logits, *, may_hide: bool) -> Softmax:
@@ -72,7 +72,7 @@ class Softmax(NamedTuple):
         if self.m.shape[1] == 1:
             return self.update(logits, may_hide=may_hide)[1]
         x, c, _ = logits
-        x = _apart(x)
+        x = apart(x)
         m = jnp.maximum(self.m, x.max(axis=1))
         shift = jnp.where(m == -jnp.inf, 0.0, m) if may_hide else m
         p = exp2(x, c, shift[:, None, :])
@@ -105,5 +105,6 @@ class Softmax(NamedTuple):
         )
 
 
-def _apart(x: Array) -> Array:
+def apart(x: Array) -> Array:
+    """(rows, keys) as (rows, keys / APART, APART), whose sum over axis 1 no threads exchange."""
     return x.reshape(x.shape[0], -1, APART)

@@ -35,7 +35,7 @@ def gradients(
     From s = Q Kᵀ and dp = dO Vᵀ.
     """
     top, rest, row_term = rows
-    x, c, slope = logits(spec, refs, at, s)
+    x, c, tanh = logits(spec, refs, at, s)
     p = exp2(x, c, top, rest)
     if at.masked or may_hide(spec):
         dp = jnp.where(p == 0.0, 0.0, dp)  # a hidden value may be so large that its dP is infinite
@@ -44,7 +44,7 @@ def gradients(
         dx = kept * dp - p * (row_term * (1 - spec.dropout_rate))
     else:
         dx = p * (dp - row_term)
-    return kept, dx, dx if slope is None else dx * slope
+    return kept, dx, dx if tanh is None else dx * (1 - tanh * tanh)
 
 
 def dropout_factor(spec: AttentionSpec) -> float:

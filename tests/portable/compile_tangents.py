@@ -1,0 +1,114 @@
+"""Compiles the portable kernels of tangents for absent GPUs, as compile_calls.py does the others.
+
+compile_tangents.py DEVICE WHICH
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from functools import partial
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from tests.portable.absent import gpus, standard_error  # isort: skip
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jattn.call.arguments import attention_call
+from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from pallas_kernels.portable.backward_tangent import backward_tangent
+from pallas_kernels.portable.limits import tangent_refusals
+from pallas_kernels.portable.tangent import tangent
+from tests.cases import Case
+from tests.portable.compile_calls import FEATURES, REFUSED, WIDTHS, Long, arguments, spills
+
+CASES = {
+    "widths": [Long("causal_32", head_dim=32, causal=True), *WIDTHS],
+    "features": [case for case in FEATURES if case.name != "one_query"],
+}
+# Shared memory is too small for the least of tiles.
+FLOAT32 = ("float32_256", "float32_512", "tf32_256", "tf32_512")
+TANGENTS_REFUSED = {
+    "h200": FLOAT32,
+    "b200": FLOAT32,
+    "a100": FLOAT32,
+    "l4": (*FLOAT32, "causal_512", "float32_128"),
+}
+DIRECTIONS = ("tangent", "backward_tangent")
+
+
+def shapes_of(case: Case, place: NamedSharding) -> dict[str, Any]:
+    """What the kernels take beside the call's arguments."""
+
+    def of(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    rows = (case.batch, case.queries, case.heads)
+    out = of(*rows, case.value_dim or case.head_dim, dtype=jnp.dtype(case.dtype))
+    return {"out": out, "d_out": out, "td_out": out, "row": of(*rows)}
+
+
+def computed(
+    case: Case, direction: str, floats: Any, rest: Any, tangents: Any, saved: dict[str, Any]
+) -> tuple[jax.Array, ...]:
+    """All that a direction may give, of a call whose every operand moves."""
+    _, _, static = arguments(case)
+    made = attention_call(**floats, **rest, **static)
+    spec: AttentionSpec = made.spec
+    operands: Operands = made.operands._replace(sinks=None)
+    if reasons := tangent_refusals(spec):
+        raise ValueError(reasons)
+    names = ("query", "key", "value", "bias")
+    moving = Tangents(**{name: tangents[name] for name in names if name in tangents})
+    row = saved["row"]
+    if direction == "tangent":
+        return tangent(spec, operands, row, row, saved["out"], moving, None)
+    wanted = tuple(name for name in names if name in tangents)
+    rows = MovingRows(saved["d_out"], row, row, row, saved["td_out"])
+    return backward_tangent(spec, operands, row, row, rows, moving, wanted=wanted)
+
+
+def main(device: str, which: str) -> None:
+    """One line for each call: spilled bytes, and bytes held beside arguments and results."""
+    with gpus(device, 1) as mesh:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        for case in CASES[which]:
+            if case.name in REFUSED.get(device, ()) + TANGENTS_REFUSED.get(device, ()):
+                continue
+            floats, rest, _ = jax.tree.map(
+                lambda x: (
+                    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+                    if isinstance(x, jax.ShapeDtypeStruct)
+                    else x
+                ),
+                arguments(case),
+            )
+            for direction in DIRECTIONS:
+                found = {"jax": jax.__version__, "call": case.name, "direction": direction}
+                found |= {"device": device, "algorithm": "flash"}
+                function = partial(computed, case, direction)
+                precision = "tensorfloat32" if "tf32" in case.name else None
+                try:
+                    with standard_error() as said, jax.default_matmul_precision(precision):
+                        shapes = (floats, rest, floats, shapes_of(case, everywhere))
+                        made = jax.jit(function).lower(*shapes).compile()
+                except Exception as error:  # the others are still to be seen
+                    found["error"] = f"{type(error).__name__}: {error}"[:400]
+                else:
+                    sizes = made.memory_analysis()
+                    operands = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+                    found |= {
+                        "spilled": spills(said()),
+                        "kernels": made.as_text().count("xla.gpu.triton"),
+                    }
+                    found |= {"operands": operands, "temporary": sizes.temp_size_in_bytes}
+                print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
