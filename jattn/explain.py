@@ -38,8 +38,9 @@ class BackendReport:
       kernel: what it would run.
       gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
         arguments, results and their gradients.
-      tangents: what makes the tangents, of forward mode and second derivatives: loops in "XLA",
-        from the output and log-sum-exp of whatever kernel ran; of "eager" it is "JAX" itself.
+      tangents: what makes the tangents, of forward mode and second derivatives, from the output and
+        log-sum-exp of whatever kernel ran: kernels of "Pallas, portable", or loops in "XLA"; of
+        "eager" it is "JAX" itself.
     """
 
     name: str

@@ -37,7 +37,7 @@ _HIGH_BITS = 0xFFFFF000  # of a float32: sign, exponent and the first 11 of 23 b
 def kernels_anywhere(family: Family, algorithm: Literal["flash", "chunked"]) -> WithLoops:
     """Pallas kernels, with the loops beside them but where their text is interpreted."""
     kernels = kernels_of(family, algorithm)
-    return WithLoops(kernels, interpret=kernels.interpret)
+    return WithLoops(kernels, kernels, interpret=kernels.interpret)
 
 
 class TangentKernels(Protocol):

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jattn.call.determinism import is_deterministic
-from jattn.call.spec import AttentionSpec, Operands
+from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
 from jattn.call.target import Target
+from pallas_kernels.portable import limits
 
 __all__ = ["Family", "Kernels", "kernels_of", "lacks", "only"]
 
@@ -55,7 +57,7 @@ def lacks(family: Family, target: Target) -> str | None:
 
 @dataclass(frozen=True)
 class Kernels:
-    """A pair of kernels, forward and backward.
+    """A pair of kernels, forward and backward, and those of tangents.
 
     algorithm: "flash" or "chunked", the query-chunked one, which is portable alone.
     deterministic: gradients are to be bitwise the same each time; portable ones always are.
@@ -137,6 +139,76 @@ class Kernels:
             *saved, wants_bias=wants_bias, wants_scale=wants_scale, interpret=self.interpret
         )
         return found
+
+    def own_tangents(self, spec: AttentionSpec, names: frozenset[str]) -> bool:
+        """Whether there are kernels of a call's tangents, whichever of its operands move.
+
+        They are the portable ones, of both families.
+        """
+        return not limits.tangent_refusals(spec)
+
+    def tangent(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        out: Array,
+        tangents: Tangents,
+        of_sinks: Array | None,
+    ) -> tuple[Array, Array]:
+        """Tangents of the output (B, T, N, D) and of the log-sum-exp (B, T, N) float32.
+
+        Args:
+          spec: the call.
+          operands: its arrays; sinks are not looked at.
+          top: (B, T, N) float32, what forward gave.
+          rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
+          out: (B, T, N, D), what forward gave.
+          tangents: what moves.
+          of_sinks: (B, T, N) float32, the sinks' part of the log-sum-exp's tangent, or None.
+        """
+        from pallas_kernels.portable.tangent import tangent
+
+        saved = (*self._in_portable_unit(spec, top, rest), out)
+        return tangent(spec, operands, *saved, tangents, of_sinks, interpret=self.interpret)
+
+    def backward_tangent(
+        self,
+        spec: AttentionSpec,
+        operands: Operands,
+        top: Array,
+        rest: Array,
+        rows: MovingRows,
+        tangents: Tangents,
+        *,
+        wanted: tuple[str, ...],
+    ) -> tuple[Array, ...]:
+        """Tangents of those gradients that are wanted, "query", "key", "value", "bias", "scale".
+
+        Of the scale it is each row's part, (B, T, N) float32.
+        """
+        from pallas_kernels.portable.backward_tangent import backward_tangent
+
+        saved = self._in_portable_unit(spec, top, rest)
+        found: tuple[Array, ...] = backward_tangent(
+            spec, operands, *saved, rows, tangents, wanted=wanted, interpret=self.interpret
+        )
+        return found
+
+    def _in_portable_unit(
+        self, spec: AttentionSpec, top: Array, rest: Array
+    ) -> tuple[Array, Array]:
+        """The log-sum-exp as the portable kernels have it; `rest` has what rounding leaves out."""
+        if self.family == "portable":
+            return top, rest
+        from pallas_kernels.portable.elements import base
+
+        seen = top > -jnp.inf
+        finite = jnp.where(seen, top, 0)
+        own = finite / base(spec)
+        rest = rest + (finite - own * base(spec)) * math.log(2)
+        return jnp.where(seen, own, -jnp.inf), rest
 
     def _portable(self) -> Any:
         from pallas_kernels.portable import chunked, flash  # import Pallas

@@ -69,6 +69,11 @@ class Form:
         return self.refusals(spec, target)
 
 
+def _tangents_by(spec: AttentionSpec, target: Target) -> str:
+    """What makes the tangents of a call that kernels run."""
+    return "XLA" if portable.tangent_refusals(spec) else "Pallas, portable"
+
+
 # In the order in which they are tried: all that are automatic where none is named, or those of the
 # name. The reason for each place is a measurement in benchmarks/results. On an H200 flash's Hopper
 # kernels are ahead of cuDNN's in most cells, forward and backward, and cuDNN's ahead of flash's
@@ -81,6 +86,7 @@ FORMS = (
         gradient_bytes=flash.hopper_gradient_bytes,
         lacks=lambda target: kernels.lacks("hopper", target),
         refusals=lambda spec, target: hopper.refusals(spec),
+        tangents=_tangents_by,
     ),
     Form(
         name="cudnn",
@@ -98,6 +104,7 @@ FORMS = (
         gradient_bytes=flash.portable_gradient_bytes,
         lacks=lambda target: kernels.lacks("portable", target),
         refusals=lambda spec, target: portable.refusals(spec),
+        tangents=_tangents_by,
     ),
     Form(
         name="memory_efficient",
@@ -106,6 +113,7 @@ FORMS = (
         gradient_bytes=flash.portable_gradient_bytes,
         lacks=lambda target: kernels.lacks("portable", target),
         refusals=lambda spec, target: portable.refusals(spec),
+        tangents=_tangents_by,
     ),
     Form(
         name="memory_efficient",

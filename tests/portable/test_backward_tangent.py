@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.backends import quick_jit
-from tests.cases import CASES, EVERYTHING, Case, chosen, operands
+from tests.cases import CASES, EVERYTHING, Case, operands
 from tests.portable.calls import LARGE, SMALL
 from tests.portable.exact import ampere
 from tests.portable.tangents import (
@@ -25,13 +25,13 @@ from tests.portable.test_tangent import past_lengths
 
 __all__ = ["ampere"]
 
-ORDINARY = "everything"
 SETS = ["q", "k", "v", "bias", "sinks", "q v", "k sinks"]
 WANTED = ["query", "key", "value", "bias", "query value"]
 EVERYTHING_HALF = replace(EVERYTHING, name="everything_half", dtype="bfloat16", bias="BNTS")
 
 
-@pytest.mark.parametrize("case", chosen(CASES, ORDINARY), ids=str)
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_they_are_as_exact_as_the_formula(case: Case, seed: int) -> None:
     check_backward_tangent(case, seed)
 

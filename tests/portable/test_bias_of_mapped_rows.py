@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from tests import formula
 from tests.backends import quick_jit
@@ -25,6 +26,7 @@ def gradient(attention: Any, arrays: Any) -> Any:
     return jax.vmap(jax.grad(loss), (0, None, None, None))(bias, q, k, v)
 
 
+@pytest.mark.thorough
 def test_each_row_is_skipped_by_its_own_offset() -> None:
     rows = [normal(name, 2, 24, 1, 8) for name in ("q", "k", "v")]
     arrays = (*rows, normal("bias", 3, 1, 1, 24, 24))

@@ -28,7 +28,7 @@ Half = partial(Case, batch=1, heads=2, kv_heads=1, head_dim=16, dtype="bfloat16"
 SETS = ["q", "k", "v", "bias", "sinks", "v sinks", "q k", "q v bias"]
 
 
-# test_backward_tangent.py, which needs the tangent too, tries one call of these always.
+# tests/test_second_order.py tries some by these kernels always.
 @pytest.mark.thorough
 @pytest.mark.parametrize("case", [*CASES, *HALF], ids=str)
 def test_it_is_as_exact_as_the_formula(case: Case, seed: int) -> None:
