@@ -110,7 +110,8 @@ class KVCache:
         return Step(self, self.layers, _Chunk(self.lengths, first, real, count))
 
 
-class _Chunk(NamedTuple):
+@dataclass(frozen=True)
+class _Chunk:
     """The tokens of one call: of row b the real ones are at `first[b]` and the `real[b] - 1` after.
 
     Query i of row b is at position `offset[b] + i`; one that is padding may be anywhere.
