@@ -153,9 +153,9 @@ def _batched(held: Any, dims: Any, *, of: Any, spec: Any, names: Any, **_: Any) 
 
 def _over_batch(x: Array, shape: tuple[int, ...]) -> Array:
     """Gradients of sinks (size, B, N) or of a scale (size, B) as of one for all rows, if it is."""
-    if shape == (1,):
-        return x.sum(axis=1, keepdims=True)
-    return x.sum(axis=1) if x.ndim == len(shape) + 2 else x
+    if x.ndim == len(shape) + 2:  # sinks (N,), which may be one
+        return x.sum(axis=1)
+    return x.sum(axis=1, keepdims=True) if shape == (1,) else x
 
 
 def _jvp(primals: Any, tangents: Any, *, of: Any, spec: Any, names: Any, **_: Any) -> Any:
