@@ -4,6 +4,7 @@ python train.py                              sized for this machine, on the stan
 python train.py --data PATH --steps 1000     on any file or folder
 python train.py --model FOLDER               fine-tunes a folder in Hugging Face's format
 python train.py --resume runs/NAME           exactly as if it had not stopped
+python train.py --sequence-parallel 2        with each sequence cut over two devices
 python train.py --report memory              memory and time of attention at growing lengths
 python train.py --report step                the same of the whole training step
 python train.py --report longest             the longest sequence that trains, and two steps of it
@@ -28,6 +29,7 @@ from training import cli, fine_tuning, plots, run_folder
 from training.ahead import Updates
 from training.checkpoints import Checkpoints
 from training.data import Corpus, load_corpus
+from training.devices import Devices
 from training.errors import TrainingError, one_line
 from training.interrupt import stop_on_signals
 from training.loop import Outputs, batch_of, train
@@ -65,6 +67,7 @@ def run(request: cli.Request, console: Console) -> int:
     """Corpus, run folder, memory report, training, plot; checks all before it writes anything."""
     config = request.config
     check_model_runs(config)
+    devices = Devices.checked(request.run.sequence_parallel, config.data)
     corpus = load_corpus(config.data)
     if config.fine_tune.model is not None:
         corpus = tokenized(corpus, config)
@@ -72,14 +75,17 @@ def run(request: cli.Request, console: Console) -> int:
         folder, state = begin(request, corpus)
         checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
         title = f"{parameter_count(config) / 1e6:.2g} million weights on {corpus.source}"
-        say(console, f"{folder.path}: {title}, on {jax.devices()[0].device_kind}")
+        kind = jax.devices()[0].device_kind
+        on = kind if devices.count == 1 else f"{devices.count} x {kind}"
+        say(console, f"{folder.path}: {title}, on {on}")
         say(console, str(corpus))
         if config.memory.memory_report and not folder.memory_json.exists():
             report_layer(config, here(), Screen(console, folder, stop))
-        update = Updates(config)
+        update = Updates(config, devices)
         if state is None:
             update.prepare(batch_of(config, corpus, step=1))  # while the weights are drawn
             state = initial_state(config)
+        state = devices.state(state)
         with (
             MetricsLog(folder.metrics, after_step=int(state.step)) as log,
             TrainingProgress(console, total=config.optimizer.steps, done=int(state.step)) as bar,
@@ -115,6 +121,11 @@ def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState |
 def report(request: cli.Request, console: Console) -> int:
     """One report into a folder of its own."""
     options, config = request.run, request.config
+    if options.sequence_parallel != 1:
+        raise TrainingError(
+            f"--sequence-parallel ({options.sequence_parallel}) is for training; a report is of one"
+            " device's memory"
+        )
     with stop_on_signals() as stop, place_of(options.target) as place:
         facts = {"report": options.report or "memory", "target": options.target}
         folder = run_folder.create(options.runs_dir, options.name, config, facts)

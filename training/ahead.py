@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
 from training.config import TrainConfig
 from training.data import Batch
+from training.devices import Devices
 from training.step import StepScalars, TrainState, abstract_state, train_step
 
 _Shape = tuple[int, ...]
@@ -21,10 +21,12 @@ class Updates:
 
     Args:
         config: the run's configuration; the shapes of its batches follow from it.
+        devices: where it runs.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, devices: Devices) -> None:
         self._config = config
+        self.devices = devices
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._programs: dict[_Shape, Future[Any]] = {}
 
@@ -33,9 +35,10 @@ class Updates:
         shape = batch.inputs.shape
         if shape in self._programs:
             return
+        state = abstract_state(self._config)
         lowered = train_step.lower(
-            abstract_state(self._config),
-            *_shapes(batch),
+            jax.tree.map(lambda x: self.devices.shape(x, is_cut=False), state),
+            *self._shapes(batch),
             config=self._config.optimizer,
         )
         self._programs[shape] = self._pool.submit(lowered.compile)
@@ -44,18 +47,15 @@ class Updates:
         """One update; the state given is used up."""
         self.prepare(batch)
         program = self._programs[batch.inputs.shape].result()
-        updated: tuple[TrainState, StepScalars] = program(
-            state, batch.inputs, batch.targets, batch.segment_ids
-        )
-        return updated
+        batch = self.devices.batch(batch)
+        updated, scalars = program(state, batch.inputs, batch.targets, batch.segment_ids)
+        placed: TrainState = self.devices.state(updated)
+        return placed, scalars
 
     def close(self) -> None:
         """Begins nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-
-def _shapes(batch: Batch) -> tuple[jax.ShapeDtypeStruct | None, ...]:
-    def shape(array: np.ndarray[Any, Any] | None) -> jax.ShapeDtypeStruct | None:
-        return None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-    return shape(batch.inputs), shape(batch.targets), shape(batch.segment_ids)
+    def _shapes(self, batch: Batch) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        arrays = (batch.inputs, batch.targets, batch.segment_ids)
+        return tuple(None if x is None else self.devices.shape(x, is_cut=True) for x in arrays)

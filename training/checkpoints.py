@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from training.config import TrainConfig, differences, from_json
 from training.errors import TrainingError, one_line
 from training.step import TrainState, abstract_state
@@ -69,10 +71,15 @@ class Checkpoints:
         _check_digests(path)
         self._check_belongs(path)
         abstract = abstract_state(self.config)
+        # Not where they were saved, which may be devices that are not here.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), _tree(abstract)
+        )
         try:
             with _checkpointer() as checkpointer:
                 tree = checkpointer.restore(
-                    (path / _STATE).absolute(), args=_args().StandardRestore(_tree(abstract))
+                    (path / _STATE).absolute(), args=_args().StandardRestore(wanted)
                 )
         except Exception as error:  # its files are sound, so another version must have written it
             raise TrainingError(

@@ -63,6 +63,10 @@ class RunOptions:
     ] = None
     """Folder of a run to continue exactly as if it had not stopped, with its own options."""
 
+    sequence_parallel: int = 1
+    """Devices over which each sequence is cut, the weights being on all of them; a run may be
+    resumed on another number."""
+
     report: Annotated[
         ReportName | None,
         tyro.conf.arg(help_behavior_hint="(default: what a run consists of)"),

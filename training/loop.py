@@ -54,12 +54,13 @@ def train(
     """
     total, record = config.optimizer.steps, config.record
     log, checkpoints, progress = outputs.log, outputs.checkpoints, outputs.progress
-    pace = Pace(model_config(config), peak=peak_flops(config.model, jax.devices()[0]))
+    peak = peak_flops(config.model, jax.devices()[0])
+    pace = Pace(model_config(config), peak=None if peak is None else peak * update.devices.count)
     bits, held_out_bits = (BITS_PER_NAT * density for density in corpus.units_per_byte)
 
     def held_out() -> float:
         windows = evaluation_batches(corpus.held_out, config.data, record.evaluation_windows)
-        return held_out_loss(state, windows) * held_out_bits
+        return held_out_loss(state, map(update.devices.batch, windows)) * held_out_bits
 
     first = int(state.step) + 1
     batch = batch_of(config, corpus, first)
