@@ -64,17 +64,31 @@ OTHERS_TERMS = {
 
 def tangent_tiles(spec: AttentionSpec) -> Tiles:
     """Those of the kernel of the output's tangent."""
-    return _table_of(spec).tangent
+    return _fitting(spec, _table_of(spec).tangent)
 
 
 def backward_tangent_tiles(spec: AttentionSpec) -> BackwardTiles:
     """Those of the kernels of the gradients' tangents."""
-    return _table_of(spec).backward
+    return BackwardTiles(*(_fitting(spec, tiles) for tiles in _table_of(spec).backward))
+
+
+def _fitting(spec: AttentionSpec, tiles: Tiles) -> Tiles:
+    """The same with fewer in flight where a bias or dense mask, and its tangent, are in memory too:
+    one, or on Hopper two if they are of two bytes.
+    """
+    if spec.bias_shape is None and spec.mask_shape is None:
+        return tiles
+    is_wide = spec.bias_dtype is not None and spec.bias_dtype.itemsize > 2
+    return tiles._replace(stages=1 if is_wide or not _is_hopper() else min(tiles.stages, 2))
+
+
+def _is_hopper() -> bool:
+    return current_target().compute_capability in (None, (9, 0))
 
 
 def _table_of(spec: AttentionSpec) -> Table:
     halves, terms = OTHERS, OTHERS_TERMS
-    if current_target().compute_capability in (None, (9, 0)):
+    if _is_hopper():
         halves, terms = HOPPER, HOPPER_TERMS
     found = halves if term_count(spec) == 1 else terms
     size = max(spec.head_dim, spec.value_dim)
