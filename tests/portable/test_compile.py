@@ -53,7 +53,7 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
         "tf32_512": 1724,
         "ragged": 24,
         "bias": 176,
-        "mask_soft_cap_sinks": 108,
+        "mask_soft_cap_sinks": 112,
         "packed": 8,
         "one_query": 36,
         "offsets": 668,  # a band and a shared bias
