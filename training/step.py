@@ -156,15 +156,12 @@ def _mean_loss(
     segment_ids: jax.Array | None,
 ) -> jax.Array:
     model: Any = nnx.merge(graph, params)
-    logits = model(inputs, segment_ids=segment_ids)
-    labels, is_byte = targets.astype(jnp.int32), targets.dtype == jnp.uint8
+    if isinstance(model, Decoder):
+        return model.loss(inputs, targets, segment_ids=segment_ids)
     losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
-        logits, labels if is_byte else jnp.maximum(labels, 0)
+        model(inputs, segment_ids=segment_ids), targets.astype(jnp.int32)
     )
-    if is_byte:
-        return losses.mean()
-    weights = (labels != NO_TARGET).astype(losses.dtype)
-    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
+    return losses.mean()
 
 
 _held_out_loss = jax.jit(_mean_loss, static_argnames="graph")

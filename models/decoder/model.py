@@ -2,7 +2,7 @@
 
     x = embedding[tokens]
     x = x + attention(norm(x));  x = x + mlp(norm(x))      once per block
-    logits = norm(x) @ head
+    logits = norm(x) @ head                                or their loss: see cross_entropy.py
 
 B batch, T positions, D width of the residual stream, N query heads, K key/value heads, H head dim,
 V vocabulary. Parameters have the paths of Hugging Face's keys, less the leading "model.".
@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from models.decoder.attention import Cache, CacheStep, Context, SelfAttention, padding_segments
 from models.decoder.config import DecoderConfig
+from models.decoder.cross_entropy import mean_cross_entropy
 from models.decoder.layers import MLP, Embedding, Linear, RMSNorm, product
 from models.decoder.rope import rotary_table
 from models.implementations import AttnImplementation
@@ -202,12 +203,85 @@ class Decoder(nnx.Module):
             )
         if cache is not None and (segment_ids is not None or dropout_rng is not None):
             raise ValueError("a cache holds one document a row and no dropout")
-        if attention_mask is not None:
-            # Whatever stands in the padding, no token that the vocabulary lacks.
-            tokens = jnp.where(attention_mask.astype(bool), tokens, 0)
         step: CacheStep | None = None
         if cache is not None:
             step = cache.begin(tokens.shape[1], attention_mask)
+        x, step = self._hidden(tokens, attention_mask, segment_ids, positions, dropout_rng, step)
+        if logits_to_keep is not None:
+            x = x[:, x.shape[1] - logits_to_keep :]
+        logits = self.logits(x)
+        return logits if step is None else (logits, step.end())
+
+    def loss(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        dropout_rng: jax.Array | None = None,
+        chunk: int | None = None,
+    ) -> jax.Array:
+        """Mean cross-entropy of the tokens that follow, without all logits in memory at once.
+
+        That of `jax.nn.log_softmax(model(tokens, ...))` within rounding; so are its derivatives.
+
+        Args:
+            tokens, attention_mask, segment_ids, positions, dropout_rng: as of a call.
+            targets: integers (B, T): the token that follows each position, `tokens[:, 1:]` and what
+                comes after; negative where none is to be learnt, as in padding. One that the
+                vocabulary lacks makes NaN.
+            chunk: how many positions of each row have their logits made at once; None for about a
+                gibibyte of them.
+
+        Returns:
+            float32 (), nats for each position that has a target; 0 if none has.
+
+        Raises:
+            ValueError: arguments whose shapes do not fit.
+            jattn.UnsupportedAttentionError: the named implementation cannot run at this size.
+
+        Example:
+            >>> from models.decoder import Decoder, decoder_config
+            >>> config = decoder_config({
+            ...     "model_type": "llama", "vocab_size": 64, "hidden_size": 32,
+            ...     "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4})
+            >>> model, text = Decoder(config, rngs=nnx.Rngs(0)), jnp.zeros((2, 17), jnp.int32)
+            >>> model.loss(text[:, :-1], text[:, 1:]).shape
+            ()
+        """
+        tokens, targets = jnp.asarray(tokens), jnp.asarray(targets)
+        _check_shapes(tokens, attention_mask, segment_ids, positions)
+        if targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.signedinteger):
+            raise ValueError(
+                f"targets must be signed integers of the tokens' shape {tokens.shape}, got"
+                f" {targets.dtype}{targets.shape}"
+            )
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        x, _ = self._hidden(tokens, attention_mask, segment_ids, positions, dropout_rng, None)
+        return mean_cross_entropy(
+            self.norm(x),
+            self._head,
+            targets,
+            soft_cap=self.config.logits_soft_cap,
+            chunk=chunk,
+        )
+
+    def _hidden(
+        self,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        dropout_rng: jax.Array | None,
+        step: CacheStep | None,
+    ) -> tuple[jax.Array, CacheStep | None]:
+        """What leaves the last block, (B, T, D), and the cache's step behind it."""
+        if attention_mask is not None:
+            # Whatever stands in the padding, no token that the vocabulary lacks.
+            tokens = jnp.where(attention_mask.astype(bool), tokens, 0)
         if positions is None:
             positions = (
                 _positions(tokens.shape[1], attention_mask, segment_ids)
@@ -225,10 +299,7 @@ class Decoder(nnx.Module):
         x = self.embedded(tokens)
         for block in self.layers:
             x, step = self._through(block, x, context, step)
-        if logits_to_keep is not None:
-            x = x[:, x.shape[1] - logits_to_keep :]
-        logits = self.logits(x)
-        return logits if step is None else (logits, step.end())
+        return x, step
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
         """What enters the first block: (B, T) -> (B, T, D), in `dtype`."""
@@ -239,11 +310,15 @@ class Decoder(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits of what leaves the last block: (B, T, D) -> float32 (B, T, V)."""
-        x = self.norm(x)
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits = product(x, head[...], preferred_element_type=jnp.float32)
+        logits = product(self.norm(x), self._head, preferred_element_type=jnp.float32)
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @property
+    def _head(self) -> jax.Array:
+        """The output layer's weight, (V, D)."""
+        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return head[...]
 
     def _through(
         self, block: Block, x: jax.Array, context: Context, step: CacheStep | None
