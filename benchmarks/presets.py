@@ -8,6 +8,7 @@ from itertools import pairwise, product
 
 from benchmarks.all_shapes import all_shapes
 from benchmarks.cells import Cell, Mask, Pass
+from benchmarks.hopper_shapes import hopper_shapes
 from benchmarks.plans import FAST_PEERS, SLOW_PEERS, Plan, Preset
 from benchmarks.targets import Growth, Memory, Rate, Speed, Target, Time
 
@@ -223,6 +224,7 @@ PRESETS: dict[str, Callable[..., Preset]] = {
     "cpu": cpu,
     "hopper-forward": hopper_forward,
     "hopper-backward": hopper_backward,
+    "hopper-shapes": hopper_shapes,
     "portable": portable,
     "derivatives": derivatives,
     "all": all_shapes,

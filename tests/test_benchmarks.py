@@ -98,6 +98,24 @@ def test_the_forward_preset_is_the_bar_table() -> None:
 PLAIN = {"bias": False, "dropout": 0.0, "dtype": "bfloat16"}
 
 
+def test_every_cell_of_the_preset_of_shapes_has_a_bar_in_each_pass() -> None:
+    preset = presets.PRESETS["hopper-shapes"]()
+    judged = {(target.cell, target.which): target for target in preset.targets}
+    assert len(judged) == len(preset.targets)
+    for plan in preset.plans:
+        passes = {"forward"} | ({"backward"} if "gradient" in plan.passes else set())
+        assert {which for cell, which in judged if cell == plan.cell.name} == passes
+        assert set(plan.peers) > {
+            "jattn/flash",
+            "jax.nn/cudnn",
+            "tokamax/mosaic",
+            "flash-attn3-jax",
+        }
+    assert {target.at_least for target in judged.values()} == {1.0}
+    assert "jattn/flash" not in {peer for target in judged.values() for peer in target.against}
+    assert {197, 257, 577, 729, 1000} <= {plan.cell.queries for plan in preset.plans}
+
+
 def test_the_portable_preset_judges_the_issues_bars() -> None:
     preset = presets.portable()
     cells = {plan.cell.name: plan.cell for plan in preset.plans}
