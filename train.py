@@ -26,18 +26,18 @@ from rich.console import Console
 from jattn import UnsupportedAttentionError
 from models import FolderError
 from training import cli, fine_tuning, plots, run_folder
-from training.ahead import Updates
+from training.ahead import Programs
 from training.checkpoints import Checkpoints
 from training.data import Corpus, load_corpus
 from training.devices import Devices
 from training.errors import TrainingError, one_line
 from training.interrupt import stop_on_signals
-from training.loop import Outputs, batch_of, train
+from training.loop import Outputs, batch_of, held_out_batches, train
 from training.progress import TrainingProgress, make_console, say
 from training.reports.command import Screen, report_layer, report_longest, report_step
 from training.reports.place import here, place_of, start_again_with_compilers
 from training.run_folder import MetricsLog, RunFolder, read_metrics
-from training.step import TrainState, check_model_runs, initial_state, parameter_count
+from training.step import TrainState, check_model_runs, parameter_count
 from training.tokens import tokenized
 
 
@@ -81,16 +81,19 @@ def run(request: cli.Request, console: Console) -> int:
         say(console, str(corpus))
         if config.memory.memory_report and not folder.memory_json.exists():
             report_layer(config, here(), Screen(console, folder, stop))
-        update = Updates(config, devices)
+        programs = Programs(config, devices)
         if state is None:
-            update.prepare(batch_of(config, corpus, step=1))  # while the weights are drawn
-            state = initial_state(config)
-        state = devices.state(state)
+            programs.prepare_initial_state()
+            programs.prepare_update(batch_of(config, corpus, step=1))
+            programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
+            state = programs.initial_state()
+        else:
+            state = devices.state(state)
         with (
             MetricsLog(folder.metrics, after_step=int(state.step)) as log,
             TrainingProgress(console, total=config.optimizer.steps, done=int(state.step)) as bar,
         ):
-            state = train(config, corpus, state, update, Outputs(log, checkpoints, bar), stop)
+            state = train(config, corpus, state, programs, Outputs(log, checkpoints, bar), stop)
 
     rows, done = read_metrics(folder.metrics), int(state.step)
     plots.plot_loss(folder.loss_plot, rows, corpus.held_out_compressed, title)

@@ -1,23 +1,40 @@
-"""The update, compiled while weights are drawn and the held-out text is measured the first time.
+"""The programs of a run, compiled at the same time and before they are needed.
 
-Lowering holds Python's lock and is done at once; XLA's part runs in threads.
+Lowering holds Python's lock and is done at once, the first one needed first; XLA's part runs in
+threads:
+
+    lower      initial state | update | loss of held-out text
+    compile                  initial state     update ----------------------
+                                                        loss of held-out text -----
 """
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
+from training import compiler
 from training.config import TrainConfig
-from training.data import Batch
+from training.data import NO_TARGET, Batch
 from training.devices import Devices
-from training.step import StepScalars, TrainState, abstract_state, train_step
+from training.step import (
+    StepScalars,
+    TrainState,
+    abstract_state,
+    held_out_loss,
+    initial_state,
+    new_state,
+    train_step,
+)
 
 _Shape = tuple[int, ...]
+_AT_ONCE = 3
 
 
-class Updates:
-    """`train_step` for the batches of one run, each shape compiled once.
+class Programs:
+    """What the device runs for one run's batches, each shape compiled once.
 
     Args:
         config: the run's configuration; the shapes of its batches follow from it.
@@ -27,34 +44,74 @@ class Updates:
     def __init__(self, config: TrainConfig, devices: Devices) -> None:
         self._config = config
         self.devices = devices
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._programs: dict[_Shape, Future[Any]] = {}
+        self._pool = ThreadPoolExecutor(max_workers=_AT_ONCE)
+        self._initial: Future[Any] | None = None
+        self._updates: dict[_Shape, Future[Any]] = {}
+        self._losses: dict[_Shape, Future[Any]] = {}
 
-    def prepare(self, batch: Batch) -> None:
-        """Begins to compile for batches of this shape, unless that has begun."""
-        shape = batch.inputs.shape
-        if shape in self._programs:
-            return
-        state = abstract_state(self._config)
-        lowered = train_step.lower(
-            jax.tree.map(lambda x: self.devices.shape(x, is_cut=False), state),
-            *self._shapes(batch),
-            config=self._config.optimizer,
-        )
-        self._programs[shape] = self._pool.submit(lowered.compile)
+    def prepare_initial_state(self) -> None:
+        """Begins to compile what draws the weights; of a folder's model there is nothing to."""
+        if self._config.fine_tune.model is None:
+            self._initial = self._compiled(
+                new_state.lower(self._config.model, self._config.optimizer)
+            )
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepScalars]:
+    def prepare_update(self, batch: Batch) -> None:
+        """Begins to compile the update for batches of this shape, unless that has begun."""
+        if batch.inputs.shape not in self._updates:
+            self._updates[batch.inputs.shape] = self._compiled(
+                train_step.lower(
+                    self._state_shapes(), *self._shapes(batch), config=self._config.optimizer
+                )
+            )
+
+    def prepare_held_out_loss(self, batch: Batch) -> None:
+        """Begins to compile the loss of batches of this shape, unless that has begun."""
+        if batch.inputs.shape not in self._losses:
+            state = self._state_shapes()
+            self._losses[batch.inputs.shape] = self._compiled(
+                held_out_loss.lower(state.params, state.graph, *self._shapes(batch))
+            )
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on the run's devices."""
+        found = initial_state(self._config) if self._initial is None else self._initial.result()()
+        placed: TrainState = self.devices.state(found)
+        return placed
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepScalars]:
         """One update; the state given is used up."""
-        self.prepare(batch)
-        program = self._programs[batch.inputs.shape].result()
+        self.prepare_update(batch)
+        program = self._updates[batch.inputs.shape].result()
         batch = self.devices.batch(batch)
         updated, scalars = program(state, batch.inputs, batch.targets, batch.segment_ids)
         placed: TrainState = self.devices.state(updated)
         return placed, scalars
 
+    def held_out_loss(self, state: TrainState, batches: Iterable[Batch]) -> float:
+        """Mean over all targets of all batches, in nats."""
+        losses, counts = [], []
+        for batch in batches:
+            self.prepare_held_out_loss(batch)
+            program = self._losses[batch.inputs.shape].result()
+            counts.append(np.count_nonzero(batch.targets != NO_TARGET))
+            batch = self.devices.batch(batch)
+            losses.append(program(state.params, batch.inputs, batch.targets, batch.segment_ids))
+        return float(np.average(jax.device_get(losses), weights=counts))
+
     def close(self) -> None:
         """Begins nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compiled(self, lowered: jax.stages.Lowered) -> Future[Any]:
+        is_gpu = jax.default_backend() == "gpu"
+        return self._pool.submit(lowered.compile, compiler_options=compiler.options(is_gpu=is_gpu))
+
+    def _state_shapes(self) -> TrainState:
+        shapes: TrainState = jax.tree.map(
+            lambda x: self.devices.shape(x, is_cut=False), abstract_state(self._config)
+        )
+        return shapes
 
     def _shapes(self, batch: Batch) -> tuple[jax.ShapeDtypeStruct | None, ...]:
         arrays = (batch.inputs, batch.targets, batch.segment_ids)

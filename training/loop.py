@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from statistics import fmean
 
 import jax
 
-from training.ahead import Updates
+from training.ahead import Programs
 from training.checkpoints import Checkpoints
 from training.config import TrainConfig
 from training.data import Batch, Corpus, evaluation_batches, training_batch
@@ -15,7 +16,7 @@ from training.errors import TrainingError
 from training.interrupt import StopRequest
 from training.progress import TrainingProgress
 from training.run_folder import MetricsLog
-from training.step import BITS_PER_NAT, TrainState, held_out_loss, model_config
+from training.step import BITS_PER_NAT, TrainState, model_config
 from training.throughput import Pace, peak_flops
 
 
@@ -36,11 +37,16 @@ def batch_of(config: TrainConfig, corpus: Corpus, step: int) -> Batch:
     )
 
 
+def held_out_batches(config: TrainConfig, corpus: Corpus) -> Iterator[Batch]:
+    """What is measured, the same each time."""
+    return evaluation_batches(corpus.held_out, config.data, config.record.evaluation_windows)
+
+
 def train(
     config: TrainConfig,
     corpus: Corpus,
     state: TrainState,
-    update: Updates,
+    programs: Programs,
     outputs: Outputs,
     stop: StopRequest,
 ) -> TrainState:
@@ -55,16 +61,16 @@ def train(
     total, record = config.optimizer.steps, config.record
     log, checkpoints, progress = outputs.log, outputs.checkpoints, outputs.progress
     peak = peak_flops(config.model, jax.devices()[0])
-    pace = Pace(model_config(config), peak=None if peak is None else peak * update.devices.count)
+    pace = Pace(model_config(config), peak=None if peak is None else peak * programs.devices.count)
     bits, held_out_bits = (BITS_PER_NAT * density for density in corpus.units_per_byte)
 
     def held_out() -> float:
-        windows = evaluation_batches(corpus.held_out, config.data, record.evaluation_windows)
-        return held_out_loss(state, map(update.devices.batch, windows)) * held_out_bits
+        return programs.held_out_loss(state, held_out_batches(config, corpus)) * held_out_bits
 
     first = int(state.step) + 1
     batch = batch_of(config, corpus, first)
-    update.prepare(batch)  # while the held-out text is measured
+    programs.prepare_update(batch)
+    programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
     progress.line("bits per byte; training is the mean since the line before")
     if log.last_step < 0 and not stop:
         row = {"step": 0, "held_out_bits_per_byte": held_out()}
@@ -79,7 +85,7 @@ def train(
             shape = batch.inputs.shape
             progress.line(f"{shape[0]} x {shape[1]:,} {corpus.unit} a step")
         started = time.perf_counter()
-        state, in_flight = update(state, batch)
+        state, in_flight = programs.update(state, batch)
         next_batch = batch_of(config, corpus, step + 1)  # prepared while the device works
         scalars = jax.device_get(in_flight)
         seconds = time.perf_counter() - started
@@ -110,7 +116,7 @@ def train(
         if step % record.checkpoint_every == 0:
             checkpoints.save(state)
         batch = next_batch
-    update.close()
+    programs.close()
     checkpoints.save(state)
     return state
 

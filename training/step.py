@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from flax import nnx
 from models import Decoder, DecoderConfig, TransformerConfig, TransformerLM
 from training import fine_tuning
 from training.config import OptimizerConfig, TrainConfig
-from training.data import NO_TARGET, Batch
+from training.data import NO_TARGET
 
 BITS_PER_NAT = 1 / math.log(2)
 # Root mean square of an update of Muon over the learning rate: about AdamW's (Liu et al. 2025), so
@@ -56,7 +55,7 @@ def initial_state(config: TrainConfig) -> TrainState:
     """The state before the first step, a function of the seed or of the folder to fine-tune."""
     if config.fine_tune.model is not None:
         return _state_of(fine_tuning.load(config), config.optimizer)
-    state: TrainState = _initial_state(config.model, config.optimizer)
+    state: TrainState = new_state(config.model, config.optimizer)
     return state
 
 
@@ -64,7 +63,7 @@ def abstract_state(config: TrainConfig) -> TrainState:
     """Shapes and dtypes of the state, to restore a checkpoint into."""
     if config.fine_tune.model is not None:
         return _state_of(fine_tuning.abstract_model(config), config.optimizer)
-    state = jax.eval_shape(functools.partial(_initial_state, config.model, config.optimizer))
+    state = jax.eval_shape(functools.partial(new_state, config.model, config.optimizer))
     assert isinstance(state, TrainState)
     return state
 
@@ -111,25 +110,13 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer, state.graph), scalars
 
 
-def held_out_loss(state: TrainState, batches: Iterable[Batch]) -> float:
-    """Mean over all targets of all batches, in nats."""
-    losses, counts = [], []
-    for batch in batches:
-        losses.append(
-            _held_out_loss(
-                state.params, state.graph, batch.inputs, batch.targets, batch.segment_ids
-            )
-        )
-        counts.append(np.count_nonzero(batch.targets != NO_TARGET))
-    return float(np.average(jax.device_get(losses), weights=counts))
-
-
 def parameter_count(config: TrainConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config).params))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _initial_state(model: TransformerConfig, config: OptimizerConfig) -> TrainState:
+def new_state(model: TransformerConfig, config: OptimizerConfig) -> TrainState:
+    """The state before the first step of a new model."""
     graph, params = nnx.split(TransformerLM(model, rngs=nnx.Rngs(config.seed)))
     optimizer = _optimizer(config, params).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer, graph)
@@ -164,7 +151,8 @@ def _mean_loss(
     return losses.mean()
 
 
-_held_out_loss = jax.jit(_mean_loss, static_argnames="graph")
+held_out_loss = jax.jit(_mean_loss, static_argnames="graph")
+"""The mean over a batch's targets, in nats, of its weights, graph, inputs, targets and segments."""
 
 
 def _schedule(config: OptimizerConfig) -> optax.Schedule:

@@ -9,13 +9,9 @@ from typing import Any
 import jax
 
 from jattn import UnsupportedAttentionError
+from training import compiler
 from training.errors import one_line
 from training.reports.place import Place
-
-# XLA tries out kernels for products on the device, with buffers as large as the program's: no help
-# to a program that does not fit, and nothing that a device which is not here could do. Without, it
-# takes cuBLAS's own choice for products instead of tiles that it would have to try.
-_UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +91,7 @@ def _compiled(lowered: jax.stages.Lowered | Built, place: Place) -> Built:
     if isinstance(lowered, Built):
         return lowered
     try:
-        program = lowered.compile(compiler_options=_UNTUNED if place.is_gpu else None)
+        program = lowered.compile(compiler_options=compiler.options(is_gpu=place.is_gpu))
     except jax.errors.JaxRuntimeError as error:
         return Built(None, None, out_of_memory=out_of_memory(error))
     found = program.memory_analysis()
