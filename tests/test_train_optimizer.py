@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,6 +14,7 @@ from flax import nnx
 from models import TransformerConfig
 from tests.promotion import of_others
 from training.config import OptimizerConfig, TrainConfig
+from training.muon import orthogonalized
 from training.step import initial_state, train_step
 
 MODEL = TransformerConfig(
@@ -76,3 +78,22 @@ def test_muon_leaves_embedding_and_head_to_adamw(changes: dict[str, dict[str, An
         ours, adamws = changes["muon"][name], changes["adamw"][name]
         assert np.corrcoef(ours.ravel(), adamws.ravel())[0, 1] > 0.9
         assert _singular(ours).max() > 1.2 / 0.7
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_orthogonal_matrices_are_each_ones_own_whatever_stands_in_the_batch(dtype: Any) -> None:
+    """Of several shapes, tall and wide: singular values near 1, and the singular vectors kept."""
+    draw = np.random.default_rng(0)
+    shapes = [(2, 24, 16), (3, 16, 24), (2, 16, 16), (1, 24, 16)]
+    matrices = [draw.standard_normal(shape).astype(np.float32) for shape in shapes]
+    found = orthogonalized([jnp.asarray(matrix) for matrix in matrices], dtype)
+    for matrix, orthogonal in zip(matrices, found, strict=True):
+        assert orthogonal.shape == matrix.shape
+        assert orthogonal.dtype == dtype
+        values = np.asarray(orthogonal, np.float64)
+        singular = np.linalg.svd(values, compute_uv=False)
+        assert singular.min() > 0.6
+        assert singular.max() < 1.3
+        left, _, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+        along = np.einsum("lmk,lmn,lkn->lk", left, values, right)
+        assert along.min() > 0.6

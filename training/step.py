@@ -9,18 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
-import optax.contrib  # type: ignore[import-untyped]
 from flax import nnx
 
 from models import Decoder, DecoderConfig, TransformerConfig, TransformerLM
 from training import fine_tuning
 from training.config import OptimizerConfig, TrainConfig
 from training.data import NO_TARGET
+from training.muon import muon
 
 BITS_PER_NAT = 1 / math.log(2)
-# Root mean square of an update of Muon over the learning rate: about AdamW's (Liu et al. 2025), so
-# that one learning rate serves both.
-_RMS_OF_ADAM = 0.2
 
 
 type Graph = nnx.GraphDef[TransformerLM] | nnx.GraphDef[Decoder]
@@ -169,17 +166,11 @@ def _schedule(config: OptimizerConfig) -> optax.Schedule:
 def _optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
     """For weights like these."""
     if config.optimizer == "muon":
-        update = _in_bfloat16_products(
-            optax.contrib.muon(
-                _schedule(config),
-                beta=config.beta1,
-                weight_decay=config.weight_decay,
-                adam_b1=config.beta1,
-                adam_b2=config.beta2,
-                adam_weight_decay=config.weight_decay,
-                muon_weight_dimension_numbers=_stacked_matrices,
-                consistent_rms=_RMS_OF_ADAM,
-            )
+        update = muon(
+            _schedule(config),
+            beta1=config.beta1,
+            beta2=config.beta2,
+            weight_decay=config.weight_decay,
         )
     else:
         update = optax.adamw(
@@ -195,19 +186,3 @@ def _optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransforma
 def _matrices(weights: Any) -> Any:
     """Which weights decay: gains and biases do not."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, weights)
-
-
-def _in_bfloat16_products(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Muon's iterations bear it, and are most of its time; a CPU keeps to float32."""
-
-    def update(*arguments: Any) -> Any:
-        with jax.default_matmul_precision("BF16_BF16_F32"):
-            return inner.update(*arguments)
-
-    return optax.GradientTransformation(inner.init, update)
-
-
-def _stacked_matrices(weights: Any) -> Any:
-    """Which axes Muon takes for a matrix's: the last two of the blocks' weights, (L, in, out)."""
-    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return jax.tree.map(lambda leaf: axes if leaf.ndim == 3 else None, weights)
