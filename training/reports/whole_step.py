@@ -51,8 +51,11 @@ def _job(config: TrainConfig, cell: Cell, place: Place) -> Job:
 def variant(
     model: TransformerConfig, name: AttnImplementation, *, rematerialized: bool
 ) -> TransformerConfig:
+    """One block is compiled for all, as many variants are."""
     kept: Rematerialize = "block" if rematerialized else "nothing"
-    return dataclasses.replace(model, attn_implementation=name, rematerialize=kept)
+    return dataclasses.replace(
+        model, attn_implementation=name, rematerialize=kept, scan_blocks=True
+    )
 
 
 def of_length(config: TrainConfig, length: int) -> TrainConfig:
