@@ -128,16 +128,16 @@ def test_the_budget_goes_to_the_cells_that_take_least(monkeypatch: pytest.Monkey
             ran.append((name, length))
             return Run(seconds, expected_bytes)
 
-        return Job(Cell(name, length), lambda: None, run)  # type: ignore[arg-type, return-value]
+        cell = Cell(name, length)
+        return Job(cell, lambda: cell, run)  # type: ignore[arg-type, return-value]
 
     jobs = [
         job(name, 1024 * n) for name in ("eager", "memory_efficient", "flash") for n in (1, 2, 4)
     ]
-    too_large = jobs.index(next(j for j in jobs if j.cell == Cell("eager", 4096)))
 
-    def build_all(lowers: list[object], place: Place) -> Iterator[tuple[int, Built]]:
+    def build_all(lowers: list[Callable[[], Cell]], place: Place) -> Iterator[tuple[int, Built]]:
         for number in reversed(range(len(lowers))):
-            size = 10**12 if number == too_large else 1000
+            size = 10**12 if lowers[number]() == Cell("eager", 4096) else 1000
             yield number, Built(None, Memory(size, 0, 0))
 
     monkeypatch.setattr(cells, "build_all", build_all)

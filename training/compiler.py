@@ -10,6 +10,17 @@ _UNTUNED: dict[str, int | bool] = {
 }
 
 
-def options(*, is_gpu: bool) -> dict[str, int | bool] | None:
-    """What `jax.stages.Lowered.compile` takes as `compiler_options`."""
-    return dict(_UNTUNED) if is_gpu else None
+# Of a program that only its memory is asked of, and that is settled before code is made.
+_UNOPTIMIZED: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
+
+
+def options(*, is_gpu: bool, runs: bool = True) -> dict[str, int | bool] | None:
+    """What `jax.stages.Lowered.compile` takes as `compiler_options`.
+
+    Args:
+        is_gpu: of the device that it is compiled for.
+        runs: whether it will run there.
+    """
+    if not is_gpu:
+        return None
+    return _UNTUNED if runs else _UNTUNED | _UNOPTIMIZED

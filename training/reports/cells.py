@@ -81,9 +81,12 @@ def fill(jobs: Sequence[Job], place: Place, watch: Watch, *, seconds: float) -> 
     """
     cells = [job.cell for job in jobs]
     programs: dict[int, Any] = {}
-    for done, (number, built) in enumerate(build_all([job.lower for job in jobs], place), 1):
+    # Last ones first: Mosaic's kernels stand last, and wait for each other in the compiler.
+    lowers = [job.lower for job in reversed(jobs)]
+    for done, (from_end, built) in enumerate(build_all(lowers, place), 1):
         if watch.stopped():
             return []
+        number = len(jobs) - 1 - from_end
         cells[number] = _weighed(cells[number], built, place)
         programs[number] = built.program
         watch.status(f"compiled {done} of {len(jobs)}")

@@ -91,7 +91,9 @@ def _compiled(lowered: jax.stages.Lowered | Built, place: Place) -> Built:
     if isinstance(lowered, Built):
         return lowered
     try:
-        program = lowered.compile(compiler_options=compiler.options(is_gpu=place.is_gpu))
+        program = lowered.compile(
+            compiler_options=compiler.options(is_gpu=place.is_gpu, runs=place.can_run)
+        )
     except jax.errors.JaxRuntimeError as error:
         return Built(None, None, out_of_memory=out_of_memory(error))
     found = program.memory_analysis()
