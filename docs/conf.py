@@ -37,6 +37,7 @@ html_show_sphinx = html_show_copyright = html_copy_source = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 myst_heading_anchors = 3
+smartquotes_action = "qe"  # two dashes are an option's
 myst_enable_extensions = ["colon_fence", "deflist"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
