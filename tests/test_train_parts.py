@@ -175,6 +175,24 @@ def test_first_steps_take_as_many_bytes_in_shorter_sequences() -> None:
         dataclasses.replace(options, short_share=1)
 
 
+def test_the_readme_gives_the_gpu_presets_result_as_measured() -> None:
+    """In five minutes below 2.0 bits per byte and below what xz makes of the same text."""
+    root = Path(config.__file__).parent.parent
+    folder = root / "training/results/h100/run-32k"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    facts = json.loads((folder / "config.json").read_text())
+    held_out = rows[-1]["held_out_bits_per_byte"]
+    xz = facts["corpus"]["held_out_compressed_bits_per_byte"]["xz -9e"]
+    readme = (root / "README.md").read_text()
+    assert f"[{held_out:.2f} bits per byte](training/results/h100" in readme
+    assert f"where xz has {xz:.2f}" in readme
+    assert held_out < min(2.0, xz)
+    assert sum(row.get("seconds", 0) for row in rows) < 300
+    assert rows[-1]["step"] == PRESETS["gpu"].optimizer.steps
+    assert facts["config"]["optimizer"] == dataclasses.asdict(PRESETS["gpu"].optimizer)
+    assert facts["config"]["data"] == dataclasses.asdict(PRESETS["gpu"].data)
+
+
 def test_the_readme_gives_the_cpu_presets_result_as_measured() -> None:
     """And the run was of the preset as it is: about its steps, and the best of its variants."""
     root = Path(config.__file__).parent.parent
