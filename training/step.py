@@ -14,7 +14,6 @@ from flax import nnx
 from models import Decoder, DecoderConfig, TransformerConfig, TransformerLM
 from training import fine_tuning
 from training.config import OptimizerConfig, TrainConfig
-from training.data import NO_TARGET
 from training.muon import muon
 
 BITS_PER_NAT = 1 / math.log(2)
