@@ -11,20 +11,21 @@ from numpy.typing import NDArray
 
 __all__ = ["Cell", "Mask", "Pass"]
 
-type Kind = Literal["full", "causal", "window", "packed"]
+type Kind = Literal["full", "causal", "window", "packed", "documents"]
 # gradient: one call that computes the output and every gradient. backward: gradient - forward.
 # jvp: the output and its tangent along query, key and value. hvp: the same of the gradients.
 type Pass = Literal["forward", "gradient", "backward", "jvp", "hvp"]
 
 _KINDS: tuple[str, ...] = get_args(Kind.__value__)
+_SIZED = ("window", "packed", "documents")
 
 
 @dataclass(frozen=True)
 class Mask:
     """Which keys a query sees; all kinds but `full` are causal.
 
-    Written "full", "causal", "window:1023" (query i sees keys i - 1023 to i) or "packed:8" (eight
-    documents of equal length in one sequence).
+    Written "full", "causal", "window:1023" (query i sees keys i - 1023 to i), "packed:8" (eight
+    documents of equal length in one sequence) or "documents:8" (cut at random places).
     """
 
     kind: Kind
@@ -34,14 +35,20 @@ class Mask:
     def parse(cls, text: str) -> Self:
         """The mask written so; ValueError if none is."""
         kind, _, size = text.partition(":")
-        sized = kind in ("window", "packed")
-        if kind not in _KINDS or sized != size.isdigit() or (kind == "packed" and int(size) < 1):
-            allowed = "full, causal, window:LEFT or packed:DOCUMENTS"
+        sized = kind in _SIZED
+        has_none = sized and kind != "window" and size == "0"
+        if kind not in _KINDS or sized != size.isdigit() or has_none:
+            allowed = "full, causal, window:LEFT, packed:DOCUMENTS or documents:DOCUMENTS"
             raise ValueError(f"mask must be {allowed}, got {text!r}")
         return cls(kind, int(size) if sized else 0)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.size}" if self.kind in ("window", "packed") else self.kind
+        return f"{self.kind}:{self.size}" if self.kind in _SIZED else self.kind
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether there are several in a sequence."""
+        return self.kind in ("packed", "documents")
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,12 @@ class Cell:
                 f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
             )
         square = self.queries == self.keys
-        if self.mask.kind == "packed" and (self.queries % self.mask.size or not square):
+        documents, is_packed = self.mask.size, self.mask.kind == "packed"
+        uneven = self.queries % documents if is_packed else self.queries < documents
+        if self.mask.has_documents and (uneven or not square):
+            least = "a multiple of" if is_packed else "at least"
             raise ValueError(
-                f"{self.mask} needs a multiple of {self.mask.size} queries and as many keys,"
+                f"{self.mask} needs {least} {documents} queries and as many keys,"
                 f" got {self.queries} and {self.keys}"
             )
 
@@ -116,19 +126,26 @@ class Cell:
         stop = min(query + 1, self.keys)
         if self.mask.kind == "window":
             return range(min(max(0, query - self.mask.size), stop), stop)
-        return range(query // self._document_length * self._document_length, stop)
+        starts = self._starts
+        return range(int(starts[np.searchsorted(starts, query, "right") - 1]), stop)
 
     @property
-    def _document_length(self) -> int:
-        return self.queries // self.mask.size if self.mask.kind == "packed" else self.queries
+    def _starts(self) -> NDArray[np.int64]:
+        """Where documents begin."""
+        count = self.mask.size if self.mask.has_documents else 1
+        if self.mask.kind != "documents":
+            return np.arange(count) * (self.queries // count)
+        drawn = np.random.default_rng(0).choice(self.queries - 1, count - 1, replace=False)
+        return np.concatenate([[0], np.sort(drawn) + 1])
 
     def documents(self) -> NDArray[np.int32]:
         """(T,) the document of each position."""
-        return (np.arange(self.queries) // self._document_length).astype(np.int32)
+        found = np.searchsorted(self._starts, np.arange(self.queries), "right") - 1
+        return found.astype(np.int32)
 
     def document_starts(self) -> NDArray[np.int32]:
         """(T,) the first position of each position's document."""
-        return self.documents() * np.int32(self._document_length)
+        return self._starts[self.documents()].astype(np.int32)
 
     def dense_mask(self) -> NDArray[np.bool_]:
         """(T, S), True where a query sees a key."""
@@ -146,7 +163,7 @@ class Cell:
         """
         if self.mask.kind == "full":
             return self.queries * self.keys
-        if self.mask.kind == "packed" or (self.mask.kind == "causal" and self.queries == self.keys):
+        if self.mask.has_documents or (self.mask.kind == "causal" and self.queries == self.keys):
             lengths = np.bincount(self.documents()).astype(np.float64)
             return float((lengths**2).sum() / 2)
         return sum(len(self.visible(query)) for query in range(self.queries))

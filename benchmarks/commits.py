@@ -129,7 +129,7 @@ class Compiled:
             jax.random.normal(key, shape, jnp.dtype(cell.dtype))
             for key, shape in zip(keys, shapes, strict=True)
         ]
-        if cell.mask.kind == "packed":
+        if cell.mask.has_documents:
             ids = jnp.asarray(cell.documents())
             arrays.append(jnp.broadcast_to(ids, (cell.batch, cell.queries)))
         return arrays

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from benchmarks.cells import Cell
@@ -38,7 +39,7 @@ def attend_with(cell: Cell) -> Callable[[dict[str, Array]], Array]:
     """Its function for this kind of cell: padded, packed, or one query against a cache."""
     module = importlib.import_module("flash_attn3_jax")
     window = (cell.mask.size, 0) if cell.mask.kind == "window" else (-1, -1)
-    causal = cell.mask.kind in ("causal", "packed")
+    causal = cell.mask.kind == "causal" or cell.mask.has_documents
     options: dict[str, Any] = {"is_causal": causal, "window_size": window}
 
     def plain(arrays: dict[str, Array]) -> Array:
@@ -48,9 +49,9 @@ def attend_with(cell: Cell) -> Callable[[dict[str, Array]], Array]:
     def packed(arrays: dict[str, Array]) -> Array:
         shape = arrays["query"].shape
         operands = (arrays[name].reshape(-1, *arrays[name].shape[2:]) for name in _OPERANDS)
-        length = cell.queries // cell.mask.size
-        starts = jnp.arange(cell.batch * cell.mask.size + 1, dtype=jnp.int32) * length
-        longest = {"max_seqlen_q": length, "max_seqlen_k": length}
+        lengths = np.tile(np.bincount(cell.documents()), cell.batch)
+        starts = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
+        longest = {name: int(lengths.max()) for name in ("max_seqlen_q", "max_seqlen_k")}
         out = module.flash_mha_varlen(*operands, starts, **longest, **options)
         return cast(Array, out.reshape(shape))
 
@@ -60,7 +61,7 @@ def attend_with(cell: Cell) -> Callable[[dict[str, Array]], Array]:
         out = module.flash_mha_with_kvcache(*operands, num_splits=splits, **options)
         return cast(Array, out[0] if isinstance(out, tuple) else out)
 
-    if cell.mask.kind == "packed":
+    if cell.mask.has_documents:
         return packed
     return cached if cell.queries == 1 else plain
 

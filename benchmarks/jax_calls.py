@@ -124,7 +124,7 @@ class _Operands:
         )
         # A mask of all pairs would be a constant of the program: it is sent instead.
         self._make: Callable[[], tuple[Any, ...]] = self._made
-        if cell.mask.kind != "packed":
+        if not cell.mask.has_documents:
             self._make = jax.jit(self._made).lower().compile()
 
     @cached_property

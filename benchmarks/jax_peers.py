@@ -47,7 +47,7 @@ def arrays_of(cell: Cell, *, dense_mask: bool = False) -> Arrays:
     }
     if cell.bias:
         arrays["bias"] = jax.random.normal(keys[3], (1, cell.heads, cell.queries, cell.keys), dtype)
-    if cell.mask.kind == "packed":
+    if cell.mask.has_documents:
         if dense_mask:
             arrays["mask"] = jnp.asarray(cell.dense_mask()[None, None])
         else:
@@ -109,7 +109,7 @@ def _jax_nn(implementation: str) -> Callable[[Cell], Attend]:
 def _tokamax(implementation: str) -> Callable[[Cell], Attend]:
     def of(cell: Cell) -> Attend:
         module = tokamax()
-        if cell.mask.kind == "packed":
+        if cell.mask.has_documents:
             return _tokamax_packed(cell, implementation)
         return _call(module.dot_product_attention, _options(cell), implementation)
 

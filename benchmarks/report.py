@@ -127,7 +127,7 @@ def _time(cell: Cell, measurement: Measurement | None, in_ms: bool) -> str:
         return "-"
     if in_ms:
         return _digits(measurement.ms)
-    if cell.queries == 1 or cell.mask.kind in ("window", "packed"):
+    if cell.queries == 1 or cell.mask.kind == "window" or cell.mask.has_documents:
         return f"{measurement.ms:.3f} ms"
     return _digits(cell.flops(measurement.which) / measurement.ms / 1e9)
 

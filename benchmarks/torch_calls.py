@@ -29,7 +29,7 @@ def refusal(peer: str, cell: Cell) -> str | None:
     """Why this peer cannot do the cell, as far as is known before it is tried."""
     if not torch.cuda.is_available():
         return "PyTorch peers are timed on an NVIDIA GPU alone, and PyTorch sees none"
-    dense = cell.mask.kind in ("window", "packed")
+    dense = cell.mask.kind == "window" or cell.mask.has_documents
     if dense and cell.queries * cell.keys > 2**26:
         return f"{cell.mask} would need a dense mask of {cell.queries} x {cell.keys}"
     if peer == "torch/flash" and (dense or cell.bias):

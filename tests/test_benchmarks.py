@@ -20,7 +20,16 @@ from benchmarks.pool import BrokenFamilyError, Pool, Worker
 from benchmarks.results import Measurement, Run, Verdict
 from benchmarks.row_check import rows_to_check
 
-MASKS = ("full", "causal", "window:0", "window:5", "window:500", "packed:1", "packed:3")
+MASKS = (
+    "full",
+    "causal",
+    "window:0",
+    "window:5",
+    "window:500",
+    "packed:1",
+    "packed:3",
+    "documents:3",
+)
 SMALL = Cell(1, 24, 24, 2, 1, 8, Mask("causal"), "float32")
 
 
@@ -33,11 +42,13 @@ def mask_in_words(shown: Cell) -> np.ndarray:
     i, j = np.mgrid[: shown.queries, : shown.keys]
     documents = shown.mask.size if shown.mask.kind == "packed" else 1
     own, its = (x // (shown.queries // documents) for x in (i, j))
+    cut = shown.documents()
     return {
         "full": np.ones_like(i, bool),
         "causal": j <= i,
         "window": (j <= i) & (j >= i - shown.mask.size),
         "packed": (j <= i) & (own == its),
+        "documents": (j <= i) & (cut[i] == cut[j]),
     }[shown.mask.kind]
 
 
@@ -59,13 +70,17 @@ def test_flops_count_half_of_causal_and_every_pair_of_a_window() -> None:
     assert cell("full").flops("forward") == per_pair * 24**2
     assert cell("causal").flops("forward") == per_pair * 24**2 / 2
     assert cell("packed:3").flops("forward") == per_pair * 3 * 8**2 / 2
+    lengths = np.bincount(cell("documents:3").documents())
+    assert cell("documents:3").flops("forward") == per_pair * (lengths**2).sum() / 2
     assert cell("causal").flops("backward") == 2.5 * cell("causal").flops("forward")
     assert cell("causal").flops("gradient") == 3.5 * cell("causal").flops("forward")
     for window in ("window:0", "window:5", "window:500"):
         assert cell(window).flops("forward") == per_pair * mask_in_words(cell(window)).sum()
 
 
-@pytest.mark.parametrize("text", ["", "window", "window:-1", "packed:0", "causal:3", "other"])
+@pytest.mark.parametrize(
+    "text", ["", "window", "window:-1", "packed:0", "documents:0", "causal:3", "other"]
+)
 def test_masks_that_are_not_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"mask must be full, causal, window:LEFT"):
         Mask.parse(text)
@@ -484,3 +499,11 @@ def test_a_peer_named_runs_in_cells_that_leave_it_out() -> None:
         planned = run.measurements[name]
         left_out = [m.peer for m in planned if "left out" in (m.reason or "")]
         assert left_out == ([] if peers else list(presets.SLOW_PEERS))
+
+
+def test_documents_of_random_lengths_begin_where_the_last_ended() -> None:
+    ids = cell("documents:5").documents()
+    assert ids[0] == 0
+    assert set(np.diff(ids)) == {0, 1}
+    assert ids[-1] == 4
+    assert len(set(np.bincount(ids))) > 1

@@ -133,12 +133,13 @@ def check(mesh, place, options, forward, gradient, arrays=(q, k, v)):
 
 auto = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 line = P(None, "x")
-# Two pieces of keys and of values; queries to a zigzag by two exchanges, and three results back.
-# Backward: the same pieces again, and their gradients; queries, output's gradient, and three
-# numbers a row there, and the gradient of queries back.
+# Two pieces of keys and of values; of each, queries are dealt by two exchanges, and output and
+# numbers of the rows come back by as many. Backward: the same pieces again; queries, output's
+# gradient and numbers of the rows are dealt, gradients of queries come back, and of keys and values
+# from three others.
 check(auto, line, dict(is_causal=True),
-      {"all-gather": 4, "collective-permute": 8},
-      {"all-gather": 8, "reduce-scatter": 4, "collective-permute": 8 + 10 + 2})
+      {"all-gather": 4, "collective-permute": 2 * (2 + 2 + 2)},
+      {"all-gather": 8, "collective-permute": 2 * (2 + 2 + 2) + 2 * (3 * 2 + 2 + 3)})
 # A window that reaches the part before: one hop, of keys and values; their gradients come home.
 check(auto, line, dict(is_causal=True, local_window_size=(9, 0)),
       {"collective-permute": 2}, {"collective-permute": 2 + 2 + 4})
@@ -148,7 +149,7 @@ mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
 with jax.set_mesh(mesh):
     # Queries and keys along one axis, heads along the other; all hops there are.
     check(mesh, P(None, "x", "y"), dict(local_window_size=(9, 0)),
-          {"all-gather": 2}, {"all-gather": 2 + 2, "reduce-scatter": 2})
+          {"all-gather": 2}, {"all-gather": 2 + 2, "collective-permute": 1})
 """
 # Queries of each device, keys on all: nothing is sent, and gradients of keys are added up.
 APART = """

@@ -126,6 +126,15 @@ def test_sharded_over_rows_and_heads_nothing_is_gathered(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_keys_and_values_of_the_next_heads_come_while_a_kernel_runs(version: str) -> None:
+    ((_, steps),) = (call.values() for call in compiled(version, "compile_context.py"))
+    started = [at for at, step in enumerate(steps) if step == "all-gather-start"]
+    spans = [steps[at : steps.index("all-gather-done", at)] for at in started]
+    # Nothing could run beside the first piece's.
+    assert sum("custom-call" in span for span in spans) == 2, steps
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_step_of_generation_writes_its_cache_where_it_is(version: str) -> None:
     (step,) = compiled(version, "compile_decode.py")
     assert step["alias"] >= step["cache"]

@@ -20,7 +20,7 @@ __all__ = ["contiguous", "zigzagged"]
 def zigzagged(axes: Axes, devices: int, x: Array) -> Array:
     """A device's part of a contiguous (B, T, ...), as that of a zigzag one."""
     even, odd = (
-        lax.ppermute(part, axes, list(enumerate(_homes(devices, first))))
+        _sent(axes, part, list(enumerate(_homes(devices, first))))
         for first, part in enumerate(jnp.split(x, 2, axis=1))
     )
     return _chosen(axes, even, odd)
@@ -31,10 +31,17 @@ def contiguous(axes: Axes, devices: int, x: Array) -> Array:
     low, high = jnp.split(x, 2, axis=1)
     swapped = jnp.split(_chosen(axes, low, high), 2, axis=1)
     parts = (
-        lax.ppermute(part, axes, [(to, i) for i, to in enumerate(_homes(devices, first))])
+        _sent(axes, part, [(to, i) for i, to in enumerate(_homes(devices, first))])
         for first, part in enumerate(swapped)
     )
     return jnp.concatenate(list(parts), axis=1)
+
+
+def _sent(axes: Axes, x: Array, pairs: list[tuple[int, int]]) -> Array:
+    if all(i == to for i, to in pairs):
+        return x
+    sent: Array = lax.ppermute(x, axes, pairs)
+    return sent
 
 
 def _homes(devices: int, first: int) -> list[int]:

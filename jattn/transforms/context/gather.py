@@ -1,127 +1,239 @@
 """A gather: every device gets all keys and values, some heads of them at a time.
 
-    piece         0          1          2          K, V of piece p + 1 are asked for before the
-    kernel        |  K_0  |  K_1  |  K_2  |        kernel of piece p, and none before the kernel
-    K, V     |--->|--->|--->|                      of piece p - 1 is done
+    piece         0             1             2        K of piece p + 1 is asked for before the
+    kernels       | A_0 | B_0 | | A_1 | B_1 | |        first kernel of piece p, V after it, and
+    K, V      |-->|-K_1-|-V_1-| |-K_2-|-V_2-| |        neither before piece p is there
 
-A kernel sees whole rows, so nothing is merged. In backward keys and values are gathered again, and
-their gradients, each device's in float32, are added up and scattered, while the next piece is
-computed.
+XLA has one transfer under way at a time, and for each wants a kernel to run beside it. Queries that
+are dealt out (`deal`) are two runs, each with a kernel (A, B).
+
+A kernel sees whole rows, so nothing is merged. In backward keys and values are gathered again;
+their gradients are parts, of which each device gets those of its own keys from all others, one
+device after another, and adds them up in float32, while the next piece is computed.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jattn.call.context import Context
 from jattn.call.spec import AttentionSpec, Operands
+from jattn.transforms.context.deal import Deal
 from jattn.transforms.context.kernels import Backward, Forward, Gradients, Saved
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import Keys, Part, context_of, kept_heads
 from jattn.transforms.context.plan import Plan, whole_keys
-from jattn.transforms.context.runs import Sight, runs, sight
+from jattn.transforms.context.runs import Run, Sight, runs, sight
 
 __all__ = ["backward", "forward", "gathered", "of_all_keys", "scattered"]
 
 
 def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands) -> Merged:
     """The rows' output without sinks, and their numbers."""
-    pieces = _pieces(plan, spec)
-    segments = _segments(spec, operands)
-    coming = _of_piece(spec, operands, pieces[0])
+    work = _Work.of(plan, spec, operands)
     found: list[Merged] = []
-    for number, piece in enumerate(pieces):
-        keys, coming = coming | segments, {}
-        if number + 1 < len(pieces):
-            coming = _of_piece(spec, operands, pieces[number + 1])
-        own_spec, own = kept_heads(spec, operands, *piece)
-        by_run = [
-            Merged(*kernel.run(part.spec(own_spec), part.operands(own_spec, own, keys)))
-            for part in of_all_keys(spec)
-        ]
-        found.append(Merged(*(jnp.concatenate(x, axis=1) for x in zip(*by_run, strict=True))))
-        # The piece after the next is asked for only when this one is done.
-        coming, found[-1], operands = lax.optimization_barrier((coming, found[-1], operands))
+
+    def compute(held: _Held, between: Callable[[Any], Any]) -> Any:
+        def run(part: Part, rows: _Rows) -> tuple[Array, ...]:
+            own = rows.operands(held.operands)
+            return kernel.run(part.spec(held.spec), part.operands(held.spec, own, held.keys))
+
+        by_run = work.each(held, run, between, found)
+        out, *numbers = ([x[i] for x in by_run] for i in range(3))
+        found.append(Merged(work.deal.joined(out), *work.deal.joined_alike(numbers)))
+        return by_run
+
+    work.done(operands, (), compute)
     return Merged(*(jnp.concatenate(x, axis=2) for x in zip(*found, strict=True)))
 
 
 def backward(
     kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, saved: Saved
 ) -> Gradients:
-    """The gradients, those of query, key and value in float32."""
+    """The gradients of a device's arrays."""
     context = context_of(spec)
-    pieces = _pieces(plan, spec)
-    segments = _segments(spec, operands)
+    work = _Work.of(plan, spec, operands)
     d_bias = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias).bias
-    coming = _of_piece(spec, operands, pieces[0])
-    found: list[tuple[Array, Array, Array]] = []
-    for number, piece in enumerate(pieces):
-        keys, coming = coming | segments, {}
-        if number + 1 < len(pieces):
-            coming = _of_piece(spec, operands, pieces[number + 1])
-        own_spec, own = kept_heads(spec, operands, *piece)
-        heads = slice(piece.first * spec.group, (piece.first + piece.heads) * spec.group)
-        own_saved = Saved(*(x[:, :, heads] for x in saved))
-        d_queries, sums = [], None
-        for part in of_all_keys(spec):
-            d_query, *d_keys = kernel.run(
-                part.spec(own_spec),
-                part.operands(own_spec, own, keys),
-                own_saved.of(part.queries),
-            )
-            d_queries.append(d_query)
-            added = [x.astype(spec.accumulator) for x in d_keys[:2]]
-            sums = added if sums is None else [a + b for a, b in zip(sums, added, strict=True)]
-            if d_bias is not None:
-                own_heads = heads if d_bias.shape[1] > 1 else slice(None)
-                more = kernel.with_bias(spec, d_bias[:, own_heads], part, d_keys[2])
-                d_bias = d_bias.at[:, own_heads].set(more)
-        assert sums is not None
-        d_query = jnp.concatenate(d_queries, axis=1)
-        coming, d_query, sums, operands = lax.optimization_barrier(
-            (coming, d_query, sums, operands)
-        )
-        d_key, d_value = (scattered(context, x) for x in sums)
-        found.append((d_query, d_key, d_value))
+    found: list[list[Array]] = []
+
+    def compute(held: _Held, between: Callable[[Any], Any]) -> Any:
+        def run(part: Part, rows: _Rows) -> tuple[Array, ...]:
+            own = part.operands(held.spec, rows.operands(held.operands), held.keys)
+            return kernel.of_all_keys(part.spec(held.spec), own, Saved(*rows.saved))
+
+        by_run = work.each(held, run, between, found)
+        nonlocal d_bias
+        if d_bias is not None:
+            own = held.heads if d_bias.shape[1] > 1 else slice(None)
+            for part, (*_, more) in zip(work.parts, by_run, strict=True):
+                sums = kernel.with_bias(spec, d_bias[:, own], part, more)
+                d_bias = d_bias.at[:, own].set(sums)
+        d_query, *of_keys = ([x[i] for x in by_run] for i in range(3))
+        terms = [[x.astype(spec.accumulator) for x in xs] for xs in of_keys]
+        found.append([work.deal.joined(d_query), *scattered(context, terms)])
+        return by_run
+
+    work.done(operands, saved, compute)
     query, key, value = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
     return Gradients(query, key, value, d_bias)
 
 
-class _Piece(NamedTuple):
-    """Some key heads."""
+class _Rows(NamedTuple):
+    """What one run of queries has: those of some heads, and what backward takes of each."""
 
-    first: int
-    heads: int
+    query: Array
+    segments: Array | None
+    saved: tuple[Array, ...]
+
+    def operands(self, others: Operands) -> Operands:
+        """A call's arrays, with these queries."""
+        return others._replace(query=self.query, query_segments=self.segments)
 
 
-def _pieces(plan: Plan, spec: AttentionSpec) -> list[_Piece]:
-    count = spec.kv_heads // plan.pieces
-    return [_Piece(first, count) for first in range(0, spec.kv_heads, count)]
+class _Held(NamedTuple):
+    """One piece of a call: some key heads and the query heads that share them."""
+
+    spec: AttentionSpec
+    heads: slice  # of the query heads
+    operands: Operands
+    rows: list[_Rows]
+    keys: Keys
 
 
-def of_all_keys(spec: AttentionSpec) -> list[Part]:
-    """Each run of queries, with all keys; whatever they see of these, they get a result."""
+@dataclass(frozen=True)
+class _Work:
+    """A call as pieces, and the runs of queries of each."""
+
+    spec: AttentionSpec
+    deal: Deal
+    parts: tuple[Part, ...]  # a run of queries each, with all keys
+    pieces: tuple[int, ...]  # the first key head of each
+    kv_heads: int  # of a piece
+    query_segments: list[Array | None]
+    key_segments: Keys
+
+    @staticmethod
+    def of(plan: Plan, spec: AttentionSpec, operands: Operands) -> _Work:
+        """Of a device's call."""
+        deal, context = Deal.of(spec, is_even=plan.is_balanced), context_of(spec)
+        count = spec.kv_heads // plan.pieces
+        ids = operands.query_segments
+        rows: list[Array | None] = [None] * len(deal.runs)
+        if ids is not None:
+            rows = [*deal.cut(ids)]
+        keys: Keys = {}
+        if operands.key_segments is not None:
+            keys["key_segments"] = gathered(context, operands.key_segments)
+        return _Work(
+            spec=spec,
+            deal=deal,
+            parts=of_all_keys(spec, deal.runs),
+            pieces=tuple(range(0, spec.kv_heads, count)),
+            kv_heads=count,
+            query_segments=rows,
+            key_segments=keys,
+        )
+
+    def done(
+        self,
+        operands: Operands,
+        saved: tuple[Array, ...],
+        compute: Callable[[_Held, Callable[[Any], Any]], Any],
+    ) -> None:
+        """Computes all pieces, and asks for what the next one needs meanwhile.
+
+        compute: of a piece that is there; its second argument takes what is computed, and what
+          is to be, and gives it back when values may be asked for. Its result is what the piece
+          after the next waits for, so that no more than two are held.
+        """
+        held = self._asked(0, (operands, saved))
+        held.keys["value"] = self._values(0, operands.value)
+        for number in range(len(self.pieces)):
+            if number + 1 == len(self.pieces):
+                compute(held, lax.optimization_barrier)
+                return
+            # Nothing is asked for before this piece is there.
+            own = held.operands, held.rows, held.keys
+            own, operands, saved = lax.optimization_barrier((own, operands, saved))
+            held = _Held(held.spec, held.heads, *own)
+            coming = self._asked(number + 1, (operands, saved))
+
+            def between[T](
+                tree: T, number: int = number, coming: _Held = coming, value: Array = operands.value
+            ) -> T:
+                # Values are asked for when all else of the next piece is there.
+                given = tree, coming.rows, coming.keys, value
+                tree, coming.rows[:], keys, value = lax.optimization_barrier(given)
+                coming.keys.update(keys, value=self._values(number + 1, value))
+                return tree
+
+            finished = compute(held, between)
+            if "value" not in coming.keys:
+                coming.keys["value"] = self._values(number + 1, operands.value)
+            _, operands, saved = lax.optimization_barrier((finished, operands, saved))
+            held = coming
+
+    def each(
+        self,
+        held: _Held,
+        run: Callable[[Part, _Rows], tuple[Array, ...]],
+        between: Callable[[Any], Any],
+        sent: list[Any],
+    ) -> list[tuple[Array, ...]]:
+        """Each run's results, `between` having its way with what is there after the first of two.
+
+        None is sent before all are there: another transfer is under way till then. What was sent
+        of the piece before, the last of `sent`, is home before the second.
+        """
+        found: list[tuple[Array, ...]] = []
+        for part, rows in zip(self.parts, held.rows, strict=True):
+            if len(found) == 1:
+                found[0], rows, sent[-1:] = between((found[0], rows, sent[-1:]))
+            found.append(run(part, rows))
+        gated: list[tuple[Array, ...]] = lax.optimization_barrier(found)
+        return gated
+
+    def _asked(self, number: int, arrays: tuple[Operands, tuple[Array, ...]]) -> _Held:
+        """A piece without its values."""
+        operands, saved = arrays
+        first = self.pieces[number]
+        spec, own = kept_heads(self.spec, operands, first, self.kv_heads)
+        heads = slice(first * self.spec.group, (first + self.kv_heads) * self.spec.group)
+        query = self.deal.cut(own.query)
+        by_run: list[tuple[Array, ...]] = [()] * len(query)
+        if saved:
+            of_heads = [x[:, :, heads] for x in saved]
+            alike = [x for x in of_heads if x.ndim == 3]
+            numbers = iter(self.deal.cut_alike(alike))
+            cut = [next(numbers) if x.ndim == 3 else self.deal.cut(x) for x in of_heads]
+            by_run = list(zip(*cut, strict=True))
+        rows = [_Rows(*each) for each in zip(query, self.query_segments, by_run, strict=True)]
+        own_keys = operands.key[:, :, first : first + self.kv_heads]
+        # The larger transfer is the last, for the kernel to run beside it.
+        rows, own_keys = lax.optimization_barrier((rows, own_keys))
+        keys = self.key_segments | {"key": gathered(context_of(self.spec), own_keys)}
+        return _Held(spec, heads, own, rows, keys)
+
+    def _values(self, number: int, value: Array) -> Array:
+        first = self.pieces[number]
+        own = value[:, :, first : first + self.kv_heads]
+        return gathered(context_of(self.spec), own)
+
+
+def of_all_keys(spec: AttentionSpec, of: Sequence[Run] | None = None) -> tuple[Part, ...]:
+    """Runs of queries, else a device's own, with all keys; each gets a result, whatever it sees."""
     context = context_of(spec)
     keys = whole_keys(context, spec)
     found = []
-    for queries in runs(context.query_layout, context.devices, spec.queries):
+    for queries in of or runs(context.query_layout, context.devices, spec.queries):
         seen = sight(spec, queries, keys)
         found.append(Part(queries, keys, seen or Sight(spec.band, needs_start=True)))
-    return found
-
-
-def _of_piece(spec: AttentionSpec, operands: Operands, piece: _Piece) -> Keys:
-    heads = slice(piece.first, piece.first + piece.heads)
-    own = {"key": operands.key[:, :, heads], "value": operands.value[:, :, heads]}
-    return {name: gathered(context_of(spec), x) for name, x in own.items()}
-
-
-def _segments(spec: AttentionSpec, operands: Operands) -> Keys:
-    ids = operands.key_segments
-    return {} if ids is None else {"key_segments": gathered(context_of(spec), ids)}
+    return tuple(found)
 
 
 def gathered(context: Context, x: Array) -> Array:
@@ -135,13 +247,47 @@ def gathered(context: Context, x: Array) -> Array:
     return found
 
 
-def scattered(context: Context, x: Array) -> Array:
-    """The sum over all devices of a device's own positions of (B, S, ...)."""
+def scattered(context: Context, sums: Sequence[Sequence[Array]]) -> list[Array]:
+    """Of arrays of all keys (B, S, ...) a device's own positions, summed over all devices.
+
+    sums: of each array the terms that a device has. Terms are added up where they are needed: what
+    others get is never whole, nor what a device keeps.
+    """
     if context.has_whole_keys:
-        return x
-    if context.key_layout == "zigzag":
-        parts = jnp.split(x, 2 * context.devices, axis=1)
-        both = zip(parts[: context.devices], parts[: context.devices - 1 : -1], strict=True)
-        x = jnp.concatenate([part for pair in both for part in pair], axis=1)
-    summed: Array = lax.psum_scatter(x, context.axes, scatter_dimension=1, tiled=True)
-    return summed
+        return [_total(terms) for terms in sums]
+    n, device = context.devices, lax.axis_index(context.axes)
+
+    def part(places: int) -> list[Array]:
+        home = lax.rem(device + places, jnp.int32(n))
+        return [_total([_held_by(context, home, x) for x in terms]) for terms in sums]
+
+    found = part(0)
+    for places in range(1, n):
+        way = [(i, (i + places) % n) for i in range(n)]
+        sent = part(places)
+        if len({x.shape for x in sent}) == 1:
+            come = list(lax.ppermute(jnp.stack(sent), context.axes, way))
+        else:
+            come = [lax.ppermute(x, context.axes, way) for x in sent]
+        found = [a + b for a, b in zip(found, come, strict=True)]
+    return found
+
+
+def _total(terms: Sequence[Array]) -> Array:
+    first, *others = terms
+    for x in others:
+        first = first + x
+    return first
+
+
+def _held_by(context: Context, device: Array, x: Array) -> Array:
+    """A device's positions of all keys' (B, S, ...)."""
+    n = context.devices
+    if context.key_layout == "contiguous":
+        count = x.shape[1] // n
+        return lax.dynamic_slice_in_dim(x, device * count, count, axis=1)
+    half = x.shape[1] // (2 * n)
+    homes = device, jnp.int32(2 * n - 1) - device
+    return jnp.concatenate(
+        [lax.dynamic_slice_in_dim(x, i * half, half, axis=1) for i in homes], axis=1
+    )

@@ -61,7 +61,7 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Those of query, key and value, and of the bias if it is wanted."""
+    """That of query as it is wanted; of key, value, and bias if that is, in float32."""
 
     query: Array
     key: Array
@@ -94,12 +94,29 @@ class Backward:
 
     kernels: Pair
     wants_bias: bool
+    wants_scale: bool
 
-    def run(self, spec: AttentionSpec, operands: Operands, saved: Saved) -> tuple[Array, ...]:
+    def of_some_keys(
+        self, spec: AttentionSpec, operands: Operands, saved: Saved
+    ) -> tuple[Array, ...]:
         """The part's gradients, that of query in float32 and not multiplied by the scale."""
         return self.kernels.backward(
             spec, operands, *saved, wants_bias=self.wants_bias, wants_scale=True
         )
+
+    def of_all_keys(
+        self, spec: AttentionSpec, operands: Operands, saved: Saved
+    ) -> tuple[Array, ...]:
+        """Gradients of a part that has all keys, that of query as it is wanted."""
+        return self.kernels.backward(
+            spec, operands, *saved, wants_bias=self.wants_bias, wants_scale=self.wants_scale
+        )
+
+    def summed(self, spec: AttentionSpec, operands: Operands, d_query: Array) -> Array:
+        """The gradient of query as it is wanted, from the sum of its parts."""
+        if self.wants_scale:
+            return d_query
+        return (d_query * spec.scale_beside(d_query, operands)).astype(spec.dtype)
 
     def with_bias(self, spec: AttentionSpec, d_bias: Array, part: Part, found: Array) -> Array:
         """The bias's gradient with a part's added where it lies."""

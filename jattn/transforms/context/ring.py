@@ -57,7 +57,7 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
 def backward(
     kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, saved: Saved
 ) -> Gradients:
-    """The gradients, those of query, key and value in float32."""
+    """The gradients of a device's arrays."""
     gradients = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias)
     d_query = [queries_of(run, gradients.query) for run in _query_runs(spec)]
     d_bias = gradients.bias
@@ -71,7 +71,7 @@ def backward(
         coming: Keys = {} if is_last else _sent(spec, held, step)
         own = [jnp.zeros(x.shape, spec.accumulator) for x in (operands.key, operands.value)]
         for i, _, part in hop.parts:
-            found = kernel.run(
+            found = kernel.of_some_keys(
                 part.spec(spec), part.operands(spec, operands, held), saved.of(part.queries)
             )
             d_query[i] = d_query[i] + found[0].astype(spec.accumulator)
@@ -85,7 +85,8 @@ def backward(
     if arriving is None:
         arriving = [gradients.key, gradients.value]
     d_key, d_value = arriving
-    return Gradients(jnp.concatenate(d_query, axis=1), d_key, d_value, d_bias)
+    of_query = kernel.summed(spec, operands, jnp.concatenate(d_query, axis=1))
+    return Gradients(of_query, d_key, d_value, d_bias)
 
 
 def _query_runs(spec: AttentionSpec) -> Any:

@@ -34,6 +34,7 @@ class Run:
     zeroth, step: where the first of them stands in the whole sequence on device 0, and how much
       further on each next one.
     sent: by how many devices they have been sent on.
+    table: where the first stands on each device, if it stands nowhere so even.
     """
 
     first: int
@@ -42,15 +43,21 @@ class Run:
     zeroth: int = 0
     step: int = 0
     sent: int = 0
+    table: tuple[int, ...] = ()
 
     @property
     def starts(self) -> tuple[int, ...]:
         """Where the first stands, on each device."""
+        if self.table:
+            return self.table
         n = self.devices
         return tuple(self.zeroth + self.step * ((i - self.sent) % n) for i in range(n))
 
     def start(self, device: Array) -> Array:
         """Where the first stands on this device, int32."""
+        if self.table:
+            found: Array = jnp.asarray(self.table, jnp.int32)[device]
+            return found
         if self.step == 0:
             return jnp.full((), self.zeroth, jnp.int32)
         home = lax.rem(device + (self.devices - self.sent), jnp.int32(self.devices))

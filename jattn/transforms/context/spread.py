@@ -55,18 +55,16 @@ def backward(
         )
     plan = plan_of(spec)
     exchange = _Exchange(plan, spec)
-    kernel = Backward(kernels, wants_bias)
+    kernel = Backward(kernels, wants_bias, wants_scale)
     rows = Saved(*(exchange.rows(x) for x in saved))
     found = _SCHEDULES[plan.schedule].backward(
         kernel, plan, exchange.spec, exchange.operands(operands), rows
     )
     d_query, d_key, d_value, d_bias = found
-    if not wants_scale:
-        d_query = (d_query * spec.scale_beside(d_query, operands)).astype(spec.dtype)
     gradients = (
         exchange.back(d_query),
-        exchange.keys_back(d_key.astype(spec.dtype)),
-        exchange.keys_back(d_value.astype(spec.dtype)),
+        exchange.back(d_key.astype(spec.dtype)),
+        exchange.back(d_value.astype(spec.dtype)),
     )
     if d_bias is None:
         return gradients
@@ -87,40 +85,27 @@ def past_zeroed(spec: AttentionSpec, x: Array, lengths: Array) -> Array:
 
 
 class _Exchange:
-    """What balances a causal mask: arrays of queries, and in a ring of keys, made zigzag."""
+    """What balances a causal mask in a ring: arrays of queries and keys made zigzag."""
 
     def __init__(self, plan: Plan, spec: AttentionSpec) -> None:
         context = plan.context
-        self._of_queries = plan.is_balanced
-        self._of_keys = plan.is_balanced and plan.schedule == "ring"
+        self._is_needed = plan.is_balanced and plan.schedule == "ring"
         self._axes, self._devices = context.axes, context.devices
-        if self._of_queries:
-            context = replace(context, query_layout="zigzag")
-        if self._of_keys:
-            context = replace(context, key_layout="zigzag")
+        if self._is_needed:
+            context = replace(context, query_layout="zigzag", key_layout="zigzag")
         self.spec = replace(spec, context=context)
 
     def rows(self, x: Array) -> Array:
         """An array of queries."""
-        return zigzagged(self._axes, self._devices, x) if self._of_queries else x
+        return zigzagged(self._axes, self._devices, x) if self._is_needed else x
 
     def back(self, x: Array) -> Array:
-        """A result for each query."""
-        return contiguous(self._axes, self._devices, x) if self._of_queries else x
-
-    def keys_back(self, x: Array) -> Array:
-        """A result for each key."""
-        return contiguous(self._axes, self._devices, x) if self._of_keys else x
+        """A result for each query, or each key."""
+        return contiguous(self._axes, self._devices, x) if self._is_needed else x
 
     def operands(self, operands: Operands) -> Operands:
         """Those of a call."""
-        names: tuple[str, ...] = ("query", "query_segments") if self._of_queries else ()
-        if self._of_keys:
-            names += ("key", "value", "key_segments")
+        names = ("query", "query_segments", "key", "value", "key_segments")
         own = {name: getattr(operands, name) for name in names}
-        made = {
-            name: zigzagged(self._axes, self._devices, x)
-            for name, x in own.items()
-            if x is not None
-        }
+        made = {name: self.rows(x) for name, x in own.items() if x is not None}
         return operands._replace(**made)

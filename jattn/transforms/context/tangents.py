@@ -117,7 +117,8 @@ def backward_tangent(
             assert bias is not None
             assert spec.d_bias_shape is not None
             return bias[..., : spec.d_bias_shape[3]].astype(spec.bias_dtype)
-        return scattered(context, sums[name]).astype(spec.dtype)
+        (summed,) = scattered(context, [[sums[name]]])
+        return summed.astype(spec.dtype)
 
     return tuple(whole(name) for name in wanted)
 
