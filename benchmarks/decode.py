@@ -6,7 +6,8 @@
 The models are random and bfloat16, in the shape of real ones (config.json's fields are below). Both
 times are of `models.stream`, as a user sees them: to the first token, and from the eighth token to
 the last, host included. The bound of decoding is the bytes that a step has to read, weights and
-cache, over the rate at which this device copies; that of prefill is the rate that --tflops names.
+cache, over the rate at which this device copies (reading alone may be faster: a share above 100% is
+no mistake); that of prefill is the rate that --tflops names.
 """
 
 from __future__ import annotations

@@ -153,4 +153,5 @@ def _slope(logits: Array, targets: Array, soft_cap: float | None) -> Array:
     slope = jax.nn.softmax(logits, axis=-1) - (tokens == targets[..., None]).astype(logits.dtype)
     if soft_cap is not None:
         slope *= 1 - jnp.square(logits / soft_cap)
-    return jnp.where((targets >= 0)[..., None], slope, 0)
+    # No `where`: its zeros, as large as a chunk's logits, would be kept beside the loop.
+    return slope * (targets >= 0).astype(slope.dtype)[..., None]

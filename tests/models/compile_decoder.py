@@ -4,7 +4,8 @@
 
 The prefill of 32k tokens in bfloat16, of which the last logits are kept: for 2 and 6 layers, padded
 and not, the bytes held beside arguments and results, the most arrays that one operation reads, how
-many weights are copied or transposed, and how often each kernel is called.
+many weights are copied or transposed, and how often each kernel is called. Then the bytes held by
+the loss of as many tokens and its gradients, given what leaves the last block.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.decoder import Decoder, decoder_config
+from models.decoder.cross_entropy import mean_cross_entropy
 from tests.models.reference import fixed
 
 LENGTH = 32768
@@ -71,7 +73,26 @@ def compiled(mesh: Mesh, layers: int, *, padded: bool) -> dict[str, Any]:
     }
 
 
+def compiled_loss(mesh: Mesh) -> dict[str, int]:
+    """What the loss's program holds: that of the output layer alone, bfloat16."""
+    place = NamedSharding(mesh, PartitionSpec())
+    width, vocabulary = SIZES["hidden_size"], SIZES["vocab_size"]
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for shape, dtype in (
+            ((1, LENGTH, width), jnp.bfloat16),
+            ((vocabulary, width), jnp.bfloat16),
+            ((1, LENGTH), jnp.int32),
+        )
+    ]
+    program = jax.jit(jax.value_and_grad(mean_cross_entropy, (0, 1))).lower(*arguments).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    return {"held": int(memory.temp_size_in_bytes)}
+
+
 if __name__ == "__main__":
     with gpus("h200", 1) as mesh:
         for layers, padded in ((2, False), (6, False), (2, True)):
             print(json.dumps(compiled(mesh, layers, padded=padded)), flush=True)
+        print(json.dumps(compiled_loss(mesh)), flush=True)

@@ -1,10 +1,12 @@
-"""For an absent H200: a decoder's prefill runs Hopper's kernels, and holds what one block needs.
+"""For an absent H200: a decoder's prefill runs Hopper's kernels, and holds what one block needs;
+its loss holds the logits of one chunk.
 
 It runs as tests/hopper/test_compile.py does.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -16,10 +18,13 @@ from tests.hopper.test_compile import VERSIONS, environment
 
 pytestmark = pytest.mark.compile
 
-LENGTH, INNER = 32768, 8192  # of compile_decoder.py
+LENGTH, INNER, WIDTH, VOCABULARY = 32768, 8192, 2048, 128256  # of compile_decoder.py
+GIB = 1 << 30
 
 
-def test_a_prefill_holds_one_block_and_copies_no_weight() -> None:
+@functools.cache
+def printed() -> list[dict[str, int]]:
+    """The lines that it prints."""
     run = subprocess.run(
         [sys.executable, pathlib.Path(__file__).parent / "compile_decoder.py"],
         env=environment(VERSIONS[0]),
@@ -29,7 +34,11 @@ def test_a_prefill_holds_one_block_and_copies_no_weight() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    two, six, padded = (json.loads(line) for line in run.stdout.splitlines() if line[0] == "{")
+    return [json.loads(line) for line in run.stdout.splitlines() if line[0] == "{"]
+
+
+def test_a_prefill_holds_one_block_and_copies_no_weight() -> None:
+    two, six, padded, _ = printed()
     # The feed-forward layer's gate, up and their product in bfloat16, and as much again.
     assert two["held"] < 2 * 3 * LENGTH * INNER * 2
     assert six["held"] < 1.05 * two["held"]
@@ -38,3 +47,9 @@ def test_a_prefill_holds_one_block_and_copies_no_weight() -> None:
         assert found["kernels"] == layers
         assert found["copies"] == 0
         assert found["most_read"] < 12  # the stream is not summed anew from all blocks' outputs
+
+
+def test_a_loss_holds_one_chunk_of_logits() -> None:
+    """And the output layer's gradient in float32, to which the chunks add."""
+    *_, loss = printed()
+    assert loss["held"] < GIB + 4 * VOCABULARY * WIDTH + 4 * LENGTH * WIDTH
