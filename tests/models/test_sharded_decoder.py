@@ -95,5 +95,6 @@ def test_four_devices_give_what_transformers_gives(name: str) -> None:
     run(PROGRAM.replace("{name!r}", repr(name)))
 
 
+@pytest.mark.thorough
 def test_loss_of_a_sequence_over_devices_moves_no_positions() -> None:
     run(SEQUENCE)
