@@ -1,13 +1,13 @@
 """A kernel's call on sharded arrays: each device runs it on what it holds.
 
 The partitioner knows nothing of what is inside a kernel, and would gather all of every array. Here
-it is told which axes may stay sharded: batch; heads where query and key heads are cut alike (or
-there is one key head); queries, and keys where they are cut as queries are. What a device then has
-is its part of a longer call (`transforms.context`). Head dims are gathered if they are sharded, and
-keys that are cut otherwise.
+it is told which axes may stay sharded: batch; heads, of keys where they are cut as those of queries
+are; queries, and keys where they are cut as queries are. What a device then has is its part of a
+longer call (`transforms.context`). Head dims are gathered if they are sharded, and keys that are
+cut otherwise.
 
 A result without an axis that stays sharded is a sum over it, and is added up over the devices: the
-gradients of one key head for many query heads, and of a bias that is broadcast.
+gradients of key heads whose query heads are on several, and of a bias that is broadcast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import re
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jattn.call.context import Context
 from jattn.call.dropout import seeds_from_head
-from jattn.call.positions import MOST
 from jattn.call.spec import AttentionSpec
 from jattn.transforms import sharding
 from jattn.transforms.folding import Arrays, Kernel, operand_of
+from jattn.transforms.kept import (
+    Kept,
+    KeyHeads,
+    found_axes,
+    named_axes,
+    outermost,
+    used_key_heads,
+)
 
 __all__ = [
     "GRADIENTS",
@@ -96,11 +103,11 @@ def per_shard(kernel: Kernel, results: tuple[str, ...], *, takes_parts: bool) ->
 
         @custom_partitioning
         def call(*held: Array) -> tuple[Array, ...]:
-            return _on_a_device(kernel, spec, axes, out_axes, _Kept(), held)
+            return _on_a_device(kernel, spec, axes, out_axes, Kept(), held)
 
         def partition(mesh: Mesh, arguments: Any, _: Any) -> Any:
-            query, key, *_ = (_entries(x.sharding, len(x.shape)) for x in arguments)
-            kept = _Kept.of(spec, mesh, query, key, takes_parts=takes_parts)
+            query, key = (found_axes(x.sharding, 4, mesh) for x in arguments[:2])
+            kept = Kept.of(spec, mesh, query, key, takes_parts=takes_parts)
 
             def placed(axes: str) -> NamedSharding:
                 return NamedSharding(mesh, kept.place(axes))
@@ -111,15 +118,21 @@ def per_shard(kernel: Kernel, results: tuple[str, ...], *, takes_parts: bool) ->
             return mesh, on_each, tuple(map(placed, out_axes)), tuple(map(placed, axes.values()))
 
         names = ("d_bias" if name == "bias" else name for name in results)
-        rule, factors = _rule(spec, axes, dict(zip(names, out_axes, strict=True)))
-        whole = ("t", "h", "s", "d") if not takes_parts else ("h", "d")
-        columns = any("c" in axes[name].split() for name in ("bias", "mask") if name in axes)
-        whole += (*(("c",) if columns else ()), *(("word",) if "dropout_seeds" in axes else ()))
+        named_results = dict(zip(names, out_axes, strict=True))
+
+        def rule(mesh: Mesh, *_: Any) -> tuple[str, dict[str, Any]]:
+            cuts_key_heads = any(spec.kv_heads % n == 0 for n in mesh.shape.values() if n > 1)
+            text, factors = _rule(spec, axes, named_results, cuts_key_heads=cuts_key_heads)
+            whole = ("t", "h", "s", "d") if not takes_parts else ("h", "d")
+            columns = any("c" in axes[name].split() for name in ("bias", "mask") if name in axes)
+            whole += (*(("c",) if columns else ()), *(("word",) if "dropout_seeds" in axes else ()))
+            # In order of appearance.
+            return text, {"need_replication_factors": whole, **factors}
+
         call.def_partition(
             partition=partition,
             sharding_rule=rule,
-            **factors,
-            need_replication_factors=whole,  # in order of appearance
+            decode_shardings=False,  # JAX's raises on what no name of the mesh says
         )
         found: tuple[Array, ...] = call(*(arrays[name] for name in axes))
         return found
@@ -168,8 +181,8 @@ def per_explicit_shard(kernel: Kernel, results: tuple[str, ...], *, takes_parts:
             return kernel(spec, arrays)
         axes = {name: _axes_of(name, x.shape, spec) for name, x in _in_order(arrays).items()}
         out_axes = _out_axes(axes, results, spec)
-        query, key = (tuple(sharding.partition(arrays[name])) for name in ("query", "key"))
-        kept = _Kept.of(spec, mesh, query, key, takes_parts=takes_parts)
+        query, key = (named_axes(sharding.partition(arrays[name]), 4) for name in ("query", "key"))
+        kept = Kept.of(spec, mesh, query, key, takes_parts=takes_parts)
         placed = [jax.sharding.reshard(arrays[name], kept.place(of)) for name, of in axes.items()]
 
         def on_each(*held: Array) -> tuple[Array, ...]:
@@ -192,88 +205,35 @@ def on_one_device(
 ) -> AttentionSpec:
     """What a device holds of a call on arrays that are sharded so; a bias or mask as it is."""
     mesh = query.mesh
-    entries = (_entries(query, 4), _entries(key, 4))
-    kept = _Kept.of(spec, mesh, *entries, takes_parts=takes_parts)
+    places = (named_axes(PartitionSpec() if x is None else x.spec, 4) for x in (query, key))
+    kept = Kept.of(spec, mesh, *places, takes_parts=takes_parts)
 
-    def share(size: int, entry: Any) -> int:
-        devices: int = math.prod(mesh.shape[axis] for axis in _names(entry))
+    def share(size: int, axes: tuple[str, ...]) -> int:
+        devices: int = math.prod(mesh.shape[axis] for axis in axes)
         return -(-size // devices)
 
+    heads = share(spec.heads, kept.heads)
     return replace(
         spec,
         batch=share(spec.batch, kept.batch),
-        queries=share(spec.queries, kept.queries if kept.devices > 1 else None),
+        queries=share(spec.queries, kept.queries),
         keys=share(spec.keys, kept.keys),
-        heads=share(spec.heads, kept.heads),
-        kv_heads=share(spec.kv_heads, kept.key_heads),
+        heads=heads,
+        kv_heads=used_key_heads(spec, heads),
         context=_context(spec, kept),
     )
 
 
-class _Kept(NamedTuple):
-    """The mesh axes over which batch, heads, queries and keys stay sharded: names, or tuples."""
-
-    batch: Any = None
-    heads: Any = None
-    key_heads: Any = None
-    queries: Any = None
-    keys: Any = None
-    devices: int = 1  # that the queries are cut over
-
-    @staticmethod
-    def of(
-        spec: AttentionSpec,
-        mesh: Any,
-        query: tuple[Any, ...],
-        key: tuple[Any, ...],
-        *,
-        takes_parts: bool,
-    ) -> _Kept:
-        """By how query and key are sharded, an entry for each of their axes."""
-        batch, queries, heads, _ = query
-        if _outermost(spec) % math.prod(mesh.shape[axis] for axis in _names(batch)):
-            batch = None
-        key_heads = key[2]
-        if spec.kv_heads > 1 and heads != key_heads:
-            heads = key_heads = None
-        key_heads = None if spec.kv_heads == 1 else key_heads
-        devices = math.prod(mesh.shape[axis] for axis in _names(queries))
-        # Their number beside the offsets of a device: see `positions.MOST`.
-        if not takes_parts or spec.context is not None or spec.queries + spec.keys > MOST:
-            devices = 1
-        if devices == 1:
-            return _Kept(batch, heads, key_heads)
-        return _Kept(
-            batch, heads, key_heads, queries, key[1] if key[1] == queries else None, devices
-        )
-
-    def place(self, axes: str) -> PartitionSpec:
-        """How an array with these axes is laid out."""
-        named = {"b": self.batch, "B": self.batch, "k": self.key_heads, "N": self.heads}
-        named |= {"t": self.queries, "s": self.keys}
-        return PartitionSpec(*map(named.get, axes.split()))
-
-    def summed_over(self, axes: str) -> tuple[str, ...]:
-        """The mesh axes over which a result is a sum: those kept of what it does not have."""
-        own = axes.split()
-        missing = () if "b" in own or "B" in own else (self.batch,)
-        if "N" not in own and not ("k" in own and self.key_heads is not None):
-            missing += (self.heads,)
-        if "t" not in own and not ("s" in own and self.keys is not None):
-            missing += (self.queries,)
-        return tuple(axis for entry in missing for axis in _names(entry))
-
-
-def _context(spec: AttentionSpec, kept: _Kept) -> Context | None:
+def _context(spec: AttentionSpec, kept: Kept) -> Context | None:
     """What a device's queries and keys are a part of."""
     if kept.devices == 1:
         return spec.context
     return Context(
-        axes=kept.queries,
+        axes=kept.queries[0] if len(kept.queries) == 1 else kept.queries,
         devices=kept.devices,
         queries=spec.queries,
         keys=spec.keys,
-        has_whole_keys=kept.keys is None,
+        has_whole_keys=not kept.keys,
     )
 
 
@@ -282,13 +242,15 @@ def _on_a_device(
     spec: AttentionSpec,
     axes: dict[str, str],
     out_axes: list[str],
-    kept: _Kept,
+    kept: Kept,
     held: tuple[Array, ...],
 ) -> tuple[Array, ...]:
     """The kernel on the part that a device holds, and the sums over what others hold."""
     own = dict(zip(axes, held, strict=True))
     heads = own["query"].shape[2]
-    if "dropout_seeds" in own and kept.heads is not None and not spec.broadcast_dropout:
+    key_heads = KeyHeads.of(spec, kept, heads, own["key"].shape[2])
+    own |= {name: key_heads.taken(x) for name, x in own.items() if "k" in axes[name].split()}
+    if "dropout_seeds" in own and kept.heads and not spec.broadcast_dropout:
         first = lax.axis_index(kept.heads) * heads
         own["dropout_seeds"] = seeds_from_head(own["dropout_seeds"], first)
     shapes: dict[str, Any] = {
@@ -307,30 +269,13 @@ def _on_a_device(
         context=_context(spec, kept),
         **shapes,
     )
-    found = kernel(part, own)
-    return tuple(_added_up(x, kept.summed_over(of)) for x, of in zip(found, out_axes, strict=True))
+    found = zip(kernel(part, own), out_axes, strict=True)
+    whole = ((key_heads.put_back(x) if "k" in of.split() else x, of) for x, of in found)
+    return tuple(_added_up(x, kept.summed_over(of)) for x, of in whole)
 
 
 def _added_up(x: Array, over: tuple[str, ...]) -> Array:
     return lax.psum(x.astype(jnp.float32), over).astype(x.dtype) if over else x
-
-
-def _entries(placed: Any, rank: int) -> tuple[Any, ...]:
-    found = tuple(getattr(placed, "spec", ()) or ())
-    return found + (None,) * (rank - len(found))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a `PartitionSpec`."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
-
-
-def _outermost(spec: AttentionSpec) -> int:
-    """The size of the outermost axis that the batch is made of, where rows of it share a bias."""
-    mixed = [rows.outer.size for _, rows in spec.mapped_rows if rows.is_mixed]
-    return math.gcd(*mixed) if mixed else spec.batch
 
 
 def _in_order(arrays: Arrays) -> Arrays:
@@ -364,16 +309,21 @@ def _axes_of(name: str, shape: tuple[int, ...], spec: AttentionSpec) -> str:
 
 
 def _rule(
-    spec: AttentionSpec, axes: dict[str, str], results: dict[str, str]
+    spec: AttentionSpec,
+    axes: dict[str, str],
+    results: dict[str, str],
+    *,
+    cuts_key_heads: bool,
 ) -> tuple[str, dict[str, int]]:
     """The partitioner's rule, and the sizes it asks for: of what is nowhere an axis of its own.
 
-    A query head is (key head, its group). Where rows of the batch share a bias, a row is (outer,
-    inner), of which a bias or mask may have the outer, and inner ones of its own.
+    A query head is (key head, its group), or an axis of its own where no axis of the mesh cuts key
+    heads, as a part of one would. Where rows of the batch share a bias, a row is (outer, inner), of
+    which a bias or mask may have the outer, and inner ones of its own.
     """
-    outer = _outermost(spec)
+    outer = outermost(spec)
     sizes = {"g": spec.group, "outer": outer, "inner": spec.batch // outer}
-    named = {"N": "k" if spec.group == 1 else "n" if spec.kv_heads == 1 else "(k g)"}
+    named = {"N": "k" if spec.group == 1 else "(k g)" if cuts_key_heads else "n"}
     if outer < spec.batch:
         named["b"] = "(outer inner)"
 
