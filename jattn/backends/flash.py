@@ -51,7 +51,7 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
     apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
-    columns = 0 if apart else -(-spec.head_dim // 64) * 64
+    columns = 0 if apart or limits.writes_dq_once(spec) else -(-spec.head_dim // 64) * 64
     return spec.batch * spec.queries * spec.heads * 4 * (columns + 5)
 
 

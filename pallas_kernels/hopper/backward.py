@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from jattn.call.masking import past_zeroed
 from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide
+from pallas_kernels.hopper.backward_block import key_gradients
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, choose_backward_tiles
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
@@ -70,7 +71,14 @@ def backward(
     count = -(-spec.queries // (2 * ROWS)) * (2 * ROWS) // tiles.queries
     more = ((0, 0), (0, 0), (0, count * tiles.queries - spec.queries))
     high, low = _in_two(top, rest * LOG2E)
-    ranges = visits(spec, operands, queries=tiles.queries, keys=tiles.keys)
+    ranges = visits(
+        spec,
+        operands,
+        queries=tiles.queries,
+        keys=tiles.keys,
+        parts=tiles.shares.queries,
+        every=tiles.once,
+    )
     inputs = {
         "q": _whole(query, tiles),
         "k": _whole(key, tiles),
@@ -87,27 +95,31 @@ def backward(
     }
     if spec.has_segments:
         inputs["query_segments"] = edge_padded(operands.query_segments, count * tiles.queries)
-        inputs["key_segments"] = edge_padded(operands.key_segments, ranges.shape[1] * tiles.keys)
+        its_rows = -(-spec.keys // tiles.keys) * tiles.keys
+        inputs["key_segments"] = edge_padded(operands.key_segments, its_rows)
     if operands.key_lengths is not None:
         inputs["key_lengths"] = jnp.minimum(operands.key_lengths, spec.keys)
     if operands.query_offset is not None:
         inputs["query_offset"] = operands.query_offset
     if operands.scale is not None:
         inputs["scale"] = operands.scale
+    # About what the scale would be, so that float16 does not overflow; exact as a power of two.
+    unit = 2.0 ** -(spec.head_dim.bit_length() // 2) if wants_scale else None
     if tiles.apart:
         kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
         dk, dv = kernel.launch(spec, tiles, inputs, interpret=interpret)
-        # About what the scale would be, so that float16 does not overflow; exact as a power of two.
-        unit = 2.0 ** -(spec.head_dim.bit_length() // 2)
-        dq = backward_queries.launch(
-            spec, operands, inputs, unscaled=unit if wants_scale else None, interpret=interpret
-        )
-        if wants_scale:
-            dq = dq.astype(jnp.float32) / unit
+        dq = backward_queries.launch(spec, operands, inputs, unscaled=unit, interpret=interpret)
+    elif tiles.once:
+        dk, dv, dq = backward_kernel.launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
     else:
-        dq, dk, dv = _at_once(spec, tiles, inputs, interpret=interpret)
+        unit = None
+        dq, dk, dv = _added(spec, tiles, inputs, interpret=interpret)
         if not wants_scale:
             dq = (dq * spec.scale_beside(dq, operands)).astype(spec.dtype)
+    if unit is not None:
+        dq = dq.astype(jnp.float32) / unit
+    if tiles.shares.count > 1:
+        dk, dv = (x.sum(axis=0).astype(spec.dtype) for x in (dk, dv))
     return (
         dq[:, : spec.queries, :, : spec.head_dim],
         dk[:, : spec.keys, :, : spec.head_dim],
@@ -142,7 +154,7 @@ def _by_block(*vectors: Array, queries: int) -> Array:
     )
 
 
-def _at_once(
+def _added(
     spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
 ) -> tuple[Array, Array, Array]:
     """dQ unscaled in float32, as the kernel adds to it, dK and dV."""
@@ -153,8 +165,9 @@ def _at_once(
 
     b, n, blocks, _, queries = inputs["rows"].shape
     dq = jnp.zeros((b, blocks * queries, n, inputs["q"].shape[3]), jnp.float32)
+    made = (jnp.zeros(x.shape, x.dtype) for x in key_gradients(spec, tiles, inputs))
     # Not by `new_ref`, whose effect cannot be partitioned.
-    dq, dk, dv = pl.run_state(run)((dq, *(jnp.zeros_like(inputs[name]) for name in "kv")))
+    dq, dk, dv = pl.run_state(run)((dq, *made))
     return dq, dk, dv
 
 

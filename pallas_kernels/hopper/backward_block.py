@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from jax.experimental import pallas as pl
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.grid import Grid
+from pallas_kernels.hopper.indices import divided
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import scale_of
 from pallas_kernels.hopper.tiles import ROWS
@@ -22,7 +24,18 @@ from pallas_kernels.hopper.visits import Visits
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["HIGH", "LOW", "ROW", "ROW_TERM", "WGMMA", "Block", "banded", "each"]
+__all__ = [
+    "HIGH",
+    "LOW",
+    "ROW",
+    "ROW_TERM",
+    "WGMMA",
+    "Block",
+    "banded",
+    "each",
+    "grid_of",
+    "key_gradients",
+]
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a key
@@ -39,14 +52,43 @@ class Block:
         self.spec, self.tiles, self.seam, self.refs = spec, tiles, seam, refs
         self.makes_dq = "dq" in vars(refs)
         place = grid.place()
-        self.batch, self.kv_head, self.tile = place["batch"], place["head"], place["tile"]
+        shares = tiles.shares
+        self.batch, self.tile = place["batch"], place["tile"]
+        self.kv_head, part = divided(place["head"], shares.heads)
+        self.heads = spec.group // shares.heads
+        self.first_head = self.kv_head * spec.group
+        if shares.heads > 1:
+            self.first_head += part * self.heads
         of = self.batch if refs.ranges.shape[0] > 1 else 0
-        self.scale = scale_of(spec, refs, self.batch)
+        self.scale = self.dq_scale = scale_of(spec, refs, self.batch)
+        query_part: Array | int = 0
+        if shares.queries > 1:
+            query_part, self.tile = divided(self.tile, -(-spec.keys // tiles.keys))
         if refs.ranges.shape[2] > 4:
             self.tile = refs.ranges[of, self.tile, 4]
-        self.visits = Visits(*(refs.ranges[of, self.tile, i] for i in range(4)))
+        row = self.tile
+        if shares.queries > 1:
+            row = query_part * np.int32(-(-spec.keys // tiles.keys)) + self.tile
+        self.share = query_part * np.int32(shares.heads) + part
+        self.visits = Visits(*(refs.ranges[of, row, i] for i in range(4)))
         # Whether log-sum-exps of the group's heads have a second part that counts.
         self.in_two = refs.in_two[self.batch, self.kv_head] > 0
+
+    def store(self, row: Array, *gradients: tuple[Array, Ref, Ref]) -> None:
+        """Gradients (64, columns) of the keys from this row on, or the share of them, on their way.
+
+        Each with shared memory of its operand's size, which nothing reads any more, and its array.
+        """
+        place = (self.batch, pl.ds(row, ROWS), self.kv_head)
+        if self.tiles.shares.count > 1:
+            for gradient, _, gmem in gradients:
+                gmem[self.share, *place] = gradient
+            return
+        for gradient, staging, _ in gradients:
+            staging[...] = gradient.astype(self.spec.dtype)
+        plgpu.commit_smem()
+        for _, staging, gmem in gradients:
+            plgpu.copy_smem_to_gmem(staging, gmem.at[place])
 
     @property
     def masked(self) -> bool:
@@ -97,6 +139,29 @@ class Block:
             mine = lax.broadcast_in_dim(mine, shape, [0])
             p = jnp.where(mine == self.row(refs.q_segments.at[slot]), p, 0.0)
         return p
+
+
+def grid_of(spec: AttentionSpec, tiles: BackwardTiles) -> Grid:
+    """A thread block for each share of each tile of keys of each key head."""
+    shares = tiles.shares
+    batch, head = ("batch", spec.batch), ("head", spec.kv_heads * shares.heads)
+    tile = ("tile", shares.queries * -(-spec.keys // tiles.keys))
+    if shares.count > 1:  # few: the longest of all batch rows first
+        return Grid((tile, batch, head))
+    return Grid((batch, head, tile) if tiles.tiles_first else (batch, tile, head))
+
+
+def key_gradients(
+    spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array]
+) -> list[jax.ShapeDtypeStruct]:
+    """dK and dV as a kernel writes them: (B, rows, K, columns), or (shares, ...) in float32."""
+    dims = [inputs[name].shape[3] for name in "kv"]
+    if tiles.shares.count == 1:
+        shape, dtype = (spec.batch, inputs["k"].shape[1], spec.kv_heads), spec.dtype
+    else:  # whole tiles: what is stored from registers is not cut at an array's end
+        rows = -(-spec.keys // tiles.keys) * tiles.keys
+        shape, dtype = (tiles.shares.count, spec.batch, rows, spec.kv_heads), jnp.float32
+    return [jax.ShapeDtypeStruct((*shape, dim), dtype) for dim in dims]
 
 
 def banded(spec: AttentionSpec) -> bool:

@@ -7,7 +7,8 @@ D being the row term, rowsum(O dO) less the gradient of the log-sum-exp.
 
 (Dao, "FlashAttention-2", 2023, algorithm 2.) A thread block holds one tile of keys, 64 rows for
 each of its two compute warpgroups, and goes over the blocks of queries that see some of them, head
-by head of the group. dK and dV stay in registers; dQ is added to a float32 array in global memory.
+by head of the group, or over its share of these. dK and dV stay in registers; dQ is added to a
+float32 array in global memory, or written where the tile holds all keys there are.
 
     loader         K V Q0 dO0  Q1 dO1  Q2 dO2 ..
     warpgroup 0    [S|dP] P dS [dV] > [dQ|dK] add dQ  [S|dP] P dS [dV] > ..      write dK dV
@@ -47,9 +48,10 @@ from pallas_kernels.hopper.backward_block import (
     Block,
     banded,
     each,
+    grid_of,
+    key_gradients,
 )
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
-from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import across, logits
@@ -68,32 +70,40 @@ def launch(
     inputs: dict[str, Array],
     dq: Ref | None = None,
     *,
+    unscaled: float | None = None,
     interpret: bool,
-) -> tuple[Array, Array]:
-    """dK (B, S, K, H) and dV (B, S, K, D).
+) -> tuple[Array, ...]:
+    """dK and dV, as `key_gradients` says; and dQ (B, T, N, H) in the call's dtype if `tiles.once`.
 
-    Adds the unscaled dQ to `dq` (B, T, N, H) float32; without one dQ is left out.
+    Adds the unscaled dQ to `dq` (B, T, N, H) float32 if there is one.
+
+    unscaled: what dS K is multiplied by instead of the scale, in a dQ that is returned.
     """
     seam = Seam(interpret)
     w, queries = tiles.warpgroups, tiles.queries
-    rows, head, value = inputs["k"].shape[1], inputs["k"].shape[3], inputs["v"].shape[3]
+    head, value = inputs["k"].shape[3], inputs["v"].shape[3]
     if banded(spec):
         inputs = inputs | {"index": jnp.arange(queries, dtype=jnp.int32)}
     if dq is not None:
         inputs = inputs | {"dq": dq}
-    scratch = _scratch(spec, tiles, head, value, makes_dq=dq is not None)
+    scratch = _scratch(spec, tiles, head, value, makes_dq=not tiles.apart)
     if interpret:
         for name, shape in {
             "s": (ROWS, queries), "dp": (ROWS, queries), "dq": dq_share(tiles, head),
             "dk": (ROWS, head), "dv": (ROWS, value),
         }.items():  # fmt: skip
             scratch[f"{name}_stand_in"] = plgpu.SMEM((w, *shape), jnp.float32)
-    names = [*inputs, "dk", "dv", *scratch]
-    grid = grid_of(spec, tiles, inputs["ranges"].shape[1])
+    out_type = key_gradients(spec, tiles, inputs)
+    if tiles.once:
+        out_type.append(jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype))
+    names = [*inputs, "dk", "dv", *(["dq"] if tiles.once else []), *scratch]
+    grid = grid_of(spec, tiles)
 
     def kernel(*args: Ref) -> None:
         refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
         block = Block(spec, tiles, seam, refs, grid)
+        if unscaled is not None:
+            block.dq_scale = unscaled
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < w)
@@ -106,26 +116,17 @@ def launch(
             plgpu.set_max_registers(24, action="decrease")
             _load(block)
 
-    dk, dv = run(
+    found: tuple[Array, ...] = run(
         kernel,
         inputs,
-        out_type=[
-            jax.ShapeDtypeStruct((spec.batch, rows, spec.kv_heads, columns), spec.dtype)
-            for columns in (head, value)
-        ],
+        out_type=out_type,
         scratch_types=list(scratch.values()),
         **grid.launch,
         num_threads=w + 1,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return dk, dv
-
-
-def grid_of(spec: AttentionSpec, tiles: BackwardTiles, tile_count: int) -> Grid:
-    """A thread block for each tile of keys of each key head."""
-    batch, head, tile = ("batch", spec.batch), ("head", spec.kv_heads), ("tile", tile_count)
-    return Grid((batch, head, tile) if tiles.tiles_first else (batch, tile, head))
+    return found
 
 
 def dq_share(tiles: BackwardTiles, head: int) -> tuple[int, int]:
@@ -156,7 +157,8 @@ def _scratch(
     }
     if makes_dq:
         scratch["ds_smem"] = matrix(2, tiles.keys, queries)
-        scratch["dq_smem"] = matrix(w, *dq_share(tiles, head), dtype=jnp.float32)
+        dtype = spec.dtype if tiles.once else jnp.float32
+        scratch["dq_smem"] = matrix(w, *dq_share(tiles, head), dtype=dtype)
     if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.has_segments:
@@ -178,7 +180,7 @@ def _load(block: Block) -> None:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
 
     def fetch(n: Array) -> None:
-        head = block.kv_head * spec.group + quotient(n, visit.count)
+        head = block.first_head + quotient(n, visit.count)
         at = block.visited(remainder(n, visit.count))
         queries = pl.ds(at * tiles.queries, tiles.queries)
         slot = remainder(n, tiles.stages)
@@ -193,14 +195,14 @@ def _load(block: Block) -> None:
         if spec.has_segments:
             copy(refs.query_segments.at[batch, queries], refs.q_segments)
 
-    each(0, visit.count * spec.group, fetch)
+    each(0, visit.count * block.heads, fetch)
     for slot in range(tiles.stages):
         plgpu.barrier_wait(refs.free.at[slot])
 
 
 def _compute(block: Block, warpgroup: Array) -> None:
     """A compute warpgroup: 64 keys of the tile."""
-    spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
+    tiles, seam, refs = block.tiles, block.seam, block.refs
     head, value = refs.k_smem.shape[-1], refs.v_smem.shape[-1]
     for slot in range(tiles.stages):
         plgpu.barrier_arrive(refs.free.at[slot])
@@ -217,12 +219,12 @@ def _compute(block: Block, warpgroup: Array) -> None:
         plgpu.barrier_arrive(refs.both)
         plgpu.barrier_wait(refs.both)
     mine = pl.ds(warpgroup * ROWS, ROWS)
-    rows = pl.ds(block.tile * tiles.keys + warpgroup * ROWS, ROWS)
-    refs.k_smem[mine] = (dk * block.scale).astype(spec.dtype)
-    refs.v_smem[mine] = dv.astype(spec.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(refs.k_smem.at[mine], refs.dk.at[block.batch, rows, block.kv_head])
-    plgpu.copy_smem_to_gmem(refs.v_smem.at[mine], refs.dv.at[block.batch, rows, block.kv_head])
+    row = block.tile * tiles.keys + warpgroup * ROWS
+    block.store(
+        row,
+        (dk * block.scale, refs.k_smem.at[mine], refs.dk),
+        (dv, refs.v_smem.at[mine], refs.dv),
+    )
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -237,7 +239,7 @@ def _visit_all(
     block: Block, warpgroup: Array, accumulator: Any, dk_acc: Ref, dv_acc: Ref
 ) -> tuple[Array, Array]:
     """Every visit of the tile in every head of the group; dK and dV."""
-    spec, seam, visit = block.spec, block.seam, block.visits
+    seam, visit = block.seam, block.visits
     step = partial(_step, block, warpgroup, accumulator, dk_acc, dv_acc)
 
     def over_head(h: Array) -> None:
@@ -252,10 +254,10 @@ def _visit_all(
         loop(0, masked, masked=True, folds=True)
         loop(masked, visit.count, masked=False, folds=False)
 
-    if spec.group == 1:
+    if block.heads == 1:
         over_head(jnp.int32(0))
     else:
-        each(0, spec.group, over_head)
+        each(0, block.heads, over_head)
     return seam.wait(dk_acc, in_flight=0), seam.wait(dv_acc, in_flight=0)
 
 
@@ -362,8 +364,10 @@ def _step(
         return seam.wait(dq_acc, in_flight=1)
 
     dq = accumulator("dq", dq_smem.shape, products)
-    q_head = block.kv_head * spec.group + h
+    q_head = block.first_head + h
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if tiles.once:
+        dq = (dq * block.dq_scale).astype(spec.dtype)
     dq_smem[...] = dq
     plgpu.commit_smem()
     gmem = refs.dq.at[block.batch, :, q_head]
@@ -371,6 +375,9 @@ def _step(
         gmem = gmem.at[pl.ds(first_query, tiles.queries), columns]
     else:
         gmem = gmem.at[pl.ds(first_query + warpgroup * ROWS, ROWS)]
-    seam.add(dq_smem, gmem)
+    if tiles.once:
+        plgpu.copy_smem_to_gmem(dq_smem, gmem)
+    else:
+        seam.add(dq_smem, gmem)
     seam.wait(dk_acc, in_flight=0)
     plgpu.barrier_arrive(refs.free.at[slot])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jattn.call.masking import hides_some
-from pallas_kernels.hopper.limits import has_dq_apart
+from pallas_kernels.hopper.limits import has_dq_apart, writes_dq_once
+from pallas_kernels.hopper.shares import ENOUGH, WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.visits import known_counts
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -26,6 +28,8 @@ class BackwardTiles:
     apart: dQ has a kernel of its own.
     shared_ds: dK's product reads dS from shared memory, not from registers.
     tiles_first: thread blocks that start together are tiles of one head, not heads of one tile.
+    once: dQ is written, not added: one thread block visits a block of queries.
+    shares: the thread blocks that share a tile's work.
     """
 
     queries: int
@@ -34,6 +38,8 @@ class BackwardTiles:
     apart: bool = False
     shared_ds: bool = False
     tiles_first: bool = False
+    once: bool = False
+    shares: Shares = WHOLE
 
     @property
     def keys(self) -> int:
@@ -43,6 +49,28 @@ class BackwardTiles:
 
 def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
     """The tiles for a call."""
+    tiles = _of_head_dims(spec, deterministic=deterministic)
+    once = not tiles.apart and writes_dq_once(spec)
+    return replace(tiles, once=once, shares=_shares(spec, tiles))
+
+
+def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:
+    copies = spec.batch * spec.kv_heads
+    if copies * -(-spec.keys // tiles.keys) >= ENOUGH:
+        return WHOLE
+    columns = spec.head_dim + spec.value_dim
+    return choose_shares(
+        known_counts(spec, queries=tiles.queries, keys=tiles.keys),
+        copies,
+        spec.group,
+        visit_operations=5.0 * tiles.queries * tiles.keys * columns,
+        output_bytes=4.0 * copies * spec.keys * columns,
+        # A tile of the kernel for wide heads visits one block at least.
+        splits_queries=tiles.warpgroups > 1,
+    )
+
+
+def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048, all that backward runs
     # counted; T = 16k, 4k, 1k.
     head, value = (-(-x // 64) * 64 for x in (spec.head_dim, spec.value_dim))

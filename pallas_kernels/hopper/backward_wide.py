@@ -27,14 +27,21 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.backward_block import ROW_TERM, WGMMA, Block, banded, each
+from pallas_kernels.hopper.backward_block import (
+    ROW_TERM,
+    WGMMA,
+    Block,
+    banded,
+    each,
+    grid_of,
+    key_gradients,
+)
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
@@ -56,7 +63,7 @@ RING = 2  # slots of P
 def launch(
     spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
 ) -> tuple[Array, Array]:
-    """dK (B, S, K, H) and dV (B, S, K, D)."""
+    """dK and dV, as `key_gradients` says."""
     seam = Seam(interpret)
     head, value = inputs["k"].shape[3], inputs["v"].shape[3]
     if banded(spec):
@@ -66,8 +73,7 @@ def launch(
         for name, columns in {"s": ROWS, "dp": ROWS, "dk": head, "dv": value}.items():
             scratch[f"{name}_stand_in"] = plgpu.SMEM((ROWS, columns), jnp.float32)
     names = [*inputs, "dk", "dv", *scratch]
-    tile_count = inputs["ranges"].shape[1]
-    grid = Grid((("batch", spec.batch), ("tile", tile_count), ("head", spec.kv_heads)))
+    grid = grid_of(spec, tiles)
 
     def kernel(*args: Ref) -> None:
         refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
@@ -89,14 +95,10 @@ def launch(
             plgpu.set_max_registers(24, action="decrease")
             _load(block)
 
-    rows = inputs["k"].shape[1]
     dk, dv = run(
         kernel,
         inputs,
-        out_type=[
-            jax.ShapeDtypeStruct((spec.batch, rows, spec.kv_heads, columns), spec.dtype)
-            for columns in (head, value)
-        ],
+        out_type=key_gradients(spec, tiles, inputs),
         scratch_types=list(scratch.values()),
         **grid.launch,
         num_threads=3,
@@ -155,14 +157,14 @@ class WideBlock(Block):
         self.visits = Visits(
             first, count, *(jnp.where(none, 1, x) for x in (visits.clear_from, visits.clear_to))
         )
-        self.steps = count * spec.group
+        self.steps = count * self.heads
         self.key_start = self.tile * ROWS
 
     def place(self, n: Array) -> tuple[Array, Array]:
         """Query head and block of step n."""
-        count, group = self.visits.count, self.spec.group
-        h, i = (quotient(n, count), remainder(n, count)) if group > 1 else (jnp.int32(0), n)
-        return self.kv_head * group + h, self.visited(i)
+        count = self.visits.count
+        h, i = (quotient(n, count), remainder(n, count)) if self.heads > 1 else (jnp.int32(0), n)
+        return self.first_head + h, self.visited(i)
 
     def q_slot(self, n: Array) -> Array:
         """Where the queries of step n are."""
@@ -316,7 +318,7 @@ def _key_role(block: WideBlock) -> None:
                 each(first, first + masked, partial(step, masked=True))
             each(first + masked, first + count, partial(step, masked=False))
 
-        each(0, spec.group, over_head)
+        each(0, block.heads, over_head)
         return seam.wait(dk_acc, in_flight=0)
 
     _start(block)
@@ -327,11 +329,8 @@ def _key_role(block: WideBlock) -> None:
 
 
 def _finish(block: WideBlock, gradient: Array, smem: Ref, gmem: Ref) -> None:
-    """Writes the role's gradient, in the place of an operand that both roles are done with."""
+    """Writes the role's gradient, by the place of an operand that both roles are done with."""
     plgpu.barrier_arrive(block.refs.done)
     plgpu.barrier_wait(block.refs.done)
-    smem[...] = gradient.astype(block.spec.dtype)
-    plgpu.commit_smem()
-    rows = pl.ds(block.key_start, ROWS)
-    plgpu.copy_smem_to_gmem(smem, gmem.at[block.batch, rows, block.kv_head])
+    block.store(block.key_start, (gradient, smem, gmem))
     plgpu.wait_smem_to_gmem(0)

@@ -7,16 +7,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["has_dq_apart", "refusals"]
+__all__ = ["has_dq_apart", "refusals", "writes_dq_once"]
 
 MOST_BLOCKS = 2**31 - 1  # of a launch; CUDA C++ Programming Guide, "Technical specifications"
 MOST_HEAD_DIM = 256  # wgmma's largest N, and all the registers a warpgroup has for the output
+KEYS_OF_A_BLOCK = 128  # of a thread block of the backward kernel of dQ, dK and dV
 
 
 def has_dq_apart(spec: AttentionSpec, *, deterministic: bool) -> bool:
     """Whether dQ has a kernel of its own, and no float32 array that thread blocks add to."""
-    wide = max(spec.head_dim, spec.value_dim) > 128
-    return deterministic or wide or spec.logits_soft_cap is not None
+    deterministic &= not writes_dq_once(spec)
+    return deterministic or _is_wide(spec) or spec.logits_soft_cap is not None
+
+
+def writes_dq_once(spec: AttentionSpec) -> bool:
+    """Whether each block of queries is visited by one thread block, which sees all its keys.
+
+    Then dQ is neither added to what others made of it nor made by a kernel of its own.
+    """
+    is_one_tile = spec.keys <= KEYS_OF_A_BLOCK
+    return is_one_tile and not _is_wide(spec) and spec.logits_soft_cap is None
+
+
+def _is_wide(spec: AttentionSpec) -> bool:
+    return max(spec.head_dim, spec.value_dim) > 128
 
 
 def refusals(spec: AttentionSpec) -> list[str]:

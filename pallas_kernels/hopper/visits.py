@@ -27,7 +27,7 @@ from pallas_kernels.hopper.constant import constant
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["Visits", "edge_padded", "visits"]
+__all__ = ["Visits", "edge_padded", "known_counts", "visits"]
 
 
 MOST_KNOWN = 4096  # tiles of a constant, which takes 5 us of tracing each
@@ -48,18 +48,33 @@ class Visits(NamedTuple):
         return self.count - (self.clear_to - self.clear_from)
 
 
-def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) -> Array:
-    """(B or 1, tiles, 4) int32: the `Visits` of each tile of `keys` keys to blocks of `queries`.
+def visits(
+    spec: AttentionSpec,
+    operands: Operands,
+    *,
+    queries: int,
+    keys: int,
+    parts: int = 1,
+    every: bool = False,
+) -> Array:
+    """`Visits` of tiles of `keys` keys to blocks of `queries`: (B or 1, parts * tiles, 4) int32.
 
-    With segments of many tiles (B, tiles, 5): the fifth says in which order they are best started.
+    With segments of many tiles (B, parts * tiles, 5): the fifth of the first part says in which
+    order tiles are best started.
+
+    parts: how many each tile's visits are shared out to, one after another.
+    every: all blocks are visited, also those that see none of the tile's keys.
     """
     tiles, count = -(-spec.keys // keys), -(-spec.queries // queries)
     traced = (operands.query_lengths, operands.key_lengths, operands.query_offset)
     if tiles <= MOST_KNOWN and not spec.has_segments and all(x is None for x in traced):
-        return constant(_known(spec, tiles, queries=queries, keys=keys))
+        known = _known(spec, tiles, queries=queries, keys=keys, every=every)
+        return constant(np.stack(_in_parts(np, Visits(*known.T), parts), axis=-1)[None])
     intervals = KeyIntervals.of_batch(spec, operands, 1)
     start = jnp.arange(tiles, dtype=jnp.int32)[None] * keys
     first, stop = blocks.query_blocks(intervals, start, start + keys, queries)
+    if every:
+        first, stop = 0, count
     clear_first, clear_stop = blocks.unmasked_query_blocks(intervals, start, start + keys, queries)
     if spec.band.lower is None:
         # Rows past the last query have an infinite log-sum-exp, which hides them without a mask.
@@ -79,9 +94,11 @@ def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) 
         least, most = least[:, None], most[:, None]
         # Compared by range, which is exact for sorted ("packed") ids and safe for any others.
         meets = (most >= own_least) & (least <= own_most)
-        first = jnp.maximum(first, blocks.first_true(meets))
-        stop = jnp.minimum(stop, count - blocks.first_true(meets[..., ::-1]))
-        stop = jnp.where(meets.any(axis=2), stop, first)
+        first, stop = (jnp.broadcast_to(x, meets.shape[:2]) for x in (first, stop))
+        if not every:
+            first = jnp.maximum(first, blocks.first_true(meets))
+            stop = jnp.minimum(stop, count - blocks.first_true(meets[..., ::-1]))
+            stop = jnp.where(meets.any(axis=2), stop, first)
         block = jnp.arange(count, dtype=jnp.int32)[None, None]
         one = (least == own_least) & (most == own_least) & (own_most == own_least)
         clear = one & (block >= clear_first[..., None]) & (block < clear_stop[..., None])
@@ -90,25 +107,50 @@ def visits(spec: AttentionSpec, operands: Operands, *, queries: int, keys: int) 
         clear_first = blocks.first_true(clear)
         after = jnp.where(~clear & (block > clear_first[..., None]), block, count).min(axis=2)
         clear_stop = jnp.where(clear.any(axis=2), after, clear_first)
-    found = [x.astype(jnp.int32) for x in _counted(jnp, first, stop, clear_first, clear_stop)]
+    whole = Visits(
+        *(x.astype(jnp.int32) for x in _counted(jnp, first, stop, clear_first, clear_stop))
+    )
+    found = list(_in_parts(jnp, whole, parts))
     if spec.has_segments and tiles in ORDERED:
-        found.append(_longest_first(found[1]))
+        found.append(jnp.tile(_longest_first(whole.count), (1, parts)))
     return jnp.stack(found, axis=-1)
 
 
-def _known(
-    spec: AttentionSpec, tiles: int, *, queries: int, keys: int
+def known_counts(
+    spec: AttentionSpec, *, queries: int, keys: int
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """(1, tiles, 4): the same of a call whose intervals follow from its shapes."""
+    """(tiles,): how many visits each tile has, as far as shapes tell: the most with lengths."""
+    tiles = -(-spec.keys // keys)
+    return _known(spec, tiles, queries=queries, keys=keys, every=False)[:, 1]
+
+
+def _known(
+    spec: AttentionSpec, tiles: int, *, queries: int, keys: int, every: bool
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """(tiles, 4): the `Visits` of a call whose intervals follow from its shapes."""
     intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
     found = []
     for start in range(0, tiles * keys, keys):
         first, stop = blocks.query_blocks(intervals, start, start + keys, queries)
+        if every:
+            first, stop = 0, -(-spec.queries // queries)
         clear = blocks.unmasked_query_blocks(intervals, start, start + keys, queries)
         if spec.band.lower is None:  # as above
             clear = clear[0], stop if start + keys <= spec.keys else clear[0]
         found.append(_counted(np, first, stop, *clear))
-    return np.array([found], np.int32)
+    return np.array(found, np.int32)
+
+
+def _in_parts(xp: Any, whole: Visits, parts: int) -> Visits:
+    """(.., tiles) visits as (.., parts * tiles): all tiles' first parts, all their second, .."""
+    if parts == 1:
+        return whole
+    made = []
+    for part in range(parts):
+        start, stop = (whole.count * (part + more) // parts for more in range(2))
+        clear = (xp.clip(x - start, 0, stop - start) for x in (whole.clear_from, whole.clear_to))
+        made.append(Visits(whole.first + start, stop - start, *clear))
+    return Visits(*(xp.concatenate(x, axis=-1) for x in zip(*made, strict=True)))
 
 
 def _counted(xp: Any, first: Any, stop: Any, clear_first: Any, clear_stop: Any) -> Visits:

@@ -45,6 +45,8 @@ KNOWN_SPILLS = {
     "one_query_64": 36,
     "one_query_offsets": 32,
     "packed_heads": 24,
+    "one_key_head_128": 8,
+    "text_64": 72,
     "array_scale_64": 88,
     "array_scale_128": 20,
     "array_scale_full_64": 40,
