@@ -20,7 +20,12 @@ from jax.experimental import pallas as pl
 from jattn.call.masking import past_zeroed
 from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide
 from pallas_kernels.hopper.backward_block import key_gradients
-from pallas_kernels.hopper.backward_tiles import BackwardTiles, choose_backward_tiles
+from pallas_kernels.hopper.backward_tiles import (
+    BackwardTiles,
+    by_rows,
+    choose_backward_tiles,
+    padded_columns,
+)
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
 from pallas_kernels.hopper.tiles import ROWS
@@ -29,7 +34,7 @@ from pallas_kernels.hopper.visits import edge_padded, visits
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["backward", "padded_columns"]
+__all__ = ["backward"]
 
 
 def backward(
@@ -79,11 +84,9 @@ def backward(
         parts=tiles.shares.queries,
         every=tiles.once,
     )
+    matrices = {"q": query, "k": key, "v": value, "do": d_out}
     inputs = {
-        "q": _whole(query, tiles),
-        "k": _whole(key, tiles),
-        "v": _whole(value, tiles),
-        "do": _whole(d_out, tiles),
+        **(matrices if by_rows(spec, tiles) else _whole(matrices, tiles)),
         "rows": _by_block(
             jnp.pad(high, more, constant_values=jnp.inf),
             jnp.pad(low, more),
@@ -171,14 +174,11 @@ def _added(
     return dq, dk, dv
 
 
-def _whole(x: Array, tiles: BackwardTiles) -> Array:
-    """x (B, rows, heads, columns), padded to what tiles of 8 by 64 need."""
-    more = (-x.shape[1] % 8, padded_columns(x.shape[3], tiles) - x.shape[3])
-    return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
+def _whole(matrices: dict[str, Array], tiles: BackwardTiles) -> dict[str, Array]:
+    """Each (B, rows, heads, columns), padded to what tiles of 8 by 64 need."""
 
+    def padded(x: Array) -> Array:
+        more = (-x.shape[1] % 8, padded_columns(x.shape[3], tiles) - x.shape[3])
+        return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
 
-def padded_columns(columns: int, tiles: BackwardTiles) -> int:
-    """Columns that an array of this many is padded to."""
-    # 64 for each warpgroup that shares dQ's columns.
-    multiple = 64 if tiles.apart or tiles.queries > ROWS else 64 * tiles.warpgroups
-    return -(-columns // multiple) * multiple
+    return {name: padded(x) for name, x in matrices.items()}

@@ -74,20 +74,21 @@ class Block:
         # Whether log-sum-exps of the group's heads have a second part that counts.
         self.in_two = refs.in_two[self.batch, self.kv_head] > 0
 
-    def store(self, row: Array, *gradients: tuple[Array, Ref, Ref]) -> None:
+    def store(self, row: Array, *gradients: tuple[Array, Ref, Ref, Ref]) -> None:
         """Gradients (64, columns) of the keys from this row on, or the share of them, on their way.
 
-        Each with shared memory of its operand's size, which nothing reads any more, and its array.
+        Each with shared memory of its operand's size, which nothing reads any more, that as copies
+        name it, and its array.
         """
         place = (self.batch, pl.ds(row, ROWS), self.kv_head)
         if self.tiles.shares.count > 1:
-            for gradient, _, gmem in gradients:
+            for gradient, _, _, gmem in gradients:
                 gmem[self.share, *place] = gradient
             return
-        for gradient, staging, _ in gradients:
+        for gradient, staging, _, _ in gradients:
             staging[...] = gradient.astype(self.spec.dtype)
         plgpu.commit_smem()
-        for _, staging, gmem in gradients:
+        for _, _, staging, gmem in gradients:
             plgpu.copy_smem_to_gmem(staging, gmem.at[place])
 
     @property

@@ -29,7 +29,6 @@ done; both for each slot of a ring):
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -51,8 +50,9 @@ from pallas_kernels.hopper.backward_block import (
     grid_of,
     key_gradients,
 )
-from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows
 from pallas_kernels.hopper.indices import quotient, remainder
+from pallas_kernels.hopper.plain import in_both_ways, named
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import across, logits
 from pallas_kernels.hopper.tiles import ROWS
@@ -96,11 +96,14 @@ def launch(
     out_type = key_gradients(spec, tiles, inputs)
     if tiles.once:
         out_type.append(jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype))
+    if by_rows(spec, tiles):
+        matrices = ("q_smem", "k_smem", "v_smem", "do_smem", *(["dq_smem"] if tiles.once else []))
+        scratch = in_both_ways(scratch, matrices, interpret=interpret)
     names = [*inputs, "dk", "dv", *(["dq"] if tiles.once else []), *scratch]
     grid = grid_of(spec, tiles)
 
     def kernel(*args: Ref) -> None:
-        refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
+        refs = named(scratch, names, args)
         block = Block(spec, tiles, seam, refs, grid)
         if unscaled is not None:
             block.dq_scale = unscaled
@@ -172,8 +175,8 @@ def _load(block: Block) -> None:
     spec, tiles, refs = block.spec, block.tiles, block.refs
     batch, visit = block.batch, block.visits
     keys = pl.ds(block.tile * tiles.keys, tiles.keys)
-    plgpu.copy_gmem_to_smem(refs.k.at[batch, keys, block.kv_head], refs.k_smem, refs.kv_full)
-    plgpu.copy_gmem_to_smem(refs.v.at[batch, keys, block.kv_head], refs.v_smem, refs.kv_full)
+    plgpu.copy_gmem_to_smem(refs.k.at[batch, keys, block.kv_head], refs.k_rows, refs.kv_full)
+    plgpu.copy_gmem_to_smem(refs.v.at[batch, keys, block.kv_head], refs.v_rows, refs.kv_full)
     if banded(spec):
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, refs.kv_full)
     if spec.has_segments:
@@ -189,9 +192,9 @@ def _load(block: Block) -> None:
         def copy(source: Ref, place: Ref) -> None:
             plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
 
-        copy(refs.q.at[batch, queries, head], refs.q_smem)
+        copy(refs.q.at[batch, queries, head], refs.q_rows)
         copy(refs.rows.at[batch, head, at], refs.rows_smem)
-        copy(refs.do.at[batch, queries, head], refs.do_smem)
+        copy(refs.do.at[batch, queries, head], refs.do_rows)
         if spec.has_segments:
             copy(refs.query_segments.at[batch, queries], refs.q_segments)
 
@@ -222,8 +225,8 @@ def _compute(block: Block, warpgroup: Array) -> None:
     row = block.tile * tiles.keys + warpgroup * ROWS
     block.store(
         row,
-        (dk * block.scale, refs.k_smem.at[mine], refs.dk),
-        (dv, refs.v_smem.at[mine], refs.dv),
+        (dk * block.scale, refs.k_smem.at[mine], refs.k_rows.at[mine], refs.dk),
+        (dv, refs.v_smem.at[mine], refs.v_rows.at[mine], refs.dv),
     )
     plgpu.wait_smem_to_gmem(0)
 
@@ -376,7 +379,7 @@ def _step(
     else:
         gmem = gmem.at[pl.ds(first_query + warpgroup * ROWS, ROWS)]
     if tiles.once:
-        plgpu.copy_smem_to_gmem(dq_smem, gmem)
+        plgpu.copy_smem_to_gmem(refs.dq_rows.at[warpgroup], gmem)
     else:
         seam.add(dq_smem, gmem)
     seam.wait(dk_acc, in_flight=0)

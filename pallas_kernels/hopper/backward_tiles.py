@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.limits import has_dq_apart, writes_dq_once
+from pallas_kernels.hopper.plain import needs_plain_rows
 from pallas_kernels.hopper.shares import ENOUGH, WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import known_counts
@@ -14,7 +15,7 @@ from pallas_kernels.hopper.visits import known_counts
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["BackwardTiles", "choose_backward_tiles"]
+__all__ = ["BackwardTiles", "by_rows", "choose_backward_tiles", "padded_columns"]
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,15 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
     # 301; full 591, 583, 466, heads first 584, 571, 450. Three stages: full 546 at 4k. dV's product
     # before dS: causal 491.
     return BackwardTiles(64, shared_ds=True, tiles_first=full)
+
+
+def by_rows(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether matrices are copied as plain rows, and no array is padded."""
+    return not tiles.apart and needs_plain_rows(spec)
+
+
+def padded_columns(columns: int, tiles: BackwardTiles) -> int:
+    """Columns that an array of this many is padded to."""
+    # 64 for each warpgroup that shares dQ's columns.
+    multiple = 64 if tiles.apart or tiles.queries > ROWS else 64 * tiles.warpgroups
+    return -(-columns // multiple) * multiple

@@ -332,5 +332,5 @@ def _finish(block: WideBlock, gradient: Array, smem: Ref, gmem: Ref) -> None:
     """Writes the role's gradient, by the place of an operand that both roles are done with."""
     plgpu.barrier_arrive(block.refs.done)
     plgpu.barrier_wait(block.refs.done)
-    block.store(block.key_start, (gradient, smem, gmem))
+    block.store(block.key_start, (gradient, smem, smem, gmem))
     plgpu.wait_smem_to_gmem(0)

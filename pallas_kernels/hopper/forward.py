@@ -30,7 +30,6 @@ each time, and the loader waits once more for each at the end.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -44,6 +43,7 @@ from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
+from pallas_kernels.hopper.plain import in_both_ways, named, needs_plain_rows
 from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, padded_width, transforms
 from pallas_kernels.hopper.segments import segment_arrays
@@ -78,11 +78,10 @@ def forward(
       interpret: run on a CPU, thread by thread.
     """
     plan = plan or make_plan(spec, tiles)
-    inputs: dict[str, Any] = {
-        "q": _copyable(operands.query),
-        "k": _copyable(operands.key),
-        "v": _copyable(operands.value),
-    }
+    matrices = {"q": operands.query, "k": operands.key, "v": operands.value}
+    inputs: dict[str, Any] = matrices
+    if not _by_rows(plan):
+        inputs = {name: _copyable(x) for name, x in matrices.items()}
     if spec.has_query_lengths:
         inputs["query_lengths"] = operands.query_lengths
     if spec.has_key_lengths:
@@ -105,6 +104,11 @@ def forward(
     if plan.in_parts:
         return combine(spec, out, top, rest, unit=LN2, sinks=sinks)
     return out, top, rest
+
+
+def _by_rows(plan: Plan) -> bool:
+    """Whether matrices are copied as plain rows; float32 outputs are two tiles wide."""
+    return not plan.in_parts and needs_plain_rows(plan.spec)
 
 
 def _copyable(x: Array) -> Array:
@@ -131,7 +135,12 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
     if plan.is_scheduled:
         inputs = inputs | {"schedule": constant(plan.schedule())}
     names = [*inputs, "out", "sums"]
+    by_rows = _by_rows(plan)
     scratch = _scratch(plan, out_dtype, columns)
+    if by_rows:
+        scratch = in_both_ways(
+            scratch, ("q_smem", "k_smem", "v_smem", "o_smem"), interpret=interpret
+        )
     if interpret:
         scratch["s_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, tiles.keys), jnp.float32)
         scratch["o_stand_in"] = plgpu.SMEM(
@@ -139,7 +148,7 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
         )
 
     def kernel(*args: Ref) -> None:
-        refs = SimpleNamespace(**dict(zip([*names, *scratch], args, strict=True)))
+        refs = named(scratch, [*names, *scratch], args)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < tiles.warpgroups)

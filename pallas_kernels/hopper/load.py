@@ -105,7 +105,7 @@ def _load_q(plan: Plan, refs: Ref, work: Work, turn: Array | int, w: int) -> Non
     columns = pl.ds(0, refs.q_smem.shape[-1])
     for rows, queries, head in query_parts(plan, work, w):
         plgpu.copy_gmem_to_smem(
-            refs.q.at[work.batch, queries, head, columns], refs.q_smem.at[slot, rows], full
+            refs.q.at[work.batch, queries, head, columns], refs.q_rows.at[slot, rows], full
         )
     if plan.spec.has_segments:
         start = work.tile * plan.rows + w * ROWS
@@ -120,7 +120,7 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     plgpu.barrier_wait(refs.k_free.at[slot])
     plgpu.copy_gmem_to_smem(
         refs.k.at[work.batch, rows, work.kv_head, pl.ds(0, refs.k_smem.shape[-1])],
-        refs.k_smem.at[slot],
+        refs.k_rows.at[slot],
         refs.k_full.at[slot],
     )
     if plan.spec.has_segments:
@@ -135,6 +135,6 @@ def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     plgpu.barrier_wait(refs.v_free.at[slot])
     plgpu.copy_gmem_to_smem(
         refs.v.at[work.batch, rows, work.kv_head, pl.ds(0, refs.v_smem.shape[-1])],
-        refs.v_smem.at[slot],
+        refs.v_rows.at[slot],
         refs.v_full.at[slot],
     )

@@ -40,9 +40,10 @@ def store(
     factor = softmax.factor(sink)
     if plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        o_smem = refs.o_smem.at[number]
+        o_smem, o_rows = refs.o_smem.at[number], refs.o_rows.at[number]
     else:
-        o_smem = refs.q_smem.at[slot, :, pl.ds(0, width)]
+        place = (slot, slice(None), pl.ds(0, width))
+        o_smem, o_rows = refs.q_smem.at[place], refs.q_rows.at[place]
     # Before O, beside whose rounding they are on their way.
     refs.sums_smem[number, 0] = softmax.m
     refs.sums_smem[number, 1] = softmax.l
@@ -51,7 +52,7 @@ def store(
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
     for rows, queries, head in query_parts(plan, work, number):
         out = refs.out.at[(*batch, queries, head, pl.ds(0, width))]
-        plgpu.copy_smem_to_gmem(o_smem.at[rows], out)
+        plgpu.copy_smem_to_gmem(o_rows.at[rows], out)
         # Together where they are whole rows of shared memory.
         for i in [slice(None)] if copies(plan) == 1 else [0, 1]:
             plgpu.copy_smem_to_gmem(

@@ -70,6 +70,9 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
         # A tile of 192 rows is mostly hidden or past the end: causal 335 at 1k, 291 with it.
         # No list: 254.
         return Tiles(2, 128, 4, query_slots=4)
+    if width <= 64 and _rounded(spec.queries, 3 * ROWS) > 1.15 * _rounded(spec.queries, 2 * ROWS):
+        # Sequences of which tiles of 192 rows are mostly past the end: 197, 577.
+        return Tiles(2, 128, 4, query_slots=4)
     if width <= 64:
         # Causal 530, 461; full 561, 499, 447. No list: causal 531, 434; full 547, 487, 363.
         # Not in turn: 522, 440; 540, 492, 425. Two warpgroups: full 428, 428, 417.
@@ -81,6 +84,10 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     # Causal 768, 694, 491; full 772, 734, 616. There is no room for blocks of 128 keys, and in a
     # list for three query slots only: causal 716, 654, 465; full 653, 713, 611.
     return Tiles(2, 64, 2, query_slots=2)
+
+
+def _rounded(size: int, by: int) -> int:
+    return -(-size // by) * by
 
 
 def fit(spec: AttentionSpec, tiles: Tiles, *, listed: bool, out_bytes: int) -> Tiles:

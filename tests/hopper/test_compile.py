@@ -47,6 +47,7 @@ KNOWN_SPILLS = {
     "packed_heads": 24,
     "one_key_head_128": 8,
     "text_64": 72,
+    "vision": 112,
     "array_scale_64": 88,
     "array_scale_128": 20,
     "array_scale_full_64": 40,

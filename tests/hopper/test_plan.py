@@ -12,8 +12,7 @@ import pytest
 
 from jattn.call.spec import AttentionSpec
 from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide, forward
-from pallas_kernels.hopper.backward import padded_columns
-from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
+from pallas_kernels.hopper.backward_tiles import choose_backward_tiles, padded_columns
 from pallas_kernels.hopper.plan import make_plan
 from pallas_kernels.hopper.seam import padded_width
 from tests.cases import Case, first

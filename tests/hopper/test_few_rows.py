@@ -1,0 +1,76 @@
+"""Short sequences of ragged lengths: read and written in place, and exact."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jattn
+from jattn.backends.flash import interpreted
+from pallas_kernels.hopper.plan import make_plan
+from tests.cases import Case, chosen
+from tests.hopper.calls import Half, arguments, spec_of
+from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+
+__all__ = ["hopper"]
+
+# Lengths of no multiple of 8; and the like of heads that are padded.
+RAGGED = [
+    Half("vision", 2, 197, 197, 1, 1, 64),
+    Half("causal", 1, 67, 131, 1, 1, 64, causal=True),
+    Half("narrow", 1, 67, 131, 1, 1, 40, 56, causal=True),
+    Half("lengths", 2, 67, 131, 1, 1, 64, query_lengths=(60, 67), key_lengths=(131, 3)),
+    Half("packed", 1, 131, 131, 1, 1, 64, segments="sorted", causal=True),
+    Half("grouped", 2, 9, 131, 4, 1, 64),
+    Half("window", 1, 331, 335, 2, 1, 64, window=(70, 20)),
+    Case("float16", 1, 3, 5, 2, 2, 64, dtype="float16", scale=-0.2),
+]
+
+
+@pytest.mark.parametrize("case", chosen(RAGGED, "causal"), ids=str)
+def test_interpreted_as_exact(case: Case, seed: int) -> None:
+    check(INTERPRETED, case, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", RAGGED, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_on_a_gpu_as_exact(case: Case, seed: int, *, deterministic: bool) -> None:
+    with jattn.deterministic_gradients(deterministic):
+        check(FLASH, case, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("length", [197, 257, 577, 1001])
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_lengths_of_vision_on_a_gpu(length: int, head_dim: int, seed: int) -> None:
+    check(FLASH, Half("", 7, length, length, 5, 5, head_dim), seed)
+
+
+def test_no_operand_is_padded() -> None:
+    """Of what is traced of the gradient; vectors of one number a row are."""
+    floats, rest, static = arguments(Half("", 2, 197, 197, 2, 2, 64))
+
+    def gradient(floats: Any) -> Any:
+        def total(floats: Any) -> Any:
+            with interpreted():
+                out = jattn.flash_attention(**floats, **rest, **static)
+            return out.astype(jnp.float32).sum()
+
+        return jax.grad(total)(floats)
+
+    text = str(jax.make_jaxpr(gradient)(floats))
+    assert re.findall(r"bf16\[[\d,]*\] = pad\[", text) == []
+
+
+def test_tiles_of_short_sequences_are_not_mostly_past_the_end() -> None:
+    def warpgroups(length: int) -> int:
+        return make_plan(spec_of(Half("", 32, length, length, 16, 16, 64))).tiles.warpgroups
+
+    assert [warpgroups(length) for length in (197, 577, 1024, 4096)] == [2, 2, 3, 3]
