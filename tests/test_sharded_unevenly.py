@@ -6,13 +6,25 @@ program says how its arrays lie, as JAX itself takes no array of such a kind.
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jattn
+from tests import formula
 from tests.cases import thorough
 from tests.four_devices import run
+from tests.portable.exact import ampere
+
+__all__ = ["ampere"]
 
 PRELUDE = """
-import re
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 import jattn
@@ -134,3 +146,34 @@ for kind, kv_heads in ((AxisType.Auto, 2), (AxisType.Explicit, 4)):
 )
 def test_the_values_are_those_of_one_device(name: str, ways: str) -> None:
     run(f"{PRELUDE}\nWAYS = {ways}\n{PROGRAMS[name]}", timeout=900)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("ampere")
+@pytest.mark.parametrize("heads", [False, True], ids=["batch of 3", "whole keys"])
+def test_on_two_gpus(heads: bool) -> None:
+    """Three rows of a batch, or query heads over both and keys whole, by the GPU kernels."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rng = np.random.default_rng(0)
+    shapes = ((3, 256, n, 64) for n in (8, 4, 4))
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    lie = NamedSharding(mesh, P(None, None, "x") if heads else P("x"))
+    keys = NamedSharding(mesh, P()) if heads else lie
+
+    def gradients(attention: Any, q: Any, k: Any, v: Any) -> Any:
+        def loss(q: Any, k: Any, v: Any) -> Any:
+            if attention is not jattn.eager_attention:
+                q, *kv = map(jax.lax.with_sharding_constraint, (q, k, v), (lie, keys, keys))
+                return (attention(q, *kv, is_causal=True) ** 2).sum()
+            return (attention(q, k, v, is_causal=True) ** 2).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    held = [jax.device_put(x, NamedSharding(mesh, P())) for x in (q, k, v)]
+    compiled = jax.jit(partial(gradients, jattn.flash_attention)).lower(*held).compile()
+    assert "mosaic_gpu" in compiled.as_text() or "triton" in compiled.as_text()
+    one = jax.devices()[0]
+    found = jax.tree.map(lambda x: jax.device_put(x, one), compiled(*held))
+    formula.check(found, gradients, *(jax.device_put(x, one) for x in (q, k, v)))
