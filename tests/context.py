@@ -122,6 +122,13 @@ def everything(attend: Any, case: Case, arrays: Results, multiple: int) -> Resul
     return {name: x[tuple(map(slice, shapes[name]))] for name, x in found.items()}
 
 
+def can_be_dealt(case: Case, devices: int) -> bool:
+    """Whether the heads of a case can be those of devices: schedule "heads"."""
+    has_rows = any("T" in form for form in (case.bias or "", case.mask or ""))
+    held = -(-case.queries // devices)
+    return case.kv_heads % devices == 0 and not has_rows and (held > 1 or not case.bias)
+
+
 def check(found: Results, case: Case) -> None:
     """As exact as eager is on one device."""
     drawn = operands(case, 0)

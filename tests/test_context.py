@@ -22,13 +22,22 @@ for how, devices, name in {jobs}:
         found = context.sharded(CHUNKED, case, mesh)
     else:
         layout, schedule = how.split()
+        if schedule == "heads" and not context.can_be_dealt(case, devices):
+            continue
         found = context.through(CHUNKED, case, mesh, layout=layout, schedule=schedule)
     try:
         context.check(found, case)
     except AssertionError as error:
         raise AssertionError((how, devices, name)) from error
 """
-WAYS = ("jit", "contiguous ring", "contiguous gather", "zigzag ring", "zigzag gather")
+WAYS = (
+    "jit",
+    *(
+        f"{layout} {schedule}"
+        for layout in ("contiguous", "zigzag")
+        for schedule in ("ring", "gather", "heads")
+    ),
+)
 # Each way, and each number of devices; among them all arguments, even and uneven lengths.
 CHOSEN = [
     ("jit", 4, "everything"),
@@ -50,18 +59,28 @@ def said(heads, kv_heads, **options):
     )
     return jattn.explain(q, k, k, **options)
 
-# 1024 keys of 8 heads and 2 x 128 numbers are 4 MiB; of 2 of the heads on 3 devices, 3 MiB.
-assert said(32, 8, is_causal=True, device="H100").sequence == (
-    "cut over 4 devices along 'x': gather, 2 pieces of 6 MiB, in backward 18 MiB; queries are "
+# Keys and values of 1024 tokens, 8 heads and 2 x 128 numbers are 4 MiB, queries and output of 32
+# 8 MiB each; three quarters of half of either leave a device.
+found = said(32, 8, is_causal=True, device="H100").sequence
+assert found == (
+    "cut over 4 devices along 'x': heads, 2 pieces of 8 MiB, in backward 12 MiB; each device "
+    "computes its heads, as one alone would"
+), found
+# Six key heads are not for four devices; of 3 of them on 3 devices, 4.5 MiB.
+found = said(24, 6, is_causal=True, device="H100").sequence
+assert found == (
+    "cut over 4 devices along 'x': gather, 2 pieces of 4 MiB, in backward 14 MiB; queries are "
     "exchanged, so that all see as many keys; the keys of two pieces take no more memory than a "
     "ring's buffers"
-), said(32, 8, is_causal=True, device="H100").sequence
+), found
 found = said(32, 32, is_causal=True, local_window_size=(1024, 0), device="H100").sequence
 assert found == (
     "cut over 4 devices along 'x': ring, 1 hop of 16 MiB, in backward 48 MiB; the band leaves 1 of "
     "3 hops"
 ), found
 assert "sequence: cut over 4 devices" in str(said(8, 8))
+mask = jax.ShapeDtypeStruct((1, 1, 4096, 4096), jnp.bool_)
+assert "heads" not in said(8, 8, mask=mask).sequence
 assert said(8, 8, implementation="cudnn", device="A100").sequence is None
 assert jattn.explain(*[jnp.ones((1, 8, 2, 8))] * 3).sequence is None
 """
@@ -219,7 +238,10 @@ def test_what_cannot_be_is_refused_by_name() -> None:
     ):
         jattn.dot_product_attention(x, x, x)
     for wrong, named in (
-        ({"schedule": "circle"}, "schedule must be 'gather' or 'ring', or None, got 'circle'"),
+        (
+            {"schedule": "circle"},
+            "schedule must be 'gather' or 'heads' or 'ring', or None, got 'circle'",
+        ),
         ({"layout": "striped"}, "layout must be 'contiguous' or 'zigzag', got 'striped'"),
         ({"axis_name": 3}, "axis_name must be a mesh axis, several, or None, got 3"),
     ):
@@ -256,6 +278,12 @@ assert "eager: the sequence is cut along 'sequence'" in refusal(jattn.eager_atte
 assert "T 3 and S 3 a device" in refusal(jattn.dot_product_attention, layout="zigzag")
 assert "manual axes here: 'sequence'" in refusal(
     lambda *x: jattn.context_parallel("rows").__enter__() or jattn.dot_product_attention(*x)
+)
+assert "schedule 'heads' does not apply: 3 key heads are not a multiple of 2 devices" in refusal(
+    jattn.dot_product_attention, jnp.ones((1, 6, 3, 8)), schedule="heads"
+)
+assert "'heads' does not apply: a bias or mask has a row for each query" in refusal(
+    lambda *x: jattn.dot_product_attention(*x, jnp.zeros((1, 2, 3, 6))), schedule="heads"
 )
 bias = jnp.zeros((1, 2, 3, 3))
 assert "bias must broadcast to (B, N, T, S) = (1, 2, 3, 6)" in refusal(

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jattn.call import dropout, positions
-from jattn.call.context import own_context
+from jattn.call.context import not_dealt, own_context
 from jattn.call.spec import AttentionSpec, Operands, Shape4
 
 __all__ = ["Alignment", "AttentionCall", "AttentionOptions", "Window", "attention_call"]
@@ -118,6 +118,11 @@ def attention_call(
     )
     if (operands.query_segments is None) != (operands.key_segments is None):
         raise ValueError("query_segment_ids and key_value_segment_ids must be given together")
+    if context is not None and context.schedule == "heads":
+        shapes = (_shape4(operands.bias), _shape4(operands.mask))
+        reason = not_dealt(context, queries, kv_heads, shapes)
+        if reason is not None:
+            raise ValueError(f"schedule 'heads' does not apply: {reason}")
     offset = positions.query_offset(query_offset, batch, has_batch=has_batch)
     if causal_alignment == "bottom_right":
         offset = positions.bottom_right(offset, operands, all_queries, all_keys)

@@ -10,7 +10,7 @@ here for n = 3:
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jax import lax
 
-__all__ = ["Context", "Layout", "Schedule", "context_parallel", "own_context"]
+__all__ = ["Context", "Layout", "Schedule", "context_parallel", "not_dealt", "own_context"]
 
-Schedule = Literal["gather", "ring"]
+Schedule = Literal["gather", "heads", "ring"]
 Layout = Literal["contiguous", "zigzag"]
 type Axes = str | tuple[str, ...]
 
@@ -81,15 +81,18 @@ def context_parallel(
       axis_name: the mesh axis, or several, along which `shard_map` cuts the sequence; None: calls
         inside are of the device's own arrays alone.
       schedule: "gather": every device gets all keys and values, some heads at a time, while those
-        that came before are computed. "ring": keys and values go from device to device, and a
-        device holds one part at a time. None: by shape; `jattn.explain` says which and why.
+        that came before are computed. "heads": every device gets the queries, keys and values of
+        its share of the heads, computes them as one device would, and sends results back; of key
+        heads that the devices divide, and no bias or mask with a row for each query. "ring": keys
+        and values go from device to device, and a device holds one part at a time. None: by shape;
+        `jattn.explain` says which and why.
       layout: how arrays lie: "contiguous", device i having part i; a causal mask's work is then
         balanced inside the call. "zigzag": as `jattn.zigzag` puts them, for a model that keeps them
         so in all its layers, with positions given.
 
     Raises:
       ValueError: a schedule or layout of no known name; at a call, an axis that is not a manual
-        one there.
+        one there, or "heads" where they cannot be dealt out.
 
     >>> import jax, jax.numpy as jnp, jattn
     >>> from jax.sharding import PartitionSpec as P
@@ -139,6 +142,23 @@ def own_context(queries: int, keys: int) -> Context | None:
         query_layout=asked.layout,
         key_layout=asked.layout,
     )
+
+
+def not_dealt(
+    context: Context, queries: int, kv_heads: int, shapes: Iterable[tuple[int, ...] | None]
+) -> str | None:
+    """Why a device's call cannot be of some heads of all positions; None if it can.
+
+    shapes: those of its bias and mask.
+    """
+    if context.has_whole_keys:
+        return "every device has all keys"
+    if kv_heads % context.devices:
+        return f"{kv_heads} key heads are not a multiple of {context.devices} devices"
+    # A device that has one query cannot tell its row from one for all.
+    if any(shape is not None and (shape[2] > 1 or queries == 1) for shape in shapes):
+        return "a bias or mask has a row for each query"
+    return None
 
 
 def _size(axes: Axes) -> int:

@@ -25,6 +25,7 @@ KINDS = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
 # In the order in which they run: transfers that begin, or are waited for, and the kernels.
 STEP = re.compile(rf" ((?:{KINDS})(?:-start|-done)?|custom-call)\(")
 LINE = PartitionSpec(None, "x")
+HEADS, DIM = 16, 128
 
 
 def steps(text: str) -> list[str]:
@@ -34,19 +35,57 @@ def steps(text: str) -> list[str]:
 
 
 def main(tokens: int = 65_536) -> None:
-    """Results, causal, in a gather."""
-    shape = (1, tokens, 16, 128)
-    with h200s(2) as mesh:
+    """Results, causal, in a gather; results and gradients of heads, beside half of it alone."""
+    print(json.dumps({"jax": jax.__version__} | gather(tokens)), flush=True)
+    for which in ("results", "gradients"):
+        found = {"jax": jax.__version__, "call": which} | heads(tokens, which)
+        print(json.dumps(found), flush=True)
+
+
+def gather(tokens: int) -> dict[str, Any]:
+    """What is sent, and beside what."""
+    text = compiled(tokens, "gather", "results").as_text()
+    return {"call": "gather", "steps": steps(text)}
+
+
+def heads(tokens: int, which: str) -> dict[str, Any]:
+    """The same, and temporary memory of a device, of half the sequence on one, and of a hop."""
+    program = compiled(tokens, "heads", which)
+    alone = compiled(tokens // 2, None, which)
+    keys = 2 * tokens // 2 * HEADS * DIM
+    # In backward the sums of their gradients, in float32, go round with keys and values.
+    hop = keys * (2 if which == "results" else 2 + 4)
+    temp = {
+        name: x.memory_analysis().temp_size_in_bytes
+        for name, x in (("temp", program), ("alone", alone))
+    }
+    return {"steps": steps(program.as_text()), "hop": hop} | temp
+
+
+def compiled(tokens: int, schedule: Any, which: str) -> Any:
+    """A causal call over two devices by a schedule, or None: on one."""
+    shape = (1, tokens, HEADS, DIM)
+
+    def call(*arrays: Any) -> Any:
+        return jattn.flash_attention(*arrays, is_causal=True)
+
+    def own(*arrays: Any) -> Any:
+        with jattn.context_parallel("x", schedule=schedule):
+            return call(*arrays)
+
+    with h200s(1 if schedule is None else 2) as mesh:
         place = NamedSharding(mesh, LINE)
         arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)] * 3
+        attend = call
+        if schedule is not None:
+            attend = jax.shard_map(own, in_specs=(LINE,) * 3, out_specs=LINE)
 
-        def own(*arrays: Any) -> Any:
-            with jattn.context_parallel("x", schedule="gather"):
-                return jattn.flash_attention(*arrays, is_causal=True)
+        def gradients(*arrays: Any) -> Any:
+            out, backward = jax.vjp(attend, *arrays)
+            return out, backward(jnp.ones_like(out))
 
-        mapped = jax.shard_map(own, in_specs=(LINE,) * 3, out_specs=LINE)
-        text = jax.jit(mapped).lower(*arrays).compile().as_text()
-        print(json.dumps({"jax": jax.__version__, "steps": steps(text)}), flush=True)
+        function = attend if which == "results" else gradients
+        return jax.jit(function).lower(*arrays).compile()
 
 
 if __name__ == "__main__":

@@ -128,11 +128,22 @@ def test_sharded_over_rows_and_heads_nothing_is_gathered(version: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_keys_and_values_of_the_next_heads_come_while_a_kernel_runs(version: str) -> None:
-    ((_, steps),) = (call.values() for call in compiled(version, "compile_context.py"))
+    gather, *heads = compiled(version, "compile_context.py")
+    steps = gather["steps"]
     started = [at for at, step in enumerate(steps) if step == "all-gather-start"]
     spans = [steps[at : steps.index("all-gather-done", at)] for at in started]
     # Nothing could run beside the first piece's.
     assert sum("custom-call" in span for span in spans) == 2, steps
+    for call in heads:
+        # Of eight pieces the first comes before any kernel and the last goes home after all.
+        steps, passes = call["steps"], 1 if call["call"] == "results" else 2
+        kernels = [at for at, step in enumerate(steps) if step == "custom-call"]
+        assert len(kernels) == 8 * passes
+        exchanges = [step for step in steps if step.startswith("all-to-all") and "done" not in step]
+        assert len(exchanges) == 10 * passes
+        beside = [steps[at - 1] == "all-to-all-start" for at in kernels]
+        assert sum(beside) == 8 * passes, steps
+        assert call["temp"] <= 1.1 * call["alone"] + call["hop"], call
 
 
 @pytest.mark.parametrize("version", VERSIONS)

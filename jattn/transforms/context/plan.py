@@ -3,14 +3,16 @@
 ring      hop h: own queries against the keys of the device h places before; hops in which no
           device's queries see a key are not made
 gather    piece p: own queries of some heads against all keys of these heads
+heads     piece p: all queries of some of a device's heads against all keys of these
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from jattn.call.band import Band
-from jattn.call.context import Context, Schedule
+from jattn.call.context import Context, Schedule, not_dealt
 from jattn.call.sizes import is_known
 from jattn.call.spec import AttentionSpec
 from jattn.call.units import in_bytes
@@ -34,7 +36,7 @@ class Plan:
 
     is_balanced: a causal mask's queries are exchanged before, and results after, so that each
       device has as much to do.
-    pieces: into how many a gather of keys is cut, by heads.
+    pieces: into how many a gather of keys is cut, or a device's heads are.
     """
 
     context: Context
@@ -45,11 +47,13 @@ class Plan:
     why: str
     kv_bytes: int  # of a device's own keys and values
     sum_bytes: int  # of their gradients in float32
+    query_bytes: int  # of its queries
+    out_bytes: int  # of their output
 
     @property
     def moves(self) -> int:
         """How often keys and values are sent."""
-        if self.schedule == "gather":
+        if self.schedule in ("gather", "heads"):
             return self.pieces
         return sum(hop.distance != 0 for hop in self.hops)
 
@@ -57,6 +61,11 @@ class Plan:
         """What a device sends each time, forward and backward."""
         if self.schedule == "ring":
             return self.kv_bytes, self.kv_bytes + self.sum_bytes
+        if self.schedule == "heads":
+            n, once = self.context.devices, self.kv_bytes + self.query_bytes
+            both = once + self.out_bytes, 2 * once + self.out_bytes
+            forward, backward = (x * (n - 1) // (n * self.pieces) for x in both)
+            return forward, backward
         times = 0 if self.context.has_whole_keys else self.context.devices - 1
         forward, sums = (n * times // self.pieces for n in (self.kv_bytes, self.sum_bytes))
         return forward, forward + sums
@@ -64,7 +73,7 @@ class Plan:
     def describe(self) -> str:
         """In words."""
         context = self.context
-        kind = {"ring": "hop", "gather": "piece"}[self.schedule]
+        kind = {"ring": "hop", "gather": "piece", "heads": "piece"}[self.schedule]
         forward, backward = map(in_bytes, self.bytes_a_move())
         moved = f"{self.moves} {kind}{'' if self.moves == 1 else 's'}"
         if context.has_whole_keys:
@@ -82,9 +91,9 @@ def plan_of(spec: AttentionSpec) -> Plan:
     """The plan of what one device holds of a call."""
     context = context_of(spec)
     hops = ring_hops(spec, context)
-    pieces, why = _pieces(spec, context)
+    dealt, pieces = _pieces_of_heads(spec, context), _pieces(spec, context)
     reached = sum(hop.distance != 0 for hop in hops)
-    schedule: Schedule = "ring" if pieces is None else "gather"
+    schedule: Schedule
     if context.has_whole_keys:
         schedule, why = "gather", "every device has all keys"
     elif context.schedule is not None:
@@ -92,20 +101,53 @@ def plan_of(spec: AttentionSpec) -> Plan:
     elif reached < context.devices - 1:
         schedule = "ring"
         why = f"the band leaves {reached} of {context.devices - 1} hops"
+    elif not is_known(spec.batch, spec.queries, spec.keys):
+        schedule, why = "ring", "sizes left free"
+    elif dealt is not None:
+        schedule, why = "heads", "each device computes its heads, as one alone would"
+    elif pieces is not None:
+        schedule = "gather"
+        why = "the keys of two pieces take no more memory than a ring's buffers"
+    else:
+        schedule, why = "ring", "keys of all devices would take more memory than a ring's buffers"
     is_balanced = balances(spec, schedule)
     if is_balanced and schedule == "ring":
         hops = ring_hops(spec, replace(context, query_layout="zigzag", key_layout="zigzag"))
-    elements = spec.batch * spec.keys * spec.kv_heads * (spec.head_dim + spec.value_dim)
+    sizes = _Sizes.of(spec)
+    of_heads = spec.kv_heads // context.devices
+    found = {"heads": dealt or max(_divisors(of_heads)), "gather": pieces or _most_pieces(spec)}
     return Plan(
         context=context,
         schedule=schedule,
         is_balanced=is_balanced,
-        pieces=_most_pieces(spec) if pieces is None else pieces,
+        pieces=found.get(schedule, 1),
         hops=hops,
         why=why,
-        kv_bytes=elements * spec.element_bytes,
-        sum_bytes=elements * spec.accumulator.itemsize,
+        kv_bytes=sizes.keys * spec.element_bytes,
+        sum_bytes=sizes.keys * spec.accumulator.itemsize,
+        query_bytes=sizes.queries * spec.element_bytes,
+        out_bytes=sizes.out * spec.element_bytes,
     )
+
+
+class _Sizes(NamedTuple):
+    """Numbers in a device's keys and values, its queries, and their output."""
+
+    keys: int
+    queries: int
+    out: int
+
+    @staticmethod
+    def of(spec: AttentionSpec) -> _Sizes:
+        """Of a device's call."""
+        rows = spec.batch * spec.queries * spec.heads
+        keys = spec.batch * spec.keys * spec.kv_heads * (spec.head_dim + spec.value_dim)
+        return _Sizes(keys, rows * spec.head_dim, rows * spec.value_dim)
+
+    def ring_bytes(self, spec: AttentionSpec) -> int:
+        """What a ring holds: two devices' keys and values, and a hop's output beside the sums."""
+        held = (2 * self.keys + self.out) * spec.element_bytes
+        return held + self.out * spec.accumulator.itemsize
 
 
 def ring_hops(spec: AttentionSpec, context: Context) -> tuple[Hop, ...]:
@@ -139,6 +181,8 @@ def balances(spec: AttentionSpec, schedule: Schedule) -> bool:
     each as long as all keys, would have to be exchanged too.
     """
     context, band = context_of(spec), spec.band
+    if schedule == "heads":
+        return False
     rows = [shape[2] for shape in (spec.bias_shape, spec.mask_shape) if shape is not None]
     is_even = spec.queries % 2 == 0 and (schedule == "gather" or spec.keys % 2 == 0)
     is_full = spec.queries * context.devices == context.queries
@@ -154,31 +198,52 @@ def balances(spec: AttentionSpec, schedule: Schedule) -> bool:
     )
 
 
-def _pieces(spec: AttentionSpec, context: Context) -> tuple[int | None, str]:
+def _pieces_of_heads(spec: AttentionSpec, context: Context) -> int | None:
+    """The fewest pieces of a device's heads that hold no more than a hop's keys and values.
+
+    Or, if all hold more, the most of them, unless these hold more than a ring does: then None. Held
+    of a piece is what is sent, what comes, and what is computed. A single piece is whole on its way
+    before it is computed, and has no kernel beside it: for a device that has one key head.
+    """
+    if not_dealt(context, spec.queries, spec.kv_heads, (spec.bias_shape, spec.mask_shape)):
+        return None
+    sizes = _Sizes.of(spec)
+    if not is_known(*sizes):
+        return None
+    own = spec.kv_heads // context.devices
+    if own == 1:
+        held = 2 * (sizes.keys + sizes.queries) * spec.element_bytes
+        return 1 if held <= sizes.ring_bytes(spec) else None
+    held = 3 * sum(sizes) * spec.element_bytes
+    for pieces in _divisors(own)[1:]:
+        if held // pieces <= sizes.keys * spec.element_bytes:
+            return pieces
+    return own if held // own <= sizes.ring_bytes(spec) else None
+
+
+def _pieces(spec: AttentionSpec, context: Context) -> int | None:
     """The fewest pieces of a gather that hold no more than a ring does; None if all hold more.
 
-    A ring holds two devices' keys and values, and a float32 output beside a hop's own; a gather all
-    devices' of two pieces.
+    A gather holds all devices' keys and values of two pieces.
     """
-    n = context.devices
-    own = spec.batch * spec.keys * spec.kv_heads * (spec.head_dim + spec.value_dim)
-    out = spec.batch * spec.queries * spec.heads * spec.value_dim
-    if not is_known(own, out):
-        return None, "sizes left free"
-    ring = 2 * own * spec.element_bytes
-    ring += out * (spec.element_bytes + spec.accumulator.itemsize)
-    held = 0
+    sizes = _Sizes.of(spec)
+    if not is_known(*sizes):
+        return None
     for pieces in _possible_pieces(spec):
-        held = 2 * n * own * spec.element_bytes // pieces
-        if held <= ring:
-            return pieces, "the keys of two pieces take no more memory than a ring's buffers"
-    return None, "keys of all devices would take more memory than a ring's buffers"
+        held = 2 * context.devices * sizes.keys * spec.element_bytes // pieces
+        if held <= sizes.ring_bytes(spec):
+            return pieces
+    return None
 
 
 def _possible_pieces(spec: AttentionSpec) -> list[int]:
     """Into how many equal ones the key heads can be cut: at least two, to compute while sending."""
-    return [p for p in range(1, spec.kv_heads + 1) if spec.kv_heads % p == 0 and p > 1] or [1]
+    return [p for p in _divisors(spec.kv_heads) if p > 1] or [1]
 
 
 def _most_pieces(spec: AttentionSpec) -> int:
     return _possible_pieces(spec)[-1]
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0] or [1]

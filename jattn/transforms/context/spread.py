@@ -9,7 +9,7 @@ from jax import Array
 
 from jattn.call import masking
 from jattn.call.spec import AttentionSpec, Operands
-from jattn.transforms.context import gather, ring
+from jattn.transforms.context import gather, heads, ring
 from jattn.transforms.context.balance import contiguous, zigzagged
 from jattn.transforms.context.kernels import Backward, Forward, Pair, Saved
 from jattn.transforms.context.parts import context_of, device_index, queries_of
@@ -18,7 +18,7 @@ from jattn.transforms.context.runs import runs
 
 __all__ = ["backward", "forward", "past_zeroed"]
 
-_SCHEDULES = {"gather": gather, "ring": ring}
+_SCHEDULES = {"gather": gather, "heads": heads, "ring": ring}
 
 
 def forward(kernels: Pair, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:

@@ -1,0 +1,77 @@
+"""Each device computes some heads of a sequence that is cut over all: values, and what is sent."""
+
+from __future__ import annotations
+
+from tests.four_devices import run
+
+# More pieces than one of each device's heads, lengths that the devices do not divide, and every
+# argument that has no row for each query.
+VALUES = """
+from dataclasses import replace
+from tests import context
+from tests.backends import CHUNKED
+from tests.cases import Case
+
+many = Case(
+    "many_heads", queries=37, keys=45, heads=8, kv_heads=4, value_dim=16, causal=True,
+    alignment="bottom_right", query_lengths=(37, 21), key_lengths=(45, 30), segments="sorted",
+    mask="B11S", mask_density=0.9, bias="1N1S", soft_cap=5.0, sinks=True, dropout=0.2,
+)
+half = replace(
+    many, name="half", dtype="bfloat16", alignment="top_left", offset=(3, 9), mask="1N1S",
+    bias="B11S",
+)
+mesh = context.mesh_of(2)
+for how, case in (("jit", many), ("contiguous", half), ("zigzag", many)):
+    if how == "jit":
+        found = context.sharded(CHUNKED, case, mesh)
+    else:
+        found = context.through(CHUNKED, case, mesh, layout=how, schedule="heads")
+    try:
+        context.check(found, case)
+    except AssertionError as error:
+        raise AssertionError((how, case.name)) from error
+"""
+SENT = """
+import re
+from collections import Counter
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import jattn
+
+mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+place = NamedSharding(mesh, P(None, "x"))
+x = jax.ShapeDtypeStruct((1, 512, 8, 16), jnp.bfloat16, sharding=place)
+ids = jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=place)
+
+def attend(q, k, v, ids):
+    return jattn.dot_product_attention(
+        q, k, v, is_causal=True, query_segment_ids=ids, key_value_segment_ids=ids
+    )
+
+def gradients(*x):
+    return jax.grad(lambda *of: attention_sum(*of, x[3]), (0, 1, 2))(*x[:3])
+
+def attention_sum(*x):
+    return (attend(*x).astype(jnp.float32) ** 2).sum()
+
+def sent(function):
+    text = jax.jit(function).lower(x, x, x, ids).compile().as_text()
+    kinds = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+    return Counter(re.findall(rf" ({kinds})(?:-start)?\\(", text))
+
+# Four pieces, of which the first comes and the last goes home alone. Ids are gathered, those of
+# queries and of keys.
+found = sent(attend)
+assert found.pop("all-gather") <= 2 and found == {"all-to-all": 6}, found
+found = sent(gradients)
+assert found.pop("all-gather") <= 4 and found == {"all-to-all": 12}, found
+"""
+
+
+def test_values_and_gradients_are_those_of_one_device() -> None:
+    run(VALUES, devices=2)
+
+
+def test_a_piece_takes_one_exchange() -> None:
+    run(SENT, devices=2)
