@@ -52,20 +52,24 @@ import jattn
 mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 place = NamedSharding(mesh, P(None, "x"))
 
-def said(heads, kv_heads, **options):
+def said(heads, kv_heads, tokens=4096, **options):
     q, k = (
-        jax.ShapeDtypeStruct((1, 4096, n, 128), jnp.bfloat16, sharding=place)
+        jax.ShapeDtypeStruct((1, tokens, n, 128), jnp.bfloat16, sharding=place)
         for n in (heads, kv_heads)
     )
     return jattn.explain(q, k, k, **options)
 
 # Keys and values of 1024 tokens, 8 heads and 2 x 128 numbers are 4 MiB, queries and output of 32
-# 8 MiB each; three quarters of half of either leave a device.
-found = said(32, 8, is_causal=True, device="H100").sequence
-assert found == (
-    "cut over 4 devices along 'x': heads, 2 pieces of 8 MiB, in backward 12 MiB; each device "
-    "computes its heads, as one alone would"
-), found
+# 8 MiB each; three quarters of them leave a device.
+for tokens, sent in (
+    (4096, "1 piece of 15 MiB, in backward 24 MiB"),
+    (65536, "8 pieces of 30 MiB, in backward 48 MiB"),
+):
+    found = said(32, 8, tokens, is_causal=True, device="H100").sequence
+    assert found == (
+        f"cut over 4 devices along 'x': heads, {sent}; each device computes its heads, as one "
+        "alone would"
+    ), found
 # Six key heads are not for four devices; of 3 of them on 3 devices, 4.5 MiB.
 found = said(24, 6, is_causal=True, device="H100").sequence
 assert found == (

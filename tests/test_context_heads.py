@@ -8,6 +8,7 @@ from tests.four_devices import run
 # argument that has no row for each query.
 VALUES = """
 from dataclasses import replace
+from jattn.transforms.context import plan
 from tests import context
 from tests.backends import CHUNKED
 from tests.cases import Case
@@ -21,8 +22,11 @@ half = replace(
     many, name="half", dtype="bfloat16", alignment="top_left", offset=(3, 9), mask="1N1S",
     bias="B11S",
 )
+# Two pieces for one key head, which has four query heads.
+grouped = replace(many, name="grouped", kv_heads=2, dropout=0, mask=None)
 mesh = context.mesh_of(2)
-for how, case in (("jit", many), ("contiguous", half), ("zigzag", many)):
+plan.LEAST_ROWS = 1
+for how, case in (("jit", many), ("contiguous", half), ("zigzag", grouped)):
     if how == "jit":
         found = context.sharded(CHUNKED, case, mesh)
     else:
@@ -38,7 +42,9 @@ from collections import Counter
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jattn
+from jattn.transforms.context import plan
 
+plan.LEAST_ROWS = 1
 mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
 place = NamedSharding(mesh, P(None, "x"))
 x = jax.ShapeDtypeStruct((1, 512, 8, 16), jnp.bfloat16, sharding=place)

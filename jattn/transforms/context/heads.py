@@ -4,12 +4,13 @@
     exchange   |  Q K V 0  |  Q K V 1  |  Q K V 2, O 0   |    O 1    |  O 2  |
 
 Of K key heads device i of n has K / n, in pieces, and the query heads that share them (Jacobs et
-al., "DeepSpeed Ulysses", 2023). An exchange is one all-to-all: XLA has one transfer under way at a
+al., "DeepSpeed Ulysses", 2023). A piece may have some of the query heads of one key head, and keeps
+that from the piece before. An exchange is one all-to-all: XLA has one transfer under way at a
 time, and the kernel of the piece before runs beside it. What it brings is what the next kernel
 takes, and what it takes along is what the last one made, so that none begins too early.
 
-No result is merged or summed over devices: gradients of keys too are whole where they are made, and
-are sent in the call's dtype. Whatever the mask, all devices have as much to do.
+No result is merged or summed over devices: gradients of keys too are whole when they are sent, in
+the call's dtype. Whatever the mask, all devices have as much to do.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
     work = _Work.of(plan, spec, operands)
     run = jax.jit(kernel.run, static_argnums=0)  # lowered once for all pieces
 
-    def compute(piece: int, held: Sequence[Array]) -> list[Array]:
-        query, key, value = work.whole(held)
-        out, top, rest = run(*work.call(piece, query, key, value))
-        return [out.astype(spec.dtype), top, rest]
+    def compute(
+        piece: int, rows: list[Array], keys: list[Array]
+    ) -> tuple[list[Array], list[Array]]:
+        out, top, rest = run(*work.call(piece, *rows, *keys))
+        return [out.astype(spec.dtype), top, rest], []
 
-    given = [operands.query, operands.key, operands.value]
-    return Merged(*work.done(given, compute))
+    found, _ = work.done([operands.query], [operands.key, operands.value], compute)
+    return Merged(*found)
 
 
 def backward(
@@ -56,71 +58,127 @@ def backward(
     d_bias = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias).bias
     run = jax.jit(kernel.of_all_keys, static_argnums=0)
 
-    def compute(piece: int, held: Sequence[Array]) -> list[Array]:
+    def compute(
+        piece: int, rows: list[Array], keys: list[Array]
+    ) -> tuple[list[Array], list[Array]]:
         nonlocal d_bias
-        query, key, value, *rows = work.whole(held)
-        call = work.call(piece, query, key, value)
-        d_query, d_key, d_value, *more = run(*call, Saved(*rows))
+        query, *others = rows
+        d_query, *of_keys = run(*work.call(piece, query, *keys), Saved(*others))
         if d_bias is not None:
-            d_bias = work.with_bias(d_bias, piece, more[0])
-        return [d_query, d_key.astype(spec.dtype), d_value.astype(spec.dtype)]
+            d_bias = work.with_bias(d_bias, piece, of_keys[2])
+        return [d_query], of_keys[:2]
 
-    given = [operands.query, operands.key, operands.value, *saved]
-    query, key, value = work.done(given, compute)
+    given = [operands.query, *saved], [operands.key, operands.value]
+    (query,), (key, value) = work.done(*given, compute)
     return Gradients(query, key, value, d_bias)
+
+
+type Compute = Callable[[int, list[Array], list[Array]], tuple[list[Array], list[Array]]]
 
 
 @dataclass(frozen=True)
 class _Work:
     """A device's call.
 
-    kv_heads: key heads of a piece.
+    heads, kv_heads: of a piece.
+    sharing: so many pieces after each other have the same key heads.
     """
 
     context: Context
     spec: AttentionSpec
     operands: Operands
     pieces: int
+    heads: int
     kv_heads: int
+    sharing: int
 
     @staticmethod
     def of(plan: Plan, spec: AttentionSpec, operands: Operands) -> _Work:
         """In as many pieces as the plan has."""
         context = context_of(spec)
-        kv_heads = spec.kv_heads // (context.devices * plan.pieces)
+        heads = spec.heads // (context.devices * plan.pieces)
         found: dict[str, Any] = {"sinks": None}
         of = {"query_segments": context.queries, "key_segments": context.keys}
         for name, positions in of.items():
             x = getattr(operands, name)
             if x is not None:
                 found[name] = _in_order(context, lax.all_gather(x, context.axes))[:, :positions]
-        return _Work(context, spec, operands._replace(**found), plan.pieces, kv_heads)
+        return _Work(
+            context=context,
+            spec=spec,
+            operands=operands._replace(**found),
+            pieces=plan.pieces,
+            heads=heads,
+            kv_heads=max(1, heads // spec.group),
+            sharing=max(1, spec.group // heads),
+        )
 
     def done(
-        self, given: list[Array], compute: Callable[[int, Sequence[Array]], list[Array]]
-    ) -> list[Array]:
-        """The results (B, t, heads, ...) of a device's own positions.
+        self, rows: list[Array], keys: list[Array], compute: Compute
+    ) -> tuple[list[Array], list[Array]]:
+        """The results (B, t, heads, ...) of a device's own queries, and of its own keys.
 
-        given: arrays (B, t, heads, ...) of its own positions.
-        compute: of the arrays of a piece, (n, B, t, heads, ...) each, the results of all positions
-          (B, T, heads, ...).
+        rows, keys: arrays (B, t, heads, ...) of these.
+        compute: of a piece's number and both of all positions, (B, T, heads, ...), the results of
+          all positions.
         """
-        held = exchanged(self.context, [self._dealt(x, 0) for x in given])
-        made: list[Array] = []
-        found: list[Array] = []
+        held_rows, held_keys = self._come(self._sent(0, rows, keys), [], len(rows))[:2]
+        made: list[Array] = []  # by the piece before: of queries, and of keys if they are whole
+        sums: list[Array] = []
+        found: tuple[list[Array], list[Array]] = [], []
+        count = 0
         for piece in range(self.pieces + 1):
             # What came is put where it belongs before the next exchange, and not in the end.
-            made, given, found = lax.optimization_barrier((made, given, found))
-            is_next = piece + 1 < self.pieces
-            going = [self._dealt(x, piece + 1) for x in given] if is_next else []
-            count = len(going)
-            come = exchanged(self.context, going + [self._by_home(x) for x in made])
-            if piece < self.pieces:
-                made = compute(piece, held)
+            made, rows, keys, found = lax.optimization_barrier((made, rows, keys, found))
+            going = self._sent(piece + 1, rows, keys) if piece + 1 < self.pieces else []
+            coming, next_keys, come = self._come(going, made, len(rows) if going else 0)
             if piece > 0:
-                found = self._kept(found, come[count:], piece - 1)
-            held = come[:count]
-        return found
+                found = (
+                    self._kept(found[0], come[:count], piece - 1, self.pieces),
+                    self._kept(
+                        found[1],
+                        come[count:],
+                        (piece - 1) // self.sharing,
+                        self.pieces // self.sharing,
+                    ),
+                )
+            if piece == self.pieces:
+                return found
+            of_rows, of_keys = compute(piece, held_rows, held_keys)
+            count = len(of_rows)
+            sums, whole = self._added(sums, of_keys, piece)
+            made = [*of_rows, *whole]
+            held_rows, held_keys = coming, next_keys or held_keys
+        raise AssertionError
+
+    def _sent(self, piece: int, rows: list[Array], keys: list[Array]) -> list[Array]:
+        """What a piece takes, with keys if no piece before had them."""
+        going = [self._dealt(x, piece, self.pieces) for x in rows]
+        if piece % self.sharing == 0:
+            pieces = self.pieces // self.sharing
+            going += [self._dealt(x, piece // self.sharing, pieces) for x in keys]
+        return going
+
+    def _come(
+        self, going: list[Array], made: list[Array], rows: int
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """Queries' and keys' arrays of a piece, whole, and the results that are this device's."""
+        come = exchanged(self.context, going + [self._by_home(x) for x in made])
+        queries, keys = self.context.queries, self.context.keys
+        of_rows = [_in_order(self.context, x)[:, :queries] for x in come[:rows]]
+        of_keys = [_in_order(self.context, x)[:, :keys] for x in come[rows : len(going)]]
+        return of_rows, of_keys, come[len(going) :]
+
+    def _added(
+        self, sums: list[Array], found: list[Array], piece: int
+    ) -> tuple[list[Array], list[Array]]:
+        """Sums over the pieces that share keys, and those that are whole, in the call's dtype."""
+        if self.sharing > 1:
+            found = [x.astype(self.spec.accumulator) for x in found]
+            found = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+            if (piece + 1) % self.sharing:
+                return found, []
+        return [], [x.astype(self.spec.dtype) for x in found]
 
     def call(
         self, piece: int, query: Array, key: Array, value: Array
@@ -149,13 +207,6 @@ class _Work:
         )
         return of_piece, self.operands._replace(**found)
 
-    def whole(self, held: Sequence[Array]) -> list[Array]:
-        """Query, key, value, and what else queries have, of all positions in their order."""
-        queries, keys = self.context.queries, self.context.keys
-        positions = [queries, keys, keys, *[queries] * (len(held) - 3)]
-        every = zip(held, positions, strict=True)
-        return [_in_order(self.context, x)[:, :count] for x, count in every]
-
     def with_bias(self, d_bias: Array, piece: int, found: Array) -> Array:
         """The bias's gradient with a piece's added where it lies."""
         first = self._first_head(piece) if d_bias.shape[1] > 1 else 0
@@ -165,12 +216,11 @@ class _Work:
 
     def _first_head(self, piece: int) -> Array:
         """The first query head of this device's piece."""
-        device, group = device_index(self.spec), self.spec.group
-        return (device * self.pieces + piece) * (self.kv_heads * group)
+        return (device_index(self.spec) * self.pieces + piece) * self.heads
 
-    def _dealt(self, x: Array, piece: int) -> Array:
-        """Of (B, t, heads, ...) what each device gets for its piece: (n, B, t, heads, ...)."""
-        n, p = self.context.devices, self.pieces
+    def _dealt(self, x: Array, piece: int, p: int) -> Array:
+        """Of (B, t, heads, ...) what each device gets for one of p: (n, B, t, heads, ...)."""
+        n = self.context.devices
         b, t, heads, *rest = x.shape
         cut = x.reshape(b, t, n, p, heads // (n * p), *rest)
         return jnp.moveaxis(cut[:, :, :, piece], 2, 0)
@@ -184,16 +234,18 @@ class _Work:
             x = jnp.pad(x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)])
         return _of_each(layout, n, x)
 
-    def _kept(self, found: list[Array], come: list[Array], piece: int) -> list[Array]:
-        """Results (B, t, heads, ...) with those of a piece, (n, B, t, heads, ...)."""
+    def _kept(self, found: list[Array], come: list[Array], piece: int, p: int) -> list[Array]:
+        """Results (B, t, heads, ...) with those of one of p pieces, (n, B, t, heads, ...)."""
+        if not come:
+            return found
+        devices = self.context.devices
         if not found:
-            of = self.context.devices * self.pieces
-            shapes = [(*x.shape[1:3], of * x.shape[3], *x.shape[4:]) for x in come]
+            shapes = [(*x.shape[1:3], devices * p * x.shape[3], *x.shape[4:]) for x in come]
             found = [jnp.zeros(s, x.dtype) for s, x in zip(shapes, come, strict=True)]
-        for device in range(self.context.devices):
-            number = device * self.pieces + piece
+        for device in range(devices):
+            first = device * p + piece
             found = [
-                lax.dynamic_update_slice_in_dim(x, part[device], number * part.shape[3], axis=2)
+                lax.dynamic_update_slice_in_dim(x, part[device], first * part.shape[3], axis=2)
                 for x, part in zip(found, come, strict=True)
             ]
         return found

@@ -21,6 +21,9 @@ from jattn.transforms.context.runs import Run, runs, sight
 
 __all__ = ["Hop", "Plan", "balances", "plan_of"]
 
+# Queries times heads of a piece: four tiles of 128 for each of an H100's multiprocessors.
+LEAST_ROWS = 1 << 16
+
 
 @dataclass(frozen=True)
 class Hop:
@@ -114,8 +117,7 @@ def plan_of(spec: AttentionSpec) -> Plan:
     if is_balanced and schedule == "ring":
         hops = ring_hops(spec, replace(context, query_layout="zigzag", key_layout="zigzag"))
     sizes = _Sizes.of(spec)
-    of_heads = spec.kv_heads // context.devices
-    found = {"heads": dealt or max(_divisors(of_heads)), "gather": pieces or _most_pieces(spec)}
+    found = {"heads": dealt or 1, "gather": pieces or _most_pieces(spec)}
     return Plan(
         context=context,
         schedule=schedule,
@@ -202,23 +204,27 @@ def _pieces_of_heads(spec: AttentionSpec, context: Context) -> int | None:
     """The fewest pieces of a device's heads that hold no more than a hop's keys and values.
 
     Or, if all hold more, the most of them, unless these hold more than a ring does: then None. Held
-    of a piece is what is sent, what comes, and what is computed. A single piece is whole on its way
-    before it is computed, and has no kernel beside it: for a device that has one key head.
+    of a piece is what is sent, what comes, and what is computed; a single one is whole on its way
+    before it is computed. A piece of few rows would leave multiprocessors without work.
     """
     if not_dealt(context, spec.queries, spec.kv_heads, (spec.bias_shape, spec.mask_shape)):
         return None
     sizes = _Sizes.of(spec)
     if not is_known(*sizes):
         return None
-    own = spec.kv_heads // context.devices
-    if own == 1:
-        held = 2 * (sizes.keys + sizes.queries) * spec.element_bytes
-        return 1 if held <= sizes.ring_bytes(spec) else None
-    held = 3 * sum(sizes) * spec.element_bytes
-    for pieces in _divisors(own)[1:]:
-        if held // pieces <= sizes.keys * spec.element_bytes:
-            return pieces
-    return own if held // own <= sizes.ring_bytes(spec) else None
+    own, group = spec.heads // context.devices, spec.group
+    pieces, held = 1, 2 * (sizes.keys + sizes.queries)
+    for more in _divisors(own)[1:]:
+        heads = own // more
+        if spec.batch * heads * context.queries < LEAST_ROWS:
+            break
+        if heads % group and group % heads:
+            continue
+        shared = max(heads, group) * sizes.keys // own
+        pieces, held = more, 3 * ((sizes.queries + sizes.out) // more + shared)
+        if held <= sizes.keys:
+            break
+    return pieces if held * spec.element_bytes <= sizes.ring_bytes(spec) else None
 
 
 def _pieces(spec: AttentionSpec, context: Context) -> int | None:
