@@ -39,8 +39,8 @@ class BackendReport:
       gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
         arguments, results and their gradients.
       tangents: what makes the tangents, of forward mode and second derivatives, from the output and
-        log-sum-exp of whatever kernel ran: kernels of "Pallas, portable", or loops in "XLA"; of
-        "eager" it is "JAX" itself.
+        log-sum-exp of whatever kernel ran: kernels of "Pallas, portable", or loops in "XLA", or
+        "Pallas, Hopper" and for the gradients' tangents others; of "eager" it is "JAX" itself.
     """
 
     name: str

@@ -121,6 +121,31 @@ class Attention:
             sizes |= self._backward(np.abs(float64(dout)), np.abs(float64(dlse)), absolute=True)
         return sizes
 
+    def tangent_magnitude(self, tangents: dict[str, Any]) -> Floats:
+        """Of the log-sum-exp's tangent, (B, T, N), which is rowsum(p ts): with every term positive.
+
+        tangents: of q, k, bias, sinks and scale, those that move.
+        """
+        t = {name: np.abs(float64(x)) for name, x in tangents.items()}
+        q, k = np.abs(self.q), np.repeat(np.abs(self.k), self._groups, axis=2)
+        tz = np.zeros_like(self.p)
+        for factor, rows, columns in (
+            (np.abs(self.scale), t.get("q"), k),
+            (np.abs(self.scale), q, t.get("k")),
+            (t.get("scale"), q, k),
+        ):
+            if factor is not None and rows is not None and columns is not None:
+                columns = np.repeat(columns, q.shape[2] // columns.shape[2], axis=2)
+                tz += factor * _einsum("btnh,bsnh->bnts", rows, columns)
+        if self.soft_cap is not None:
+            with np.errstate(invalid="ignore"):
+                tz *= 1.0 - np.tanh(self.z / self.soft_cap) ** 2
+        ts = np.where(self.seen, tz + t.get("bias", 0.0), 0.0)
+        size: Floats = (self.p * ts).sum(axis=-1).transpose(0, 2, 1)
+        if "sinks" in t and self.sinks is not None:
+            size += (1 - self.p.sum(axis=-1).transpose(0, 2, 1)) * t["sinks"]
+        return size
+
     @property
     def _groups(self) -> int:
         return self.q.shape[2] // self.k.shape[2]

@@ -143,7 +143,7 @@ class Kernels:
     def own_tangents(self, spec: AttentionSpec, names: frozenset[str]) -> bool:
         """Whether there are kernels of a call's tangents, whichever of its operands move.
 
-        They are the portable ones, of both families.
+        They are the portable ones, of both families, but where Hopper has one of its own.
         """
         return not limits.tangent_refusals(spec)
 
@@ -168,6 +168,17 @@ class Kernels:
           tangents: what moves.
           of_sinks: (B, T, N) float32, the sinks' part of the log-sum-exp's tangent, or None.
         """
+        moves = any(x is not None for x in (tangents.query, tangents.key, tangents.value))
+        moves &= tangents.scale is None
+        # Mosaic's interpreter has ordered effects, which a primitive of linear maps cannot have.
+        if self.family == "hopper" and moves and not self.interpret:
+            from pallas_kernels.hopper import limits as hopper_limits
+
+            if not hopper_limits.tangent_refusals(spec):
+                from pallas_kernels.hopper.tangent import tangent as hopper
+
+                saved = (spec, operands, top, rest, out, tangents, of_sinks)
+                return hopper(*saved)
         from pallas_kernels.portable.tangent import tangent
 
         saved = (*self._in_portable_unit(spec, top, rest), out)

@@ -74,6 +74,13 @@ def _tangents_by(spec: AttentionSpec, target: Target) -> str:
     return "XLA" if portable.tangent_refusals(spec) else "Pallas, portable"
 
 
+def _tangents_beside_hopper(spec: AttentionSpec, target: Target) -> str:
+    """The same of a call that Hopper kernels run."""
+    if hopper.tangent_refusals(spec):
+        return _tangents_by(spec, target)
+    return "Pallas, Hopper; of gradients Pallas, portable"
+
+
 # In the order in which they are tried: all that are automatic where none is named, or those of the
 # name. The reason for each place is a measurement in benchmarks/results. On an H200 flash's Hopper
 # kernels are ahead of cuDNN's in most cells, forward and backward, and cuDNN's ahead of flash's
@@ -86,7 +93,7 @@ FORMS = (
         gradient_bytes=flash.hopper_gradient_bytes,
         lacks=lambda target: kernels.lacks("hopper", target),
         refusals=lambda spec, target: hopper.refusals(spec),
-        tangents=_tangents_by,
+        tangents=_tangents_beside_hopper,
     ),
     Form(
         name="cudnn",

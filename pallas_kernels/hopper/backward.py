@@ -34,7 +34,7 @@ from pallas_kernels.hopper.visits import edge_padded, visits
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["backward"]
+__all__ = ["backward", "in_two"]
 
 
 def backward(
@@ -75,7 +75,7 @@ def backward(
     # In whole tiles of every kernel: a copy of one dimension is not cut at the end of a row.
     count = -(-spec.queries // (2 * ROWS)) * (2 * ROWS) // tiles.queries
     more = ((0, 0), (0, 0), (0, count * tiles.queries - spec.queries))
-    high, low = _in_two(top, rest * LOG2E)
+    high, low = in_two(top, rest * LOG2E)
     ranges = visits(
         spec,
         operands,
@@ -130,7 +130,7 @@ def backward(
     )
 
 
-def _in_two(top: Array, rest: Array) -> tuple[Array, Array]:
+def in_two(top: Array, rest: Array) -> tuple[Array, Array]:
     """top + rest, rounded, and what that leaves, in base 2; infinite and 0 of rows without keys."""
     seen = top > -jnp.inf
     top = jnp.where(seen, top, 0)

@@ -54,7 +54,7 @@ from pallas_kernels.hopper.warpgroups import run
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["forward"]
+__all__ = ["forward", "in_tiles"]
 
 
 def forward(
@@ -81,7 +81,7 @@ def forward(
     matrices = {"q": operands.query, "k": operands.key, "v": operands.value}
     inputs: dict[str, Any] = matrices
     if not _by_rows(plan):
-        inputs = {name: _copyable(x) for name, x in matrices.items()}
+        inputs = {name: in_tiles(x) for name, x in matrices.items()}
     if spec.has_query_lengths:
         inputs["query_lengths"] = operands.query_lengths
     if spec.has_key_lengths:
@@ -111,7 +111,7 @@ def _by_rows(plan: Plan) -> bool:
     return not plan.in_parts and needs_plain_rows(plan.spec)
 
 
-def _copyable(x: Array) -> Array:
+def in_tiles(x: Array) -> Array:
     """x (B, rows, heads, columns), padded where the TMA unit's tiles need it: see `copyable`.
 
     That is rows of no multiple of 8 and columns of fewer than 64 or no multiple of 16; all else is

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["has_dq_apart", "refusals", "writes_dq_once"]
+__all__ = ["has_dq_apart", "refusals", "tangent_refusals", "writes_dq_once"]
 
 MOST_BLOCKS = 2**31 - 1  # of a launch; CUDA C++ Programming Guide, "Technical specifications"
+MOST_TANGENT_HEAD_DIM = 128  # beside the tangents, more leaves no shared memory for a ring
 MOST_HEAD_DIM = 256  # wgmma's largest N, and all the registers a warpgroup has for the output
 KEYS_OF_A_BLOCK = 128  # of a thread block of the backward kernel of dQ, dK and dV
 
@@ -52,4 +53,18 @@ def refusals(spec: AttentionSpec) -> list[str]:
         reasons.append(f"its Hopper kernel takes no dropout, given rate {spec.dropout_rate}")
     if (count := spec.tiles(64)) > MOST_BLOCKS:
         reasons.append(f"its Hopper kernel has {count} tiles of 64 rows, more than {MOST_BLOCKS}")
+    return reasons
+
+
+def tangent_refusals(spec: AttentionSpec) -> list[str]:
+    """Why the kernel of the output's tangent cannot do the call, with the values."""
+    reasons = refusals(spec)
+    for name, size in {"head dim": spec.head_dim, "value head dim": spec.value_dim}.items():
+        if MOST_TANGENT_HEAD_DIM < size <= MOST_HEAD_DIM:
+            reasons.append(
+                f"its Hopper kernel of tangents takes a {name} up to {MOST_TANGENT_HEAD_DIM}, "
+                f"not {size}"
+            )
+    if spec.mask_shape is not None or spec.bias_shape is not None or spec.dropout_rate > 0:
+        reasons.append("its Hopper kernel of tangents takes no bias, dense mask or dropout")
     return reasons

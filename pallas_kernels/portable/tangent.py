@@ -13,7 +13,8 @@ goes over the blocks of keys that some of them see, the first of them twice:
 
 What a row's tS have in common gives nothing to tO: c, their mean over the first block, is taken
 off, so that P tS V and mu O do not cancel, each of them rounded, where keys have a large mean. And
-what is multiplied by O is the sum of P (tS - c) as the product with V had them, rounded.
+what is multiplied by O is the sum of P (tS - c) as the product with V had them, rounded. mu is no
+sum of c and theirs: P have the sum 1 but for roundings, and c may be of one key, far from mu.
 
 A sink has a share of each row's weights and its own tangent, but no value: what it adds to mu is
 given.
@@ -51,11 +52,11 @@ __all__ = ["tangent"]
 
 
 class State(NamedTuple):
-    """Sums over the keys so far: tO; P (tS - c), as it is and rounded; and with sinks P."""
+    """Sums over the keys so far: tO; P tS; P (tS - c) as its product has it; and with sinks P."""
 
     t_out: Sums
-    exact: Array
-    rounded: Array
+    mu: Array
+    changed: Array
     total: Array
 
 
@@ -206,27 +207,26 @@ class _Tile:
 
 def _kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace) -> None:
     tile = _Tile(spec, tiles, grid, refs)
-    is_rounded = term_count(spec) == 1
 
     def step(j: Array, state: State, *, masked: bool) -> State:
-        t_out, exact, rounded, total = state
+        t_out, mu, changed, total = state
         keys, at = tile.block(j, masked=masked)
         p, tx, _, _ = tile.changes(keys, at)
         if tx is not None:
             v = tile.of_keys("v", keys)
             assert v is not None
             w = p * (tx - centre)
-            exact = exact + apart(w).sum(axis=1)
-            if is_rounded:
+            if term_count(spec) == 1:
                 w = w.astype(spec.dtype).astype(jnp.float32)
-                rounded = rounded + apart(w).sum(axis=1)
+            mu = mu + apart(p * tx).sum(axis=1)
+            changed = changed + apart(w).sum(axis=1)
             if spec.has_sinks:
                 total = total + apart(p).sum(axis=1)
             t_out = columns.plus(t_out, columns.times(dropped(spec, refs, at, w), v))
         tv = tile.of_keys("tv", keys)
         if tv is not None:
             t_out = columns.plus(t_out, columns.times(dropped(spec, refs, at, p), tv))
-        return State(t_out, exact, rounded, total)
+        return State(t_out, mu, changed, total)
 
     centre = jnp.zeros((tiles.queries, 1), jnp.float32)
     state = State(
@@ -238,10 +238,9 @@ def _kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace
     if tile.moves_logits or hasattr(refs, "tv"):
         sides = key_sides(spec, tiles.keys)
         state = visit(refs.ranges, tile.batch, tile.tile, sides, step, state)
-    exact, rounded, total = (x.sum(axis=1, keepdims=True) for x in state[1:])
+    mu, changed, total = (x.sum(axis=1, keepdims=True) for x in state[1:])
     # What the centre was taken off has the sum 1, less the sink's share.
-    others = tile.of_sinks + centre * (total - 1) if spec.has_sinks else tile.of_sinks
-    of_output = (rounded if is_rounded else exact) + others
+    of_output = changed + tile.of_sinks + (centre * (total - 1) if spec.has_sinks else 0.0)
     rows = tile.queries
     at = (tile.batch, rows.down, tile.head)
     out = columns.read(refs.out, spec.value_dim, *at, rows.exists_down)
@@ -253,4 +252,4 @@ def _kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace
     columns.write(
         refs.t_out, spec.value_dim, (tile.batch,), rows.down, tile.head, t_out, tile.exists
     )
-    store(refs.mu, at, centre + exact + others, tile.exists)
+    store(refs.mu, at, mu + tile.of_sinks, tile.exists)

@@ -70,13 +70,25 @@ CASES = [
     *(Long(f"text_{h}", batch=8, queries=4096, keys=77, head_dim=h) for h in (64, 128)),
     Long("packed_heads", queries=60, keys=4096, kv_heads=4, causal=True, alignment="bottom_right"),
 ]
+OF_TANGENTS = (
+    *(
+        f"{mask}_{h}"
+        for mask in ("full", "causal", "segments", "soft_cap_sinks")
+        for h in (64, 128)
+    ),
+    *("window_64", "lengths_128", "offsets_128", "bottom_right", "ragged", "one_query_64"),
+)
 # What is compiled of each case. "backward" is the gradient without the forward it starts from,
-# "deterministic" the same where that is computed in another way.
-CALLS = [(case, direction) for direction in ("forward", "backward") for case in CASES] + [
-    (case, "deterministic")
-    for case in CASES
-    for mask in ("full", "causal", "segments", "offsets")
-    if case.name in (f"{mask}_64", f"{mask}_128")
+# "deterministic" the same where that is computed in another way, "tangent" that of all operands.
+CALLS = [
+    *((case, direction) for direction in ("forward", "backward") for case in CASES),
+    *(
+        (case, "deterministic")
+        for case in CASES
+        for mask in ("full", "causal", "segments", "offsets")
+        if case.name in (f"{mask}_64", f"{mask}_128")
+    ),
+    *((case, "tangent") for case in CASES if case.name in OF_TANGENTS),
 ]
 
 # ptxas: "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to
@@ -128,6 +140,13 @@ def of_direction(
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if direction == "forward":
         return function, shapes
+    if direction == "tangent":
+        floats, rest = shapes
+
+        def moved(floats: Any, rest: Any, tangents: Any) -> Any:
+            return jax.jvp(lambda floats: function(floats, rest), (floats,), (tangents,))
+
+        return moved, (floats, rest, floats)
 
     def saved(floats: Any, rest: Any) -> Any:
         return jax.vjp(lambda floats: function(floats, rest), floats)[1]

@@ -63,6 +63,7 @@ PADDED = {
         *(f"array_scale_{x}" for x in ("64", "128", "full_64", "full_128")),
     ),
     "deterministic": (),
+    "tangent": (),
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jattn.call.arguments import attention_call
 from jattn.call.masking import past_zeroed
-from jattn.call.spec import MovingRows, Tangents
+from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
 from jattn.transforms.rows import row_term
 from pallas_kernels.portable import flash
 from pallas_kernels.portable.backward_tangent import backward_tangent
@@ -24,7 +24,7 @@ from pallas_kernels.portable.tangent import tangent
 from pallas_kernels.portable.tangent_tiles import BackwardTiles
 from pallas_kernels.portable.tiles import Tiles
 from pallas_kernels.portable.triton import LN2
-from tests import formula, tolerance
+from tests import formula, reference, tolerance
 from tests.backends import Backend, Results, call, quick_jit
 from tests.cases import Case, operands
 from tests.portable.exact import ON_GPU
@@ -84,6 +84,14 @@ def saved(case: Case, seed: int, arrays: Results) -> Any:
 
     And the sink's weights, (B, T, N), or None.
     """
+    spec, own = called(case, seed, arrays)
+    out, top, rest = flash.forward(spec, own, interpret=not ON_GPU)
+    own, rest, share = with_sinks(own, top * (base(spec) * LN2), rest)
+    return spec, own, out, top, rest, share
+
+
+def called(case: Case, seed: int, arrays: Results) -> tuple[AttentionSpec, Operands]:
+    """The call as the kernels take it."""
     found: list[Any] = []
 
     def record(*args: Any, **options: Any) -> Any:
@@ -92,16 +100,21 @@ def saved(case: Case, seed: int, arrays: Results) -> Any:
         return jnp.zeros((1,)), jnp.zeros((1,))
 
     attend(record, case, seed, arrays)
-    made = found[0]
-    spec, own = made.spec, made.operands
-    out, top, rest = flash.forward(spec, own, interpret=not ON_GPU)
+    return found[0].spec, found[0].operands
+
+
+def with_sinks(own: Operands, top: Any, rest: Any) -> tuple[Operands, Any, Any]:
+    """Operands without the sinks, `rest` with them, and their weights, (B, T, N), or None.
+
+    top: natural.
+    """
     if own.sinks is None:
-        return spec, own, out, top, rest, None
+        return own, rest, None
     finite = jnp.where(top == -jnp.inf, 0, top)
-    sinks = own.sinks.astype(jnp.float32)[None, None] - finite * (base(spec) * LN2)
+    sinks = own.sinks.astype(jnp.float32)[None, None] - finite
     rest = jnp.logaddexp(rest, sinks)
     share = jnp.where(top == -jnp.inf, 0, jnp.exp(sinks - rest))
-    return spec, own._replace(sinks=None), out, top, rest, share
+    return own._replace(sinks=None), rest, share
 
 
 def tangents_of(case: Case, moving: Mapping[str, Any]) -> Tangents:
@@ -204,16 +217,34 @@ def pulled_by_kernel(
     return results
 
 
-def within(name: str, got: Any, peer: Any, exact: Any, *, case: Case, times: float) -> None:
+def size_of_t_lse(case: Case, seed: int, arrays: Results, moving: Results) -> Any:
+    """What the roundings of the log-sum-exp's tangent are relative to."""
+    drawn = operands(case, seed)
+    options = {name: arrays[name] for name in ("bias", "sinks") if name in arrays}
+    made = reference.attention(
+        arrays["q"], arrays["k"], arrays["v"], seen=drawn.seen,
+        scale=arrays.get("scale", case.scale), soft_cap=case.soft_cap, **options,
+    )  # fmt: skip
+    return made.tangent_magnitude({name: x for name, x in moving.items() if name != "v"})
+
+
+def within(
+    name: str, got: Any, peer: Any, exact: Any, *, case: Case, times: float, size: Any = None
+) -> None:
     """At most so many times as far from exact as the peer, and a few units of rounding.
 
     Those are of the call's dtype for the gradient of a bias in float32 too, but for none of the
-    log-sum-exp.
+    log-sum-exp. size: of the terms that are added up; as they are one with the result by default.
     """
     assert got.dtype == peer.dtype, name
     dtype = got.dtype if name == "t_lse" else max(case.dtype, got.dtype, key=tolerance.epsilon)
     bound = tolerance.allowed(
-        name, tolerance.error(peer, exact), exact, np.abs(exact), dtype, times
+        name,
+        tolerance.error(peer, exact),
+        exact,
+        np.abs(exact) if size is None else size,
+        dtype,
+        times,
     )
     found = tolerance.error(got, exact)
     assert found <= bound, f"{name}: error {found:.3g}, allowed {bound:.3g}"
@@ -234,6 +265,12 @@ def check_tangent(
     moving = directions(case, seed, names, scale) if moving is None else moving
     run = partial(pushed_by_kernel, case=case, seed=seed, tiles=tiles)
     found: Results = quick_jit(run)(arrays, moving)
+    check_pushed(found, case, seed, arrays, moving)
+    return found
+
+
+def check_pushed(found: Results, case: Case, seed: int, arrays: Results, moving: Results) -> None:
+    """Tangents, and what else `pushed` gives, are as exact as eager's."""
     peer, exact = formula.expected(partial(pushed, case=case, seed=seed), arrays, moving)
     for name, got in found.items():
         within(
@@ -243,8 +280,8 @@ def check_tangent(
             exact[name],
             case=case,
             times=2 if name in tolerance.FORWARD else 3,
+            size=size_of_t_lse(case, seed, arrays, moving) if name == "t_lse" else None,
         )
-    return found
 
 
 def check_backward_tangent(
