@@ -50,7 +50,7 @@ SHAPE_OPTIONS: dict[str, dict[str, Any]] = {
     "--dtype": {"choices": ["bfloat16", "float16", "float32"]},
     "--bias": {"action": "store_true", "default": None, "help": "a bias (1, N, T, S)"},
     "--dropout": {"type": float, "help": "dropout rate"},
-    "--passes": {"nargs": "+", "choices": ["forward", "gradient", "jvp", "hvp"]},
+    "--passes": {"nargs": "+", "choices": ["forward", "gradient", "jvp", "jvp-gradient", "hvp"]},
 }
 
 

@@ -14,7 +14,8 @@ __all__ = ["Cell", "Mask", "Pass"]
 type Kind = Literal["full", "causal", "window", "packed", "documents"]
 # gradient: one call that computes the output and every gradient. backward: gradient - forward.
 # jvp: the output and its tangent along query, key and value. hvp: the same of the gradients.
-type Pass = Literal["forward", "gradient", "backward", "jvp", "hvp"]
+# jvp-gradient: jvp, and the gradients of both by query, key, value and their tangents.
+type Pass = Literal["forward", "gradient", "backward", "jvp", "jvp-gradient", "hvp"]
 
 _KINDS: tuple[str, ...] = get_args(Kind.__value__)
 _SIZED = ("window", "packed", "documents")
@@ -183,6 +184,7 @@ class Cell:
             "backward": backward,
             "gradient": forward + backward,
             "jvp": forward + tangent,
+            "jvp-gradient": forward + tangent + backward + of_gradients,
             "hvp": forward + backward + tangent + of_gradients,
         }[which]
         return 2.0 * self.batch * self.heads * widths * self.visible_pairs()

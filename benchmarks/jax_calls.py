@@ -113,7 +113,9 @@ class _Operands:
     def __init__(self, cell: Cell, which: Pass, *, dense_mask: bool) -> None:
         self._cell, self._dense_mask = cell, dense_mask
         on_gpu = jax.default_backend() == "gpu"
-        self._cotangent = which == "hvp" or (which == "gradient" and on_gpu)
+        self._cotangents = 2 if which == "jvp-gradient" else 1
+        if which in ("forward", "jvp") or (which == "gradient" and not on_gpu):
+            self._cotangents = 0
         self._along = which in _ALONG
         self._split = which in ("gradient", *_ALONG)
         self.shapes: tuple[Any, ...] = jax.eval_shape(self._made)
@@ -142,9 +144,9 @@ class _Operands:
             keys = jax.random.split(jax.random.key(3), len(wanted))
             pairs = zip(wanted.items(), keys, strict=True)
             made += ({n: jax.random.normal(key, x.shape, x.dtype) for (n, x), key in pairs},)
-        if self._cotangent:
+        for seed in range(2, 2 + 2 * self._cotangents, 2):
             shape = (*arrays["query"].shape[:-1], self._cell.values)
-            made += (jax.random.normal(jax.random.key(2), shape, self._cell.dtype),)
+            made += (jax.random.normal(jax.random.key(seed), shape, self._cell.dtype),)
         return made
 
 
@@ -203,6 +205,19 @@ def _jvp(attend: Attend) -> Callable[..., tuple[Array, Array]]:
     return along
 
 
+def _jvp_gradient(attend: Attend) -> Callable[..., tuple[Any, Any]]:
+    """`_jvp`, and gradients by the arrays and their tangents, for random ones of its results."""
+
+    def through(
+        wanted: Arrays, rest: Arrays, tangents: Arrays, d_out: Array, dt_out: Array
+    ) -> tuple[Any, Any]:
+        along = _jvp(attend)
+        found, vjp = jax.vjp(lambda x, t: along(x, rest, t), wanted, tangents)
+        return found, vjp((d_out, dt_out))
+
+    return through
+
+
 def _hvp(attend: Attend) -> Callable[..., tuple[Arrays, Arrays]]:
     """Gradients for a random gradient of the output, and their tangents along all arrays'."""
 
@@ -219,7 +234,11 @@ def _hvp(attend: Attend) -> Callable[..., tuple[Arrays, Arrays]]:
     return along
 
 
-_ALONG: dict[Pass, Callable[[Attend], Callable[..., Any]]] = {"jvp": _jvp, "hvp": _hvp}
+_ALONG: dict[Pass, Callable[[Attend], Callable[..., Any]]] = {
+    "jvp": _jvp,
+    "jvp-gradient": _jvp_gradient,
+    "hvp": _hvp,
+}
 
 
 def prepare(peer: str, cell: Cell, which: Pass) -> Ready:

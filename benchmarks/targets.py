@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.cells import Pass
 from benchmarks.results import Run, Verdict
 
-__all__ = ["Growth", "Memory", "Rate", "Speed", "Target", "Time", "verdicts"]
+__all__ = ["Growth", "Memory", "More", "Pace", "Rate", "Speed", "Target", "Time", "verdicts"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,52 @@ class Time:
 
 
 @dataclass(frozen=True)
+class More:
+    """A pass of `peer` takes at most so many milliseconds more than another, which it includes."""
+
+    cell: str
+    which: Pass
+    than: Pass
+    peer: str
+    at_most_ms: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.cell,)
+
+    def verdict(self, run: Run) -> Verdict:
+        more = _more(run, self)
+        text = f"{self.cell} {self.which}: milliseconds of {self.peer} more than {self.than}"
+        text += "'s, at most"
+        return Verdict(text, self.at_most_ms, more, more is not None and more <= self.at_most_ms)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a pass of `peer` does beside another runs at least at this share of the other's rate."""
+
+    cell: str
+    which: Pass
+    than: Pass
+    peer: str
+    at_least: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.cell,)
+
+    def verdict(self, run: Run) -> Verdict:
+        share, more = None, _more(run, self)
+        base = run.get(self.cell, self.peer, self.than)
+        if more and base is not None and base.ms:
+            of_cell = run.cells[self.cell].flops
+            rate = (of_cell(self.which) - of_cell(self.than)) / more
+            share = rate / (of_cell(self.than) / base.ms)
+        text = f"{self.cell} {self.which}: rate of {self.peer} beside {self.than}, over that of it"
+        return Verdict(text, self.at_least, share, share is not None and share >= self.at_least)
+
+
+@dataclass(frozen=True)
 class Memory:
     """The compiled pass of `peer` takes at most so much temporary memory."""
 
@@ -125,13 +171,20 @@ class Growth:
         return Verdict(text, self.at_most, growth, growth is not None and growth <= self.at_most)
 
 
-type Target = Speed | Rate | Time | Memory | Growth
+type Target = Speed | Rate | Time | More | Pace | Memory | Growth
 
 
 def verdicts(targets: Iterable[Target], run: Run, cells: Iterable[str]) -> list[Verdict]:
     """The verdicts on those targets whose cells the run was asked for."""
     asked = set(cells)
     return [target.verdict(run) for target in targets if asked.issuperset(target.cells)]
+
+
+def _more(run: Run, of: More | Pace) -> float | None:
+    own, base = (run.get(of.cell, of.peer, which) for which in (of.which, of.than))
+    if own is None or base is None or own.ms is None or base.ms is None:
+        return None
+    return own.ms - base.ms
 
 
 def _temp_bytes(run: Run, cell: str, peer: str, which: Pass) -> int | None:

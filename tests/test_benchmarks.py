@@ -215,6 +215,26 @@ def test_rates_and_times_are_judged_by_themselves() -> None:
     assert [v.measured for v in found] == [rate, rate, None, 2.0, 2.0, None]
 
 
+def test_what_a_pass_does_beside_another_is_judged_by_the_difference() -> None:
+    run = run_with(
+        (SMALL, Measurement("own", "forward", ms=2.0)),
+        (SMALL, Measurement("own", "jvp", ms=6.0)),  # five products beside two
+        (SMALL, Measurement("own", "jvp-gradient", ms=16.5)),
+        (SMALL, Measurement("other", "jvp", ms=6.0)),
+    )
+    asked = [
+        targets.More(SMALL.name, "jvp-gradient", "jvp", "own", 10.5),
+        targets.More(SMALL.name, "jvp-gradient", "jvp", "own", 10.4),
+        targets.More(SMALL.name, "jvp", "forward", "other", 9.0),
+        targets.Pace(SMALL.name, "jvp", "forward", "own", 1.25),
+        targets.Pace(SMALL.name, "jvp", "forward", "own", 1.26),
+        targets.Pace(SMALL.name, "jvp", "forward", "other", 0.1),
+    ]
+    found = targets.verdicts(asked, run, run.cells)
+    assert [v.measured for v in found] == [10.5, 10.5, None, 1.25, 1.25, None]
+    assert [v.met for v in found] == [True, False, False, True, False, False]
+
+
 def test_memory_is_judged_by_size_and_growth() -> None:
     long = cell(queries=48, keys=48)
     run = run_with(
