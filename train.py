@@ -25,7 +25,7 @@ from rich.console import Console
 
 from jattn import UnsupportedAttentionError
 from models import FolderError
-from training import cli, fine_tuning, plots, run_folder
+from training import cli, fine_tuning, kernel_text, plots, run_folder
 from training.ahead import Programs
 from training.checkpoints import Checkpoints
 from training.data import Corpus, load_corpus
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(request: cli.Request, console: Console) -> int:
     """Corpus, run folder, memory report, training, plot; checks all before it writes anything."""
     config = request.config
+    kernel_text.leave_out_counts()
     check_model_runs(config)
     devices = Devices.checked(request.run.sequence_parallel, config.data)
     corpus = load_corpus(config.data)
@@ -83,9 +84,9 @@ def run(request: cli.Request, console: Console) -> int:
             report_layer(config, here(), Screen(console, folder, stop))
         programs = Programs(config, devices)
         if state is None:
+            programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
             programs.prepare_initial_state()
             programs.prepare_update(batch_of(config, corpus, step=1))
-            programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
             state = programs.initial_state()
         else:
             state = devices.state(state)

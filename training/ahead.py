@@ -1,11 +1,12 @@
 """The programs of a run, compiled at the same time and before they are needed.
 
-Lowering holds Python's lock and is done at once, the first one needed first; XLA's part runs in
-threads:
+Lowering holds Python's lock and is done at once; XLA's part runs in threads. Mosaic compiles one
+kernel at a time, attention's forward one for the loss while the update is being lowered:
 
-    lower      initial state | update | loss of held-out text
-    compile                  initial state     update ----------------------
-                                                        loss of held-out text -----
+    lower      loss of held-out text | initial state | update
+    compile                          loss of held-out text ----------
+                                                     initial state ---
+                                                              update ---------------
 """
 
 from collections.abc import Iterable
