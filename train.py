@@ -29,7 +29,7 @@ from training import cli, fine_tuning, kernel_text, plots, run_folder
 from training.ahead import Programs
 from training.checkpoints import Checkpoints
 from training.data import Corpus, load_corpus
-from training.devices import Devices
+from training.devices import Devices, check_count, check_lengths
 from training.errors import TrainingError, one_line
 from training.interrupt import stop_on_signals
 from training.loop import Outputs, batch_of, held_out_batches, train
@@ -69,6 +69,8 @@ def run(request: cli.Request, console: Console) -> int:
     kernel_text.leave_out_counts()
     check_model_runs(config)
     devices = Devices.checked(request.run.sequence_parallel, config.data)
+    if config.memory.memory_report:
+        check_lengths(devices.count, "--memory-lengths", config.memory.memory_lengths)
     corpus = load_corpus(config.data)
     if config.fine_tune.model is not None:
         corpus = tokenized(corpus, config)
@@ -81,7 +83,7 @@ def run(request: cli.Request, console: Console) -> int:
         say(console, f"{folder.path}: {title}, on {on}")
         say(console, str(corpus))
         if config.memory.memory_report and not folder.memory_json.exists():
-            report_layer(config, here(), Screen(console, folder, stop))
+            report_layer(config, here(devices.count), Screen(console, folder, stop))
         programs = Programs(config, devices)
         if state is None:
             programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
@@ -125,12 +127,13 @@ def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState |
 def report(request: cli.Request, console: Console) -> int:
     """One report into a folder of its own."""
     options, config = request.run, request.config
-    if options.sequence_parallel != 1:
-        raise TrainingError(
-            f"--sequence-parallel ({options.sequence_parallel}) is for training; a report is of one"
-            " device's memory"
-        )
-    with stop_on_signals() as stop, place_of(options.target) as place:
+    count = options.sequence_parallel
+    check_count(count, None if options.target is not None else len(jax.devices()))
+    if options.report == "step":
+        check_lengths(count, "--step-lengths", request.step_report.step_lengths)
+    elif options.report != "longest":
+        check_lengths(count, "--memory-lengths", config.memory.memory_lengths)
+    with stop_on_signals() as stop, place_of(options.target, count) as place:
         facts = {"report": options.report or "memory", "target": options.target}
         folder = run_folder.create(options.runs_dir, options.name, config, facts)
         screen = Screen(console, folder, stop)

@@ -63,12 +63,44 @@ for more, said in (
     (["--sequence-parallel", "3"], "1 to the number of devices, 2; got 3"),
     (["--sequence-parallel", "0"], "1 to the number of devices, 2; got 0"),
     (["--sequence-parallel", "2", "--sequence-length", "63"], "(63) must be a multiple of"),
-    (["--sequence-parallel", "2", "--report", "memory"], "is for training"),
+    (["--sequence-parallel", "2", "--report", "memory", "--memory-lengths", "64", "63"],
+     "--memory-lengths (63) must be a multiple of"),
+    (["--sequence-parallel", "4", "--report", "step"], "1 to the number of devices, 2; got 4"),
 ):
     error = io.StringIO()
     with of_others(), contextlib.redirect_stderr(error):
         assert train.main([*{options!r}, "--runs-dir", {folder!r}, *more]) == 2, more
     assert said in error.getvalue(), error.getvalue()
+"""
+
+
+REPORTED = """
+import json
+import train
+from tests.promotion import of_others
+
+def reported(kind, devices):
+    name = f"{{kind}}{{devices}}"
+    asked = ["--report", kind, "--runs-dir", {folder!r}, "--name", name]
+    asked += ["--sequence-parallel", str(devices), "--memory-lengths", "8192", "--step-lengths",
+              "1024", "--memory-implementations", "memory_efficient", "--step-implementations",
+              "memory_efficient", "--memory-seconds", "0", "--step-seconds", "30"]
+    with of_others():
+        assert train.main([*{options!r}, *asked]) == 0
+    stored = {{"memory": "memory_scaling", "step": "training_step"}}[kind]
+    return json.load(open({folder!r} + "/" + name + f"/{{stored}}.json"))
+
+for kind in ("memory", "step"):
+    one, two = (reported(kind, devices) for devices in (1, 2))
+    assert two["device"] == "2 x " + one["device"]
+    for alone, each in zip(one["cells"], two["cells"], strict=True):
+        assert each["temp_bytes"] < alone["temp_bytes"], (kind, alone, each)
+        if kind == "memory":
+            # Its input, its gradient and few weights.
+            whole, half = (cell["total_bytes"] - cell["temp_bytes"] for cell in (alone, each))
+            assert 0.5 <= half / whole < 0.6, (alone, each)
+    if kind == "step":
+        assert all(cell["seconds"] for cell in two["cells"])
 """
 
 
@@ -81,6 +113,11 @@ def options(tmp_path: Path) -> dict[str, object]:
 @pytest.mark.thorough
 def test_losses_are_those_of_one_device_and_checkpoints_are_for_any(tmp_path: Path) -> None:
     run((PROGRAM + RESUMED).format(**options(tmp_path)), devices=2)
+
+
+@pytest.mark.thorough
+def test_a_report_is_of_each_device(tmp_path: Path) -> None:
+    run(REPORTED.format(**options(tmp_path)), devices=2)
 
 
 @pytest.mark.thorough

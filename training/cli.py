@@ -65,7 +65,7 @@ class RunOptions:
 
     sequence_parallel: int = 1
     """Devices over which each sequence is cut, the weights being on all of them; a run may be
-    resumed on another number."""
+    resumed on another number. A report is then of each of them."""
 
     report: Annotated[
         ReportName | None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,20 +28,11 @@ class Devices:
         Raises:
             TrainingError: there are fewer, or they do not divide a length.
         """
-        found = len(jax.devices())
-        if not 1 <= count <= found:
-            raise TrainingError(
-                f"--sequence-parallel must be 1 to the number of devices, {found}; got {count}"
-            )
-        lengths = {"--sequence-length": data.sequence_length}
+        check_count(count, len(jax.devices()))
+        check_lengths(count, "--sequence-length", [data.sequence_length])
         if data.short_share > 0:
             short = min(data.short_sequence_length, data.sequence_length)
-            lengths["--short-sequence-length"] = short
-        for option, length in lengths.items():
-            if length % count:
-                raise TrainingError(
-                    f"{option} ({length}) must be a multiple of --sequence-parallel ({count})"
-                )
+            check_lengths(count, "--short-sequence-length", [short])
         return Devices(count)
 
     def batch(self, batch: Batch) -> Batch:
@@ -68,6 +60,22 @@ class Devices:
     @property
     def _whole(self) -> NamedSharding:
         return NamedSharding(_mesh(self.count), PartitionSpec())
+
+
+def check_count(count: int, found: int | None) -> None:
+    """TrainingError unless there are so many devices; where they need not be there: any number."""
+    if count < 1 or (found is not None and count > found):
+        most = "at least 1" if found is None else f"1 to the number of devices, {found}"
+        raise TrainingError(f"--sequence-parallel must be {most}; got {count}")
+
+
+def check_lengths(count: int, option: str, lengths: Sequence[int]) -> None:
+    """TrainingError if so many devices do not divide one of an option's lengths."""
+    for length in lengths:
+        if length % count:
+            raise TrainingError(
+                f"{option} ({length}) must be a multiple of --sequence-parallel ({count})"
+            )
 
 
 @functools.cache

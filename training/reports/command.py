@@ -21,6 +21,7 @@ from training.units import bytes_text, seconds_text
 _LEGEND = """\
 temporary: the compiled step's temporary bytes, with the factor to the line above and bytes a token;
 in all: with arguments and results"""
+_EACH = "; of each device"
 _MEASURED = "; measured: the same as the device's allocator gave it out"
 
 
@@ -37,7 +38,7 @@ def report_layer(config: TrainConfig, place: Place, screen: Screen) -> None:
     """Memory and time of one attention layer's gradient; a stop leaves none."""
     _cells(
         lambda watch: layer.measure(config.model, config.memory, place, watch),
-        f"{place.device_kind}, {layer.what_is_measured(config.model)}",
+        f"{place.name}, {layer.what_is_measured(config.model)}",
         "memory_scaling",
         place,
         screen,
@@ -50,7 +51,7 @@ def report_step(
     """Memory and time of the whole training step; a stop leaves none."""
     _cells(
         lambda watch: whole_step.measure(config, report, place, watch),
-        f"{place.device_kind}, {whole_step.what_is_measured(config.model)}",
+        f"{place.name}, {whole_step.what_is_measured(config.model)}",
         "training_step",
         place,
         screen,
@@ -70,11 +71,12 @@ def report_longest(config: TrainConfig, place: Place, screen: Screen) -> None:
     if found is None:
         return
     measured = whole_step.what_is_measured(config.model)
+    of_each = " of each" if place.count > 1 else ""
     say(
         screen.console,
-        f"longest sequence on {place.device_kind}, {measured}, attention {name}, blocks"
+        f"longest sequence on {place.name}, {measured}, attention {name}, blocks"
         f" rematerialised: {found.sequence_length:,} tokens,"
-        f" {bytes_text(found.total_bytes)} a step of {bytes_text(found.free_bytes)} free;"
+        f" {bytes_text(found.total_bytes)}{of_each} a step of {bytes_text(found.free_bytes)} free;"
         f" {len(found.looked_at)} lengths compiled",
     )
     if found.note:
@@ -86,7 +88,7 @@ def report_longest(config: TrainConfig, place: Place, screen: Screen) -> None:
             f"two steps: {', '.join(map(seconds_text, found.seconds))}{peak}; loss"
             f" {', '.join(f'{loss:.4f}' for loss in found.losses)} nats per byte",
         )
-    stored = {"device": place.device_kind} | dataclasses.asdict(found)
+    stored = {"device": place.name} | dataclasses.asdict(found)
     run_folder.write_json(screen.folder.longest_json, stored)
 
 
@@ -107,10 +109,11 @@ def _cells(
     say(console, f"{title}, {measured}:")
     console.print(as_table(cells))
     was_measured = any(cell.peak_bytes is not None for cell in cells)
-    say(console, _LEGEND + (_MEASURED if was_measured else ""))
+    each = _EACH if place.count > 1 else ""
+    say(console, _LEGEND + each + (_MEASURED if was_measured else ""))
     for note in notes(cells):
         say(console, note)
-    stored = as_json(cells, measured=measured, device=place.device_kind, seconds=seconds)
+    stored = as_json(cells, measured=measured, device=place.name, seconds=seconds)
     run_folder.write_json(folder.report_json(name), stored)
     plots.plot_memory(folder.report_plot(name), cells, measured)
 

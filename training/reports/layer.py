@@ -37,7 +37,7 @@ def measure(
         Job(
             Cell(name, length),
             functools.partial(_lower, model, name, length, place),
-            functools.partial(_run, _shapes(model, name, length)[1:]),
+            functools.partial(_run, _shapes(model, name, length)[1:], place),
         )
         for name in dict.fromkeys(config.memory_implementations)
         for length in sorted(set(config.memory_lengths))
@@ -66,17 +66,20 @@ def _lower(
         table = rotary_table(jnp.arange(length)[None], model)
         return jnp.square(nnx.merge(graph, weights)(x, table).astype(jnp.float32)).sum()
 
-    return jax.jit(jax.grad(energy, argnums=(0, 1))).lower(*place.placed((weights, x)))
+    gradient = jax.jit(jax.grad(energy, argnums=(0, 1)))
+    return gradient.lower(place.whole(weights), place.cut(x))
 
 
-def _run(shapes: Any, program: Any, *, expected_bytes: int, deadline: float) -> Run:
+def _run(shapes: Any, place: Place, program: Any, *, expected_bytes: int, deadline: float) -> Run:
     def execute(arguments: Any) -> Any:
         jax.block_until_ready(program(*arguments))
         return arguments
 
-    return run(
-        execute, lambda: _random_like(shapes), expected_bytes=expected_bytes, deadline=deadline
-    )
+    def arguments() -> Any:
+        weights, x = _random_like(shapes)
+        return place.whole(weights), place.cut(x)
+
+    return run(execute, arguments, expected_bytes=expected_bytes, deadline=deadline)
 
 
 def _random_like(shapes: Any) -> Any:

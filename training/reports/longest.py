@@ -1,6 +1,7 @@
 """The longest sequence that trains here, by bisection of compiled memory, and the proof of it."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -58,13 +59,18 @@ def find(config: TrainConfig, place: Place, watch: Watch) -> Longest | None:
             looked_at[length] = None if built.memory is None else built.memory.total
         return looked_at[length]
 
+    grain = math.lcm(_GRAIN, place.count)
     length = search(
-        bytes_at, int(_USABLE * free), start=config.data.sequence_length, stopped=watch.stopped
+        bytes_at,
+        int(_USABLE * free),
+        start=config.data.sequence_length,
+        grain=grain,
+        stopped=watch.stopped,
     )
     if watch.stopped():
         return None
     if not length:
-        least = f"{_GRAIN:,} tokens need {bytes_text(looked_at[_GRAIN] or 0)}"
+        least = f"{grain:,} tokens need {bytes_text(looked_at[grain] or 0)}"
         raise TrainingError(f"nothing trains in {bytes_text(free)}: {least}")
     found = Longest(length, looked_at[length] or 0, free, looked_at)
     for _ in range(_PROOFS if place.can_run else 0):
@@ -73,7 +79,7 @@ def find(config: TrainConfig, place: Place, watch: Watch) -> Longest | None:
             return _proved(config, found, place)
         except jax.errors.JaxRuntimeError as error:
             note = f"T = {length:,} ran out of memory: {out_of_memory(error)}"
-        length = int(_SHORTER * length) // _GRAIN * _GRAIN
+        length = int(_SHORTER * length) // grain * grain
         found = dataclasses.replace(
             found, sequence_length=length, total_bytes=bytes_at(length) or 0, note=note
         )
@@ -85,9 +91,10 @@ def search(
     budget: int,
     *,
     start: int,
+    grain: int = _GRAIN,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
-    """The most tokens, a multiple of 1024, that fit the budget; 0 if none do.
+    """The most tokens, a multiple of the grain, that fit the budget; 0 if none do.
 
     A bisection whose next length is where the line between the bracket's ends meets the budget, as
     memory nearly is a line, and every third time its middle.
@@ -96,26 +103,28 @@ def search(
         bytes_at: memory at a length, which does not fall as that grows; None is too much.
         budget: bytes there are.
         start: the first length to look at.
+        grain: what lengths are multiples of.
         stopped: whether to give up, and return what is known to fit.
     """
+    most = _MOST // grain * grain
     fits, too_long = (0, 0), (0, 0)  # length and bytes of the ends; a length of 0 is unknown
-    length, guesses = max(_GRAIN, start // _GRAIN * _GRAIN), 0
+    length, guesses = max(grain, start // grain * grain), 0
     while not stopped():
         count = bytes_at(length)
         if count is not None and count <= budget:
             fits = (length, count)
         else:
             too_long = (length, count or 2 * budget)
-        if fits[0] >= _MOST or (too_long[0] and too_long[0] - fits[0] <= _GRAIN):
+        if fits[0] >= most or (too_long[0] and too_long[0] - fits[0] <= grain):
             break
         guesses += 1
         if not too_long[0]:
-            length = min(int(fits[0] * budget / fits[1]) // _GRAIN + 1, 16 * fits[0] // _GRAIN)
-            length = min(max(length * _GRAIN, fits[0] + _GRAIN), _MOST)
+            length = min(int(fits[0] * budget / fits[1]) // grain + 1, 16 * fits[0] // grain)
+            length = min(max(length * grain, fits[0] + grain), most)
             continue
         share = 0.5 if guesses % 3 == 0 else (budget - fits[1]) / (too_long[1] - fits[1])
-        length = fits[0] + int(share * (too_long[0] - fits[0])) // _GRAIN * _GRAIN
-        length = min(max(length, fits[0] + _GRAIN), too_long[0] - _GRAIN)
+        length = fits[0] + int(share * (too_long[0] - fits[0])) // grain * grain
+        length = min(max(length, fits[0] + grain), too_long[0] - grain)
     return fits[0]
 
 
@@ -127,7 +136,7 @@ def _proved(config: TrainConfig, found: Longest, place: Place) -> Longest:
     """
     changed = whole_step.of_length(config, found.sequence_length)
     built = build(lambda: whole_step.lower(changed, place), place)
-    tokens = jax.device_put(whole_step.random_tokens(found.sequence_length))
+    tokens = place.cut(jax.device_put(whole_step.random_tokens(found.sequence_length)))
     seconds: list[float] = []
     losses: list[float] = []
 
@@ -137,11 +146,12 @@ def _proved(config: TrainConfig, found: Longest, place: Place) -> Longest:
             state, scalars = jax.block_until_ready(built.program(state, tokens, tokens, None))
             seconds.append(time.perf_counter() - started)
             losses.append(float(scalars.loss))
+            state = place.whole(state)
         return state
 
     measured = run(
         two_steps,
-        lambda: whole_step.first_state(changed),
+        lambda: whole_step.first_state(changed, place),
         expected_bytes=found.total_bytes,
         deadline=0.0,
     )

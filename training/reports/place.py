@@ -1,4 +1,4 @@
-"""Where a report's programs are compiled for: this process's device, or a GPU that is not here."""
+"""Where a report's programs are compiled for: devices of this process, or GPUs not here."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from training.errors import TrainingError
 from training.free_memory import free_bytes
@@ -24,16 +24,27 @@ _GPUS = _ROOT / "training" / "gpus"
 _STARTED_FOR_TARGET = "JATTN_COMPILES_FOR"
 # What jax.Device.memory_stats leaves of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION of environment.py.
 _USABLE = 0.92
+_AXIS = "sequence"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A device, there or not."""
+    """A device, there or not; or several of a kind, over which sequences are cut."""
 
     device_kind: str
     can_run: bool
-    sharding: Sharding | None = None  # of the programs' arguments; None for the default device
+    mesh: Mesh | None = None  # of the programs' arguments; None for the default device
     memory: int | None = None  # bytes, of a device that is not here
+
+    @property
+    def count(self) -> int:
+        """How many devices."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return self.device_kind if self.count == 1 else f"{self.count} x {self.device_kind}"
 
     @property
     def is_gpu(self) -> bool:
@@ -43,41 +54,57 @@ class Place:
         """What a program may take now; None if unknown."""
         return free_bytes(jax.devices()[0]) if self.can_run else self.memory
 
-    def placed(self, shapes: Any) -> Any:
-        """The shapes of arrays that are there."""
-        if self.sharding is None:
-            return shapes
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), shapes
-        )
+    def whole(self, tree: Any) -> Any:
+        """Arrays, or shapes of arrays, that each device has."""
+        return self._placed(tree, PartitionSpec())
+
+    def cut(self, tree: Any) -> Any:
+        """The same of (batch, positions, ...), of which each device has its own positions."""
+        return self._placed(tree, PartitionSpec(None, _AXIS))
+
+    def _placed(self, tree: Any, spec: PartitionSpec) -> Any:
+        if self.mesh is None:
+            return tree
+        sharding = NamedSharding(self.mesh, spec)
+
+        def placed(x: Any) -> Any:
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            return jax.device_put(x, sharding)
+
+        return jax.tree.map(placed, tree)
 
 
-def here() -> Place:
-    """The device that JAX takes by itself."""
-    return Place(jax.devices()[0].device_kind, can_run=True)
+def here(count: int = 1) -> Place:
+    """The device that JAX takes by itself, or so many of them."""
+    found = jax.devices()
+    mesh = None
+    if count > 1:
+        mesh = jax.make_mesh((count,), (_AXIS,), axis_types=(AxisType.Auto,), devices=found[:count])
+    return Place(found[0].device_kind, can_run=True, mesh=mesh)
 
 
 @contextlib.contextmanager
-def place_of(target: TargetName | None) -> Iterator[Place]:
-    """This device, or one GPU by name, for which everything traced inside is meant.
+def place_of(target: TargetName | None, count: int = 1) -> Iterator[Place]:
+    """Devices of this process, or GPUs by name, for which everything traced inside is meant.
 
     Raises:
         TrainingError: XLA's compiler for NVIDIA's GPUs is not there.
     """
     if target is None:
-        yield here()
+        yield here(count)
         return
     config = (_GPUS / f"{target}.txtpb").read_text(encoding="ascii")
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology="1x1x1", target_config=config
+            platform="cuda", topology=f"1x1x{count}", target_config=config
         )
     except (RuntimeError, NotImplementedError) as error:
         raise TrainingError(_missing(target)) from error
     kind = _fact(config, "name").strip('"')
     mesh = Mesh(
-        topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",)).devices,
-        ("x",),
+        topologies.make_mesh(topo=topology, mesh_shape=(count,), axis_names=(_AXIS,)).devices,
+        (_AXIS,),
         axis_types=(AxisType.Auto,),
     )
     device = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
@@ -85,7 +112,7 @@ def place_of(target: TargetName | None) -> Iterator[Place]:
         yield Place(
             kind,
             can_run=False,
-            sharding=NamedSharding(mesh, PartitionSpec()),
+            mesh=mesh,
             memory=int(_USABLE * int(_fact(config, "device_memory_size"))),
         )
 

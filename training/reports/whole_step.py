@@ -45,7 +45,9 @@ def _job(config: TrainConfig, cell: Cell, place: Place) -> Job:
     changed = of_length(config, cell.sequence_length)
     model = variant(config.model, cell.implementation, rematerialized=bool(cell.rematerialized))
     changed = dataclasses.replace(changed, model=model)
-    return Job(cell, functools.partial(lower, changed, place), functools.partial(_run, changed))
+    return Job(
+        cell, functools.partial(lower, changed, place), functools.partial(_run, changed, place)
+    )
 
 
 def variant(
@@ -69,31 +71,38 @@ def of_length(config: TrainConfig, length: int) -> TrainConfig:
 def lower(config: TrainConfig, place: Place) -> jax.stages.Lowered:
     """The trainer's update for one sequence."""
     tokens = jax.ShapeDtypeStruct((1, config.data.sequence_length), np.uint8)
-    arguments = place.placed((abstract_state(config), tokens, tokens))
-    lowered: jax.stages.Lowered = train_step.lower(*arguments, None, config=config.optimizer)
+    state, tokens = place.whole(abstract_state(config)), place.cut(tokens)
+    lowered: jax.stages.Lowered = train_step.lower(
+        state, tokens, tokens, None, config=config.optimizer
+    )
     return lowered
 
 
-def first_state(config: TrainConfig) -> TrainState:
+def first_state(config: TrainConfig, place: Place) -> TrainState:
     """The state before the first step; made by one program for all variants of a model."""
     plain = dataclasses.replace(config, model=variant(config.model, "eager", rematerialized=False))
-    return dataclasses.replace(initial_state(plain), graph=abstract_state(config).graph)
+    state = dataclasses.replace(initial_state(plain), graph=abstract_state(config).graph)
+    placed: TrainState = place.whole(state)
+    return placed
 
 
 def random_tokens(length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(0).integers(256, size=(1, length), dtype=np.uint8)
 
 
-def _run(config: TrainConfig, program: Any, *, expected_bytes: int, deadline: float) -> Run:
-    tokens = jax.device_put(random_tokens(config.data.sequence_length))
+def _run(
+    config: TrainConfig, place: Place, program: Any, *, expected_bytes: int, deadline: float
+) -> Run:
+    tokens = place.cut(jax.device_put(random_tokens(config.data.sequence_length)))
 
     def execute(state: TrainState) -> TrainState:
         state, _ = jax.block_until_ready(program(state, tokens, tokens, None))
-        return state
+        placed: TrainState = place.whole(state)
+        return placed
 
     return run(
         execute,
-        lambda: first_state(config),
+        lambda: first_state(config, place),
         expected_bytes=expected_bytes,
         deadline=deadline,
     )
