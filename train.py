@@ -77,7 +77,7 @@ def run(request: cli.Request, console: Console) -> int:
     with stop_on_signals() as stop:
         folder, state = begin(request, corpus)
         checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
-        title = f"{parameter_count(config) / 1e6:.2g} million weights on {corpus.source}"
+        title = f"{parameter_count(config) / 1e6:.3g} million weights on {corpus.source}"
         kind = jax.devices()[0].device_kind
         on = kind if devices.count == 1 else f"{devices.count} x {kind}"
         say(console, f"{folder.path}: {title}, on {on}")

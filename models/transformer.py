@@ -112,7 +112,7 @@ class TransformerConfig:
 
     @classmethod
     def gpu(cls) -> "TransformerConfig":
-        """About 150 million weights in bfloat16, for sequences of 32k to 128k bytes."""
+        """136 million weights in bfloat16, for sequences of 32k to 128k bytes."""
         return cls(
             hidden_size=1024,
             num_layers=12,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from training.data import Batch, Text, evaluation_batches, training_batch
 from training.errors import TrainingError
 from training.progress import TrainingProgress
 from training.run_folder import MetricsLog
+from training.step import parameter_count
 from training.throughput import Pace, peak_flops, step_flops
 
 
@@ -186,11 +188,24 @@ def test_the_readme_gives_the_gpu_presets_result_as_measured() -> None:
     readme = (root / "README.md").read_text()
     assert f"[{held_out:.2f} bits per byte](training/results/h100" in readme
     assert f"where xz has {xz:.2f}" in readme
+    assert f"GPU {parameter_count(PRESETS['gpu']) / 1e6:.0f} million in bfloat16" in readme
     assert held_out < min(2.0, xz)
     assert sum(row.get("seconds", 0) for row in rows) < 300
     assert rows[-1]["step"] == PRESETS["gpu"].optimizer.steps
     assert facts["config"]["optimizer"] == dataclasses.asdict(PRESETS["gpu"].optimizer)
     assert facts["config"]["data"] == dataclasses.asdict(PRESETS["gpu"].data)
+
+
+def test_the_readme_gives_the_rate_of_the_longest_sequence_as_measured() -> None:
+    root = Path(config.__file__).parent.parent
+    file = root / "training/results/h100/run-512k/metrics.jsonl"
+    last = json.loads(file.read_text().splitlines()[-1])
+    rate = last["tokens_per_second"]
+    assert math.isclose(rate * last["seconds"], 524_288)
+    assert (
+        f"[{round(rate, -2):,.0f} a second]({file.relative_to(root)})"
+        in (root / "README.md").read_text()
+    )
 
 
 def test_the_readme_gives_the_cpu_presets_result_as_measured() -> None:
