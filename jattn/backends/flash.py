@@ -51,7 +51,8 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
     apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
-    columns = 0 if apart or limits.writes_dq_once(spec) else -(-spec.head_dim // 64) * 64
+    added = not (apart or limits.writes_dq_once(spec))
+    columns = limits.padded_width(spec.head_dim) if added else 0
     return spec.batch * spec.queries * spec.heads * 4 * (columns + 5)
 
 

@@ -20,12 +20,8 @@ from jax.experimental import pallas as pl
 from jattn.call.masking import past_zeroed
 from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide
 from pallas_kernels.hopper.backward_block import key_gradients
-from pallas_kernels.hopper.backward_tiles import (
-    BackwardTiles,
-    by_rows,
-    choose_backward_tiles,
-    padded_columns,
-)
+from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
+from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
 from pallas_kernels.hopper.tiles import ROWS
@@ -86,7 +82,7 @@ def backward(
     )
     matrices = {"q": query, "k": key, "v": value, "do": d_out}
     inputs = {
-        **(matrices if by_rows(spec, tiles) else _whole(matrices, tiles)),
+        **(matrices if by_rows(spec, tiles) else _whole(matrices)),
         "rows": _by_block(
             jnp.pad(high, more, constant_values=jnp.inf),
             jnp.pad(low, more),
@@ -174,11 +170,11 @@ def _added(
     return dq, dk, dv
 
 
-def _whole(matrices: dict[str, Array], tiles: BackwardTiles) -> dict[str, Array]:
-    """Each (B, rows, heads, columns), padded to what tiles of 8 by 64 need."""
+def _whole(matrices: dict[str, Array]) -> dict[str, Array]:
+    """Each (B, rows, heads, columns), padded to what copies in tiles need."""
 
     def padded(x: Array) -> Array:
-        more = (-x.shape[1] % 8, padded_columns(x.shape[3], tiles) - x.shape[3])
+        more = (-x.shape[1] % 8, padded_width(x.shape[3]) - x.shape[3])
         return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
 
     return {name: padded(x) for name, x in matrices.items()}

@@ -14,8 +14,8 @@ float32 array in global memory, or written where the tile holds all keys there a
     warpgroup 0    [S|dP] P dS [dV] > [dQ|dK] add dQ  [S|dP] P dS [dV] > ..      write dK dV
     warpgroup 1    [S|dP] P dS [dV] > [dQ|dK] add dQ  [S|dP] P dS [dV] > ..      write dK dV
 
-At > both warpgroups' dS are in shared memory; each makes one half of the block's dQ, which is
-written and added while dK is computed.
+At > both warpgroups' dS are in shared memory; each makes one half of the block's dQ, or about that
+many of its columns, which is written and added while dK is computed.
 
 Shared memory, with the barriers that guard it (`full`: a copy has landed; `free`: its readers are
 done; both for each slot of a ring):
@@ -23,12 +23,13 @@ done; both for each slot of a ring):
     k_smem, v_smem (128, H), (128, D)                              kv_full
     q_smem, do_smem (stages, queries, H or D), rows_smem           full[slot], free[slot]
     ds_smem        (2, 128, queries)                               both: warpgroups are here
-    dq_smem        (2, half of a block's dQ)                 waits for its own warpgroup's copy
+    dq_smem        for each, half of a block's dQ            waits for its own warpgroup's copy
 """
 
 from __future__ import annotations
 
 from functools import partial
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -50,7 +51,7 @@ from pallas_kernels.hopper.backward_block import (
     grid_of,
     key_gradients,
 )
-from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows
+from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.plain import in_both_ways, named
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
@@ -89,7 +90,7 @@ def launch(
     scratch = _scratch(spec, tiles, head, value, makes_dq=not tiles.apart)
     if interpret:
         for name, shape in {
-            "s": (ROWS, queries), "dp": (ROWS, queries), "dq": dq_share(tiles, head),
+            "s": (ROWS, queries), "dp": (ROWS, queries), "dq": (ROWS, head),
             "dk": (ROWS, head), "dv": (ROWS, value),
         }.items():  # fmt: skip
             scratch[f"{name}_stand_in"] = plgpu.SMEM((w, *shape), jnp.float32)
@@ -109,10 +110,16 @@ def launch(
             block.dq_scale = unscaled
         warpgroup = lax.axis_index("warpgroup")
 
+        def compute(number: Array | int) -> None:
+            plgpu.set_max_registers(240, action="increase")
+            _compute(block, number)
+
         @pl.when(warpgroup < w)
         def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
-            _compute(block, warpgroup)
+            if "dq0_smem" in scratch:  # shares of their own size, so a text for each warpgroup
+                lax.cond(warpgroup == 0, partial(compute, 0), partial(compute, 1))
+            else:
+                compute(warpgroup)
 
         @pl.when(warpgroup == w)
         def _() -> None:
@@ -132,25 +139,20 @@ def launch(
     return found
 
 
-def dq_share(tiles: BackwardTiles, head: int) -> tuple[int, int]:
-    """What one warpgroup computes of a block's dQ: all its columns, or all its rows."""
-    if tiles.queries == ROWS:
-        return ROWS, head // tiles.warpgroups
-    return tiles.queries // tiles.warpgroups, head
-
-
 def _scratch(
     spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int, *, makes_dq: bool
 ) -> dict[str, Any]:
     w, stages, queries = tiles.warpgroups, tiles.stages, tiles.queries
 
-    def matrix(*shape: int, dtype: Any = spec.dtype) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+    def matrix(*shape: int, dtype: Any = spec.dtype, swizzle: int | None = None) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype, swizzle))
 
+    # Both operands of a product have one swizzle, and columns of dQ are shared in whole tiles.
+    swizzle = dq_swizzle(head) if makes_dq and queries == ROWS else None
     scratch = {
-        "k_smem": matrix(tiles.keys, head),
+        "k_smem": matrix(tiles.keys, head, swizzle=swizzle),
         "v_smem": matrix(tiles.keys, value),
-        "q_smem": matrix(stages, queries, head),
+        "q_smem": matrix(stages, queries, head, swizzle=swizzle),
         "do_smem": matrix(stages, queries, value),
         "rows_smem": plgpu.SMEM((stages, 3, queries), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
@@ -159,9 +161,16 @@ def _scratch(
         "both": plgpu.Barrier(num_arrivals=w),
     }
     if makes_dq:
-        scratch["ds_smem"] = matrix(2, tiles.keys, queries)
+        scratch["ds_smem"] = matrix(2, tiles.keys, queries, swizzle=swizzle)
+        shares = dq_columns(head) if queries == ROWS else (head, head)
         dtype = spec.dtype if tiles.once else jnp.float32
-        scratch["dq_smem"] = matrix(w, *dq_share(tiles, head), dtype=dtype)
+        if shares[0] == shares[1]:
+            scratch["dq_smem"] = matrix(w, ROWS, shares[0], dtype=dtype)
+        else:
+            # Tiles that begin where the second's columns do.
+            own = min(128, gcd(*shares) * jnp.dtype(dtype).itemsize)
+            for number, columns in enumerate(shares):
+                scratch[f"dq{number}_smem"] = matrix(ROWS, columns, dtype=dtype, swizzle=own)
     if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.has_segments:
@@ -203,7 +212,7 @@ def _load(block: Block) -> None:
         plgpu.barrier_wait(refs.free.at[slot])
 
 
-def _compute(block: Block, warpgroup: Array) -> None:
+def _compute(block: Block, warpgroup: Array | int) -> None:
     """A compute warpgroup: 64 keys of the tile."""
     tiles, seam, refs = block.tiles, block.seam, block.refs
     head, value = refs.k_smem.shape[-1], refs.v_smem.shape[-1]
@@ -232,14 +241,16 @@ def _compute(block: Block, warpgroup: Array) -> None:
 
 
 def _accumulator(
-    seam: Seam, refs: Ref, warpgroup: Array, name: str, shape: tuple[int, int], body: Any
+    seam: Seam, refs: Ref, warpgroup: Array | int, name: str, shape: tuple[int, int], body: Any
 ) -> Any:
-    stand_in = getattr(refs, f"{name}_stand_in").at[warpgroup] if seam.interpret else None
+    stand_in = None
+    if seam.interpret:
+        stand_in = getattr(refs, f"{name}_stand_in").at[warpgroup, :, pl.ds(0, shape[1])]
     return seam.with_accumulator(body, shape, stand_in)
 
 
 def _visit_all(
-    block: Block, warpgroup: Array, accumulator: Any, dk_acc: Ref, dv_acc: Ref
+    block: Block, warpgroup: Array | int, accumulator: Any, dk_acc: Ref, dv_acc: Ref
 ) -> tuple[Array, Array]:
     """Every visit of the tile in every head of the group; dK and dV."""
     seam, visit = block.seam, block.visits
@@ -264,7 +275,7 @@ def _visit_all(
     return seam.wait(dk_acc, in_flight=0), seam.wait(dv_acc, in_flight=0)
 
 
-def _fold(block: Block, warpgroup: Array, slot: Array) -> None:
+def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
     """dO and D of a block times what the low part of the log-sum-exp takes from P.
 
         P = f P'      dV = P'ᵀ (f dO)      dSᵀ = P'ᵀ (V (f dO)ᵀ - f D)      f = 2^-low
@@ -280,9 +291,11 @@ def _fold(block: Block, warpgroup: Array, slot: Array) -> None:
             factor = jnp.exp2(-seam.load(refs.rows_smem.at[slot, LOW, rows], ROW))
             row_term = refs.rows_smem.at[slot, ROW_TERM, rows]
             row_term[...] = seam.load(row_term, ROW) * factor
-            for column in range(0, refs.do_smem.shape[-1], 64):
-                do = refs.do_smem.at[slot, rows, pl.ds(column, 64)]
-                folded = seam.load(do, WGMMA).astype(jnp.float32) * across(factor, 64)
+            value = refs.do_smem.shape[-1]
+            width = gcd(value, 64)
+            for column in range(0, value, width):
+                do = refs.do_smem.at[slot, rows, pl.ds(column, width)]
+                folded = seam.load(do, WGMMA).astype(jnp.float32) * across(factor, width)
                 do[...] = folded.astype(spec.dtype)
         plgpu.commit_smem()
 
@@ -292,7 +305,7 @@ def _fold(block: Block, warpgroup: Array, slot: Array) -> None:
 
 def _step(
     block: Block,
-    warpgroup: Array,
+    warpgroup: Array | int,
     accumulator: Any,
     dk_acc: Ref,
     dv_acc: Ref,
@@ -354,9 +367,13 @@ def _step(
     seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO
     plgpu.barrier_wait(refs.both)
 
-    dq_smem = refs.dq_smem.at[warpgroup]
     by_columns = tiles.queries == ROWS
-    columns = pl.ds(warpgroup * dq_smem.shape[1], dq_smem.shape[1])
+    if isinstance(warpgroup, int):
+        dq_smem, dq_rows = (getattr(refs, f"dq{warpgroup}_{name}") for name in ("smem", "rows"))
+        columns = pl.ds(warpgroup * refs.dq0_smem.shape[1], dq_smem.shape[1])
+    else:
+        dq_smem, dq_rows = refs.dq_smem.at[warpgroup], refs.dq_rows.at[warpgroup]
+        columns = pl.ds(warpgroup * dq_smem.shape[1], dq_smem.shape[1])
 
     def products(dq_acc: Ref) -> Array:
         if by_columns:
@@ -379,7 +396,7 @@ def _step(
     else:
         gmem = gmem.at[pl.ds(first_query + warpgroup * ROWS, ROWS)]
     if tiles.once:
-        plgpu.copy_smem_to_gmem(refs.dq_rows.at[warpgroup], gmem)
+        plgpu.copy_smem_to_gmem(dq_rows, gmem)
     else:
         seam.add(dq_smem, gmem)
     seam.wait(dk_acc, in_flight=0)

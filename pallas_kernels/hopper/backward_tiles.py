@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.limits import has_dq_apart, writes_dq_once
 from pallas_kernels.hopper.plain import needs_plain_rows
+from pallas_kernels.hopper.seam import swizzle_of
 from pallas_kernels.hopper.shares import ENOUGH, WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import known_counts
@@ -15,7 +16,7 @@ from pallas_kernels.hopper.visits import known_counts
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["BackwardTiles", "by_rows", "choose_backward_tiles", "padded_columns"]
+__all__ = ["BackwardTiles", "by_rows", "choose_backward_tiles", "dq_columns", "dq_swizzle"]
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,13 @@ def by_rows(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     return not tiles.apart and needs_plain_rows(spec)
 
 
-def padded_columns(columns: int, tiles: BackwardTiles) -> int:
-    """Columns that an array of this many is padded to."""
-    # 64 for each warpgroup that shares dQ's columns.
-    multiple = 64 if tiles.apart or tiles.queries > ROWS else 64 * tiles.warpgroups
-    return -(-columns // multiple) * multiple
+def dq_swizzle(head: int) -> int:
+    """Bytes of the swizzle of what dQ is made of, where two warpgroups share its columns."""
+    return 64 if head == 64 else swizzle_of(head, 2)
+
+
+def dq_columns(head: int) -> tuple[int, int]:
+    """How many columns of dQ each of two warpgroups makes: whole tiles, the first no fewer."""
+    tile = dq_swizzle(head) // 2
+    first = -(-head // (2 * tile)) * tile
+    return first, head - first

@@ -41,11 +41,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels.combine import combine
 from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.plain import in_both_ways, named, needs_plain_rows
 from pallas_kernels.hopper.plan import Plan, make_plan
-from pallas_kernels.hopper.seam import Ref, Seam, copyable, padded_width, transforms
+from pallas_kernels.hopper.seam import Ref, Seam, copyable, transforms
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import LN2
 from pallas_kernels.hopper.tiles import ROWS, Tiles

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["has_dq_apart", "refusals", "tangent_refusals", "writes_dq_once"]
+__all__ = ["has_dq_apart", "padded_width", "refusals", "tangent_refusals", "writes_dq_once"]
 
 MOST_BLOCKS = 2**31 - 1  # of a launch; CUDA C++ Programming Guide, "Technical specifications"
 MOST_TANGENT_HEAD_DIM = 128  # beside the tangents, more leaves no shared memory for a ring
@@ -32,6 +32,11 @@ def writes_dq_once(spec: AttentionSpec) -> bool:
 
 def _is_wide(spec: AttentionSpec) -> bool:
     return max(spec.head_dim, spec.value_dim) > 128
+
+
+def padded_width(columns: int) -> int:
+    """Columns that a 16-bit matrix takes in shared memory: whole rows of some swizzle."""
+    return -(-columns // 64) * 64 if columns < 64 else -(-columns // 16) * 16
 
 
 def refusals(spec: AttentionSpec) -> list[str]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-__all__ = ["Ref", "Seam", "copyable", "padded_width", "swizzle_of", "transforms"]
+__all__ = ["Ref", "Seam", "copyable", "swizzle_of", "transforms"]
 
 type Ref = Any
 
@@ -73,10 +73,13 @@ class Seam:
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
 
-def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
-    """Tiling and swizzle of a shared-memory matrix that holds this many columns of an array."""
+def transforms(columns: int, dtype: Any, swizzle: int | None = None) -> tuple[Any, ...]:
+    """Tiling and swizzle of a shared-memory matrix that holds this many columns of an array.
+
+    swizzle: its bytes, where they are not to be the most that there can be.
+    """
     size = jnp.dtype(dtype).itemsize
-    swizzle = swizzle_of(columns, size)
+    swizzle = swizzle or swizzle_of(columns, size)
     tiling = plgpu.TilingTransform((8, swizzle // size))  # type: ignore[abstract]
     return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
@@ -84,11 +87,6 @@ def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
 def swizzle_of(columns: int, size: int) -> int:
     """Bytes of the widest swizzle for rows of this many elements of `size` bytes."""
     return next(s for s in (128, 64, 32) if columns * size % s == 0 or columns * size < s)
-
-
-def padded_width(columns: int) -> int:
-    """Columns that a 16-bit matrix takes in shared memory: whole rows of some swizzle."""
-    return -(-columns // 64) * 64 if columns < 64 else -(-columns // 16) * 16
 
 
 def copyable(size: int, tile: int) -> int:

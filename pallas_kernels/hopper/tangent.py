@@ -43,9 +43,10 @@ from pallas_kernels.hopper.backward import in_two
 from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.forward import in_tiles
 from pallas_kernels.hopper.indices import for_each, remainder
+from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
-from pallas_kernels.hopper.seam import Ref, Seam, padded_width, transforms
+from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import LOG2E, across, logits, scale_of
 from pallas_kernels.hopper.tangent_tiles import TangentTiles, choose_tangent_tiles

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.seam import padded_width
+from pallas_kernels.hopper.limits import padded_width
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec

@@ -33,7 +33,7 @@ from tests.hopper.calls import arguments
 Long = partial(
     Case, batch=1, queries=2048, keys=2048, heads=16, kv_heads=16, head_dim=128, dtype="bfloat16"
 )
-HEAD_DIMS = (64, 96, 128, 192, 256)
+HEAD_DIMS = (64, 80, 96, 128, 160, 192, 256)
 WIDTHS = (64, 128, 256)  # one for each row of the table of tiles
 
 CASES = [
@@ -63,6 +63,9 @@ CASES = [
     *(Long(f"array_scale_full_{h}", head_dim=h) for h in WIDTHS),
     Long("narrow", head_dim=40, causal=True),
     Long("vision", batch=8, queries=577, keys=577, head_dim=64),
+    Long("vision_72", batch=8, queries=729, keys=729, head_dim=72),
+    Long("lengths_80", head_dim=80, causal=True, query_lengths=(9,), key_lengths=(9,)),
+    Long("text_80", batch=8, queries=4096, keys=77, head_dim=80),
     Long("ragged", queries=1001, keys=2043),
     Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),

@@ -35,7 +35,6 @@ KNOWN_SPILLS = {
     "offsets_segments": 8,
     "segments_64": 60,
     "causal_128": 16,
-    "causal_96": 16,
     "bottom_right": 20,
     "lengths_128": 4,
     "segments_128": 8,
@@ -52,14 +51,12 @@ KNOWN_SPILLS = {
     "array_scale_128": 20,
     "array_scale_full_64": 40,
 }
-# Operands are padded to head dims of at least 64; in backward, over 64, to multiples of 64 or 128.
+# Operands are padded to head dims of at least 64, and to multiples of 16.
 # The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
     "forward": ("narrow",),
     "backward": (
         "narrow",
-        "full_96",
-        "causal_96",
         *(f"array_scale_{x}" for x in ("64", "128", "full_64", "full_128")),
     ),
     "deterministic": (),

@@ -12,9 +12,9 @@ import pytest
 
 from jattn.call.spec import AttentionSpec
 from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide, forward
-from pallas_kernels.hopper.backward_tiles import choose_backward_tiles, padded_columns
+from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
+from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.plan import make_plan
-from pallas_kernels.hopper.seam import padded_width
 from tests.cases import Case, first
 from tests.hopper.calls import Half, spec_of
 
@@ -85,7 +85,7 @@ def every_scratch(spec: AttentionSpec) -> dict[str, dict[str, Any]]:
     found = {"forward": forward._scratch(plan, out_dtype, padded_width(spec.value_dim))}
     for deterministic in (False, True):
         tiles = choose_backward_tiles(spec, deterministic=deterministic)
-        dims = [padded_columns(dim, tiles) for dim in (spec.head_dim, spec.value_dim)]
+        dims = [padded_width(dim) for dim in (spec.head_dim, spec.value_dim)]
         if tiles.warpgroups == 1:
             found["wide"] = backward_wide._scratch(spec, tiles, *dims)
         else:

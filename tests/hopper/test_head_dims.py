@@ -1,0 +1,92 @@
+"""Head dims that are no multiple of 64: exact, and multiples of 16 are read in place."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jattn
+from jattn.backends.flash import interpreted
+from pallas_kernels.hopper.backward_tiles import dq_columns, dq_swizzle
+from tests.cases import Case, chosen
+from tests.hopper.calls import Half, arguments
+from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+
+__all__ = ["hopper"]
+
+# Sizes that fit no tile; dQ's columns shared evenly and not, added and written once.
+CASES = [
+    Half("ragged", 1, 67, 131, 2, 1, 72, causal=True),
+    Half("narrow_lengths", 2, 67, 131, 2, 1, 40, causal=True, key_lengths=(131, 3)),
+    Half("even", 1, 130, 200, 1, 1, 80),
+    Half("uneven", 1, 70, 150, 1, 1, 96, causal=True),
+    Half("most_uneven", 1, 70, 100, 1, 1, 112),
+    Half("wider_values", 1, 70, 150, 1, 1, 64, 96, causal=True),
+    Half("packed", 2, 131, 131, 1, 1, 80, 104, segments="sorted"),
+    Half("one_tile_of_keys", 1, 150, 77, 2, 1, 80, causal=True),
+    Half("window", 1, 300, 300, 1, 1, 48, window=(70, 20)),
+    Half("wide", 1, 70, 150, 2, 1, 160, causal=True),
+    Half("wide_pieces", 2, 9, 131, 4, 1, 176),
+    Half("ragged_128", 1, 131, 77, 1, 1, 128),
+    Half("ragged_latent", 1, 67, 131, 1, 1, 192, 128),
+    Case("float16", 1, 40, 100, 4, 2, 88, dtype="float16", scale=-0.2),
+]
+
+
+@pytest.mark.parametrize("case", chosen(CASES, "uneven"), ids=str)
+def test_interpreted_as_exact(case: Case, seed: int) -> None:
+    check(INTERPRETED, case, seed)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("head_dim", [72, 96])
+def test_deterministic_as_exact(head_dim: int, seed: int) -> None:
+    with jattn.deterministic_gradients():
+        check(INTERPRETED, Half("", 1, 70, 150, 1, 1, head_dim, causal=True), seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_on_a_gpu_as_exact(case: Case, seed: int, *, deterministic: bool) -> None:
+    with jattn.deterministic_gradients(deterministic):
+        check(FLASH, case, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+@pytest.mark.parametrize("length", [200, 331])
+def test_every_head_dim_on_a_gpu(head_dim: int, length: int, seed: int) -> None:
+    check(FLASH, Half("", 3, length, length, 4, 2, head_dim, causal=True), seed)
+
+
+def pads(case: Case, *, gradient: bool) -> list[str]:
+    """Operands that are padded in what is traced of a call."""
+    floats, rest, static = arguments(case)
+
+    def total(floats: Any) -> Any:
+        with interpreted():
+            out = jattn.flash_attention(**floats, **rest, **static)
+        return out.astype(jnp.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total) if gradient else total)(floats))
+    return re.findall(r"bf16\[[\d,]*\] = pad\[", text)
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 160])
+def test_backward_pads_no_operand_of_sixteens(head_dim: int) -> None:
+    assert pads(Half("", 2, 200, 200, 2, 2, head_dim), gradient=True) == []
+
+
+def test_columns_of_dq_are_shared_in_whole_tiles() -> None:
+    for columns in range(64, 129, 16):
+        tile, shares = dq_swizzle(columns) // 2, dq_columns(columns)
+        assert sum(shares) == columns
+        assert all(share > 0 and share % tile == 0 for share in shares)
+        assert shares[0] - shares[1] in (0, tile)
