@@ -157,9 +157,11 @@ def key_gradients(
 ) -> list[jax.ShapeDtypeStruct]:
     """dK and dV as a kernel writes them: (B, rows, K, columns), or (shares, ...) in float32."""
     dims = [inputs[name].shape[3] for name in "kv"]
-    if tiles.shares.count == 1:
-        shape, dtype = (spec.batch, inputs["k"].shape[1], spec.kv_heads), spec.dtype
-    else:  # whole tiles: what is stored from registers is not cut at an array's end
+    shape: tuple[int, ...] = (spec.batch, inputs["k"].shape[1], spec.kv_heads)
+    dtype: Any = spec.dtype
+    if (
+        tiles.shares.count > 1
+    ):  # whole tiles: what is stored from registers is not cut at an array's end
         rows = -(-spec.keys // tiles.keys) * tiles.keys
         shape, dtype = (tiles.shares.count, spec.batch, rows, spec.kv_heads), jnp.float32
     return [jax.ShapeDtypeStruct((*shape, dim), dtype) for dim in dims]
