@@ -25,7 +25,7 @@ from rich.console import Console
 
 from jattn import UnsupportedAttentionError
 from models import FolderError
-from training import cli, fine_tuning, kernel_text, plots, run_folder
+from training import cli, compiler, fine_tuning, kernel_text, plots, run_folder
 from training.ahead import Programs
 from training.checkpoints import Checkpoints
 from training.data import Corpus, load_corpus
@@ -84,6 +84,7 @@ def run(request: cli.Request, console: Console) -> int:
         say(console, str(corpus))
         if config.memory.memory_report and not folder.memory_json.exists():
             report_layer(config, here(devices.count), Screen(console, folder, stop))
+        compiler.keep_programs(folder.path.parent / ".compiled")
         programs = Programs(config, devices)
         if state is None:
             programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))

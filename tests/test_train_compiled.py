@@ -1,17 +1,46 @@
-"""What the trainer compiles: one kernel for all its programs."""
+"""What the trainer compiles: one kernel for all its programs, which are kept for later starts."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.mosaic.gpu import core
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import jattn
-from training import kernel_text
+from training import compiler, kernel_text
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """jax's store of programs, for short compilations too; afterwards as it is in other tests."""
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    monkeypatch.undo()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+def test_programs_for_a_gpu_are_kept_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgetful: None
+) -> None:
+    numbers = jnp.arange(3.0)
+    compiler.keep_programs(tmp_path / "cpu")
+    jax.jit(jnp.cumprod)(numbers)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    compiler.keep_programs(tmp_path / "kept")
+    compiler.keep_programs(tmp_path / "another")  # the first one is as good as the user's own
+    jax.jit(jax.lax.cummax)(numbers)
+    assert list((tmp_path / "kept").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 @pytest.mark.compile

@@ -33,7 +33,8 @@ Trains a byte-level transformer on real text and reports how its attention's mem
 
 Without options: a memory-scaling report, then a short training on the standard library's source,
 both sized for the machine. Results go to runs/<name>/: config.json, metrics.jsonl, checkpoints/,
-loss.png, memory_scaling.png and memory_scaling.json. Ctrl-C saves and says how to resume.
+loss.png, memory_scaling.png and memory_scaling.json. Ctrl-C saves and says how to resume. What is
+compiled for a GPU is kept in runs/.compiled, so that the next start is quicker.
 
 The option report asks for one report instead of a training; target has it for a GPU that is not
 here, from what XLA compiles for it. With the option model a folder in Hugging Face's format is

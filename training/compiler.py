@@ -1,4 +1,8 @@
-"""Options of XLA's compiler, given program by program."""
+"""Options of XLA's compiler, given program by program, and where its programs are kept."""
+
+from pathlib import Path
+
+import jax
 
 # XLA tries out kernels for products on the device, with buffers as large as the program's: no help
 # to a program that does not fit, nothing that a device which is not here could do, and what wins
@@ -24,3 +28,14 @@ def options(*, is_gpu: bool, runs: bool = True) -> dict[str, int | bool] | None:
     if not is_gpu:
         return None
     return _UNTUNED if runs else _UNTUNED | _UNOPTIMIZED
+
+
+def keep_programs(folder: Path) -> None:
+    """From here on, what is compiled for a GPU is kept in a folder, where later starts find it.
+
+    A folder that the user gave jax, in JAX_COMPILATION_CACHE_DIR, stays. On a CPU nothing is kept:
+    programs there are for one kind of processor, and folders travel.
+    """
+    if jax.default_backend() != "gpu" or jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
