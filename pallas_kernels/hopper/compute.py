@@ -68,25 +68,41 @@ def compute(plan: Plan, seam: Seam, refs: Ref, warpgroup: Warpgroup) -> None:
         pl.when(warpgroup.number == tiles.warpgroups - 1)(
             lambda: plgpu.barrier_arrive(refs.turn.at[0])
         )
-    seam.with_accumulator(
-        lambda o_acc: Rows(plan, seam, refs, warpgroup, o_acc).every_tile(),
-        (ROWS, refs.v_smem.shape[-1]),
-        refs.o_stand_in.at[warpgroup.number] if seam.interpret else None,
+    _with_outputs(
+        seam, refs, warpgroup, lambda *o: Rows(plan, seam, refs, warpgroup, o).every_tile()
     )
     plgpu.wait_smem_to_gmem(0)
     if tiles.in_turn:
         pl.when(warpgroup.number == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
 
 
+def _with_outputs(
+    seam: Seam, refs: Ref, warpgroup: Warpgroup, body: Callable[..., None], *made: Ref
+) -> None:
+    """body(accumulator of each piece of the values' columns), zero at first."""
+    i = len(made)
+    if i == len(refs.v_smem):
+        body(*made)
+        return
+    seam.with_accumulator(
+        lambda o_acc: _with_outputs(seam, refs, warpgroup, body, *made, o_acc),
+        (ROWS, refs.v_smem[i].shape[-1]),
+        getattr(refs, f"o{i}_stand_in").at[warpgroup.number] if seam.interpret else None,
+    )
+
+
 @dataclass(frozen=True)
 class Rows:
-    """64 query rows of a tile; O is accumulated in `o_acc`, which is zero when a tile begins."""
+    """64 query rows of a tile; O is accumulated in `o_acc`, which is zero when a tile begins.
+
+    o_acc: an accumulator for each piece of the values' columns.
+    """
 
     plan: Plan
     seam: Seam
     refs: Ref
     warpgroup: Warpgroup
-    o_acc: Ref
+    o_acc: tuple[Ref, ...]
 
     def every_tile(self) -> None:
         """The tiles of this thread block's list, or its only one."""
@@ -123,7 +139,7 @@ class Rows:
         slot = self.slot(tile.visited)
 
         def products(s_acc: Ref) -> Weights:
-            self.seam.matmul_into(s_acc, self.queries(tile), refs.k_smem.at[slot].T)
+            self.multiply_keys(s_acc, tile, slot)
             s = self.seam.wait(s_acc, in_flight=0)
             p, softmax, _ = self.weigh(tile, s, 0, None, masked=self.plan.masked)
             plgpu.barrier_arrive(refs.k_free.at[slot])
@@ -154,10 +170,10 @@ class Rows:
     def step(self, tile: Tile, i: Array, weights: Weights, *, masked: bool | None) -> Weights:
         """S_i = Q K_iᵀ with O += P_{i-1} V_{i-1}."""
 
-        def correct(o: Array, correction: Array) -> Array:
+        def correct(o: list[Array], correction: Array) -> list[Array]:
             if self.plan.spec.has_key_lengths:
                 plgpu.barrier_wait(self.refs.v_full.at[self.slot(tile.visited + i)])
-            return o * across(correction, o.shape[1])
+            return [x * across(correction, x.shape[1]) for x in o]
 
         return self.two_products(tile, i, weights, weights.softmax, correct, masked=masked)
 
@@ -166,11 +182,11 @@ class Rows:
         own_staging = self.plan.tiles.own_staging
         q_free = self.refs.q_free.at[self.query_slot(tile)]
 
-        def store(o: Array, _: Array | None) -> Array:
+        def store(o: list[Array], _: Array | None) -> list[Array]:
             self.store(tile, o, weights.softmax)
             if not own_staging:
                 plgpu.barrier_arrive(q_free)
-            return jnp.zeros_like(o)
+            return [jnp.zeros_like(x) for x in o]
 
         self.await_queries(after)
         if own_staging:
@@ -182,8 +198,8 @@ class Rows:
         refs, slot = self.refs, self.slot(tile.visited + tile.steps.visits - 1)
         if not self.plan.spec.has_key_lengths:
             plgpu.barrier_wait(refs.v_full.at[slot])
-        self.seam.matmul_into(self.o_acc, weights.p, refs.v_smem.at[slot])
-        o = self.seam.wait(self.o_acc, in_flight=0)
+        self.multiply_values(weights.p, slot)
+        o = self.outputs()
         plgpu.barrier_arrive(refs.v_free.at[slot])
         self.store(tile, o, weights.softmax)
         plgpu.barrier_arrive(refs.q_free.at[self.query_slot(tile)])
@@ -194,7 +210,7 @@ class Rows:
         i: Array | int,
         before: Weights,
         softmax: Softmax | None,
-        next_o: Callable[[Array, Any], Array],
+        next_o: Callable[[list[Array], Any], list[Array]],
         *,
         masked: bool | None,
     ) -> Weights:
@@ -207,20 +223,21 @@ class Rows:
         slot, slot_before = self.slot(block), self.slot(block - 1)
 
         def products(s_acc: Ref) -> Weights:
-            seam.matmul_into(s_acc, self.queries(tile), refs.k_smem.at[slot].T)
-            seam.matmul_into(self.o_acc, before.p, refs.v_smem.at[slot_before])
+            self.multiply_keys(s_acc, tile, slot)
+            self.multiply_values(before.p, slot_before)
             if tiles.in_turn:
                 following = remainder(self.warpgroup.number + 1, tiles.warpgroups)
                 plgpu.barrier_arrive(refs.turn.at[following])
-            s = seam.wait(s_acc, in_flight=1 if tiles.overlap else 0)
+            s = seam.wait(s_acc, in_flight=len(self.o_acc) if tiles.overlap else 0)
             if not spec.has_segments:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
             p, now, correction = self.weigh(tile, s, i, softmax, masked=masked)
             if spec.has_segments:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
-            o = seam.wait(self.o_acc, in_flight=0)
+            o = self.outputs()
             plgpu.barrier_arrive(refs.v_free.at[slot_before])
-            self.o_acc[...] = next_o(o, correction)
+            for o_acc, value in zip(self.o_acc, next_o(o, correction), strict=True):
+                o_acc[...] = value
             # With several loops only now: else ptxas sees an operand written while a product is in
             # flight, and waits for every single one (C7513).
             return Weights(p.astype(spec.dtype), now)
@@ -261,7 +278,7 @@ class Rows:
         )
         return p.astype(plan.spec.dtype) if plan.one_loop else p, softmax, correction
 
-    def store(self, tile: Tile, o: Array, softmax: Softmax) -> None:
+    def store(self, tile: Tile, o: list[Array], softmax: Softmax) -> None:
         """O and the log-sum-exp on their way to their arrays."""
         slot = self.query_slot(tile)
         store(self.plan, self.seam, self.refs, self.warpgroup, tile.work, slot, o, softmax)
@@ -275,14 +292,15 @@ class Rows:
         if not plan.spec.has_key_lengths:
             return
         plgpu.barrier_wait(refs.v_full.at[self.slot(tile.visited)])
-        v = refs.v_smem.at[self.slot(tile.visited)]
         length = jnp.minimum(refs.key_lengths[tile.work.batch], plan.spec.keys)
         real = length - (tile.steps.stop - 1) * plan.tiles.keys
 
         @pl.when(real < plan.tiles.keys)
         def _() -> None:
-            key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
-            v[...] = jnp.where(key < real, v[...], jnp.zeros((), v.dtype))
+            for piece in refs.v_smem:
+                v = piece.at[self.slot(tile.visited)]
+                key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
+                v[...] = jnp.where(key < real, v[...], jnp.zeros((), v.dtype))
             plgpu.commit_smem()
 
     def await_queries(self, tile: Tile) -> None:
@@ -290,8 +308,20 @@ class Rows:
         first = 0 if isinstance(turn, int) else remainder(turn, 2) * self.plan.tiles.warpgroups
         plgpu.barrier_wait(self.refs.q_full.at[first + number])
 
-    def queries(self, tile: Tile) -> Ref:
-        return self.refs.q_smem.at[self.query_slot(tile)]
+    def multiply_keys(self, s_acc: Ref, tile: Tile, slot: Array) -> None:
+        """S += Q Kᵀ, started."""
+        place = self.query_slot(tile)
+        for q, k in zip(self.refs.q_smem, self.refs.k_smem, strict=True):
+            self.seam.matmul_into(s_acc, q.at[place], k.at[slot].T)
+
+    def multiply_values(self, p: Array, slot: Array) -> None:
+        """O += P V, started."""
+        for o_acc, v in zip(self.o_acc, self.refs.v_smem, strict=True):
+            self.seam.matmul_into(o_acc, p, v.at[slot])
+
+    def outputs(self) -> list[Array]:
+        """O, of which no product is running any more."""
+        return [self.seam.wait(o_acc, in_flight=0) for o_acc in self.o_acc]
 
     def query_slot(self, tile: Tile) -> Any:
         return query_slot(self.plan, tile.turn, self.warpgroup.number)

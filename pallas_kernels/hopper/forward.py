@@ -24,6 +24,8 @@ done):
     o_smem  (W, 64, D)             waits for its own warpgroup's copies; or O goes out through the
                                    slot of its Q
 
+Each of them may be several pieces, next to each other (`plain.py`).
+
 Readers set every `free` barrier once before they start, so that the loader waits in the same way
 each time, and the loader waits once more for each at the end.
 """
@@ -44,7 +46,14 @@ from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
-from pallas_kernels.hopper.plain import in_both_ways, named, needs_plain_rows
+from pallas_kernels.hopper.plain import (
+    in_both_ways,
+    in_pieces,
+    named,
+    piece_matrices,
+    pieces,
+    whole_or_pieces,
+)
 from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, transforms
 from pallas_kernels.hopper.segments import segment_arrays
@@ -108,8 +117,8 @@ def forward(
 
 
 def _by_rows(plan: Plan) -> bool:
-    """Whether matrices are copied as plain rows; float32 outputs are two tiles wide."""
-    return not plan.in_parts and needs_plain_rows(plan.spec)
+    """Whether matrices are copied as plain rows; pieces of float32 outputs are two tiles wide."""
+    return not plan.in_parts and in_pieces(plan.spec)
 
 
 def in_tiles(x: Array) -> Array:
@@ -139,17 +148,18 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
     by_rows = _by_rows(plan)
     scratch = _scratch(plan, out_dtype, columns)
     if by_rows:
-        scratch = in_both_ways(
-            scratch, ("q_smem", "k_smem", "v_smem", "o_smem"), interpret=interpret
-        )
+        matrices = [name for name in scratch if name.endswith("_smem") and name != "sums_smem"]
+        scratch = in_both_ways(scratch, matrices, interpret=interpret)
     if interpret:
         scratch["s_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, tiles.keys), jnp.float32)
-        scratch["o_stand_in"] = plgpu.SMEM(
-            (tiles.warpgroups, ROWS, padded_width(spec.value_dim)), jnp.float32
-        )
+        for i, width in enumerate(whole_or_pieces(spec.value_dim, pieces=by_rows)):
+            scratch[f"o{i}_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, width), jnp.float32)
 
     def kernel(*args: Ref) -> None:
         refs = named(scratch, [*names, *scratch], args)
+        for name in [f"{x}_{kind}" for x in "qkvo" for kind in ("smem", "rows")]:
+            if name in vars(refs):
+                setattr(refs, name, pieces(refs, name))
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < tiles.warpgroups)
@@ -184,26 +194,34 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
 
 def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
     spec, tiles = plan.spec, plan.tiles
-    w, stages = tiles.warpgroups, tiles.stages
-    head, value = padded_width(spec.head_dim), padded_width(spec.value_dim)
+    w, stages, segments = tiles.warpgroups, tiles.stages, spec.has_segments
+    by_rows = _by_rows(plan)
+    head, value = (whole_or_pieces(x, pieces=by_rows) for x in (spec.head_dim, spec.value_dim))
 
-    def matrix(*shape: int, dtype: Any = spec.dtype, of: int | None = None) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=transforms(of or shape[-1], dtype))
+    def matrix(name: str, *shape: int, widths: tuple[int, ...]) -> dict[str, Any]:
+        if by_rows:
+            return piece_matrices(name, shape, widths, spec.dtype)
+        own = transforms(widths[0], spec.dtype)
+        return {f"{name}_smem": plgpu.SMEM((*shape, *widths), spec.dtype, transforms=own)}
 
+    q_arrivals = copies(plan) * len(head) + segments
     scratch = {
-        "q_smem": matrix(tiles.query_slots, ROWS, head),
-        "k_smem": matrix(stages, tiles.keys, head),
-        "v_smem": matrix(stages, tiles.keys, value),
+        **matrix("q", tiles.query_slots, ROWS, widths=head),
+        **matrix("k", stages, tiles.keys, widths=head),
+        **matrix("v", stages, tiles.keys, widths=value),
         "sums_smem": plgpu.SMEM((w, 2, ROWS), jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=copies(plan) + spec.has_segments, num_barriers=2 * w),
+        "q_full": plgpu.Barrier(num_arrivals=q_arrivals, num_barriers=2 * w),
         "q_free": plgpu.Barrier(num_barriers=tiles.query_slots),
-        "k_full": plgpu.Barrier(num_arrivals=1 + spec.has_segments, num_barriers=stages),
+        "k_full": plgpu.Barrier(num_arrivals=len(head) + segments, num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=len(value), num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
-    if tiles.own_staging:
-        scratch["o_smem"] = matrix(w, ROWS, value, dtype=out_dtype, of=columns)
+    if tiles.own_staging and by_rows:
+        scratch |= matrix("o", w, ROWS, widths=value)
+    elif tiles.own_staging:
+        own = transforms(columns, out_dtype)
+        scratch["o_smem"] = plgpu.SMEM((w, ROWS, *value), out_dtype, transforms=own)
     if tiles.in_turn:
         scratch["turn"] = plgpu.Barrier(num_barriers=w)
     if spec.has_segments:

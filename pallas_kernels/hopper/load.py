@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import steps_of
+from pallas_kernels.hopper.plain import columns_of
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.tiles import ROWS
 
@@ -102,11 +103,11 @@ def _load_q(plan: Plan, refs: Ref, work: Work, turn: Array | int, w: int) -> Non
     # Of a warpgroup's own: a thread must see every phase of a barrier that it waits for.
     full = refs.q_full.at[(0 if isinstance(turn, int) else turn % 2 * plan.tiles.warpgroups) + w]
     plgpu.barrier_wait(refs.q_free.at[slot])
-    columns = pl.ds(0, refs.q_smem.shape[-1])
     for rows, queries, head in query_parts(plan, work, w):
-        plgpu.copy_gmem_to_smem(
-            refs.q.at[work.batch, queries, head, columns], refs.q_rows.at[slot, rows], full
-        )
+        for piece, columns in _pieces(refs.q_rows, refs.q, work):
+            plgpu.copy_gmem_to_smem(
+                refs.q.at[work.batch, queries, head, columns], piece.at[slot, rows], full
+            )
     if plan.spec.has_segments:
         start = work.tile * plan.rows + w * ROWS
         plgpu.copy_gmem_to_smem(
@@ -118,11 +119,12 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.k_free.at[slot])
-    plgpu.copy_gmem_to_smem(
-        refs.k.at[work.batch, rows, work.kv_head, pl.ds(0, refs.k_smem.shape[-1])],
-        refs.k_rows.at[slot],
-        refs.k_full.at[slot],
-    )
+    for piece, columns in _pieces(refs.k_rows, refs.k, work):
+        plgpu.copy_gmem_to_smem(
+            refs.k.at[work.batch, rows, work.kv_head, columns],
+            piece.at[slot],
+            refs.k_full.at[slot],
+        )
     if plan.spec.has_segments:
         plgpu.copy_gmem_to_smem(
             refs.key_segments.at[work.batch, rows], refs.k_segments.at[slot], refs.k_full.at[slot]
@@ -133,8 +135,14 @@ def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.v_free.at[slot])
-    plgpu.copy_gmem_to_smem(
-        refs.v.at[work.batch, rows, work.kv_head, pl.ds(0, refs.v_smem.shape[-1])],
-        refs.v_rows.at[slot],
-        refs.v_full.at[slot],
-    )
+    for piece, columns in _pieces(refs.v_rows, refs.v, work):
+        plgpu.copy_gmem_to_smem(
+            refs.v.at[work.batch, rows, work.kv_head, columns],
+            piece.at[slot],
+            refs.v_full.at[slot],
+        )
+
+
+def _pieces(parts: tuple[Ref, ...], array: Ref, work: Work) -> list[tuple[Ref, Any]]:
+    """Each piece of shared memory, and the array's columns that it holds."""
+    return list(zip(parts, columns_of(parts, array.shape[-1], work.batch * 0), strict=True))

@@ -1,10 +1,12 @@
-"""Matrices of 64 columns, copied as plain rows: sequences of any length are read in place.
+"""Matrices of up to 64 columns, copied as plain rows: arrays of any size are read in place.
 
-wgmma wants a matrix in tiles of 8 rows by 64 columns, and a copy in tiles wants an array whose rows
-are a multiple of 8. One tile wide, its tiles in a row are the same bytes as its rows in a row; so
-the same shared memory has a second name under which it is rows, and copies by that name are cut at
-a sequence's end by the hardware, which reads zeros past it. Narrower heads are padded all the same:
-jax 0.12 takes no slice that is known to end past its axis.
+wgmma wants a matrix in tiles of 8 rows by 64, 32 or 16 columns, and a copy in tiles wants an array
+whose rows are a multiple of 8, and columns of a tile's. One tile wide, a matrix's tiles in a row
+are the same bytes as its rows in a row; so the same shared memory has a second name under which it
+is rows, and copies by that name are cut at the array's ends by the hardware, which reads zeros past
+them. Matrices of more columns are pieces that are each one tile wide, next to each other:
+
+    72 columns    q_smem 64    q1_smem 16, of which 8 are zero      S = Q Kᵀ + Q1 K1ᵀ    O | O1
 """
 
 from __future__ import annotations
@@ -14,21 +16,73 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.seam import Ref, copyable
+from pallas_kernels.hopper.limits import padded_width
+from pallas_kernels.hopper.seam import Ref, copyable, transforms
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["in_both_ways", "named", "needs_plain_rows"]
+__all__ = [
+    "columns_of",
+    "in_both_ways",
+    "in_pieces",
+    "named",
+    "needs_plain_rows",
+    "piece_columns",
+    "piece_matrices",
+    "pieces",
+    "whole_or_pieces",
+]
 
 WIDTH = 64  # columns of 16 bits in the widest swizzle
 
 
 def needs_plain_rows(spec: AttentionSpec) -> bool:
-    """Whether copies in tiles would need padded arrays, and copies of plain rows need none."""
+    """Whether copies in tiles would need padded arrays, and plain rows of one piece need none."""
     ragged = any(copyable(rows, 8) != rows for rows in (spec.queries, spec.keys))
     return ragged and spec.head_dim == spec.value_dim == WIDTH
+
+
+def in_pieces(spec: AttentionSpec) -> bool:
+    """Whether forward's matrices are pieces, copied as plain rows.
+
+    Where arrays would be padded, or be in tiles of 16 columns: at 112 442 us in place of 544, at
+    176 728 in place of 833; but at 80, of which the second piece is 16, 413 in place of 392.
+    """
+    dims = (spec.head_dim, spec.value_dim)
+    ragged = any(copyable(rows, 8) != rows for rows in (spec.queries, spec.keys))
+    return ragged or any(x < WIDTH or x % 16 or x % WIDTH == 48 for x in dims)
+
+
+def piece_columns(columns: int) -> tuple[int, ...]:
+    """The pieces of a matrix of this many columns: of 64, and of 32 and 16 what they leave."""
+    whole, rest = divmod(columns, WIDTH)
+    if rest > 48 or (whole and rest > 32):
+        return (WIDTH,) * (whole + 1)
+    rests = {0: (), 1: (16,), 2: (32,), 3: (32, 16)}
+    return (WIDTH,) * whole + rests[-(-rest // 16)]
+
+
+def whole_or_pieces(columns: int, *, pieces: bool) -> tuple[int, ...]:
+    """The widths of a matrix in shared memory."""
+    return piece_columns(columns) if pieces else (padded_width(columns),)
+
+
+def piece_matrices(
+    name: str, shape: tuple[int, ...], widths: tuple[int, ...], dtype: Any
+) -> dict[str, Any]:
+    """Shared memory of each piece, by name."""
+    size = jnp.dtype(dtype).itemsize
+    return {
+        f"{name}{i or ''}_smem": plgpu.SMEM(
+            (*shape, width), dtype, transforms=transforms(width, dtype, min(128, width * size))
+        )
+        for i, width in enumerate(widths)
+    }
 
 
 def in_both_ways(
@@ -55,3 +109,25 @@ def named(scratch: dict[str, Any], names: Iterable[str], refs: Iterable[Ref]) ->
         if name.endswith("_smem"):
             found[name.removesuffix("smem") + "rows"] = rows
     return SimpleNamespace(**found)
+
+
+def pieces(refs: Ref, name: str) -> tuple[Ref, ...]:
+    """A matrix's pieces in shared memory, `name` being that of the first, like "q_smem"."""
+    first, kind = name.split("_")
+    found = [getattr(refs, name)]
+    while (more := f"{first}{len(found)}_{kind}") in vars(refs):
+        found.append(getattr(refs, more))
+    return tuple(found)
+
+
+def columns_of(parts: tuple[Ref, ...], size: int, zero: Array) -> list[Any]:
+    """Which columns of an array of `size` each of a matrix's pieces holds.
+
+    zero: an index that is 0, unknown to jax, which would refuse what is known to end past the axis.
+    """
+    found, start = [], 0
+    for part in parts:
+        width = part.shape[-1]
+        found.append(pl.ds(start if start + width <= size else start + zero, width))
+        start += width
+    return found

@@ -32,6 +32,7 @@ __all__ = ["Plan", "Work", "make_plan"]
 
 MULTIPROCESSORS = 132
 TILE_COST = 0.7  # of a tile's start and end, in visits to a block of keys
+JOIN = 3  # visits of one query that pass while parts of split keys are joined
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
 INT32_MAX = 2**31 - 1
 L2_BYTES = 32 << 20  # of 60 MB: the rest is for queries, output and what is yet to be evicted
@@ -212,7 +213,10 @@ def make_plan(
         plan = _with_tiles(spec, choose_tiles(spec, rows=1), pack)
         blocks = max(1, -(-spec.keys // plan.tiles.keys))
         most = min(-(-blocks // 2), INT32_MAX // blocks)  # a share's first block is a quotient
-        plan = replace(plan, splits=max(1, min(multiprocessors // plan.works, most)))
+        splits = max(1, min(multiprocessors // plan.works, most))
+        saved = blocks - -(-blocks // splits)
+        if saved > JOIN or plan.in_parts:  # there is something to be joined in any case
+            plan = replace(plan, splits=splits)
     # A list made beforehand is fair only where the tiles' lengths are known beforehand.
     listed = plan.lengths_known and multiprocessors < plan.works <= MOST_LISTED
     fitted = fit(spec, plan.tiles, listed=listed, out_bytes=4 if plan.in_parts else 2)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.load import copies, query_parts
 from pallas_kernels.hopper.masks import Warpgroup
+from pallas_kernels.hopper.plain import columns_of
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import Softmax, across
 from pallas_kernels.hopper.tiles import ROWS
@@ -28,11 +28,11 @@ def store(
     warpgroup: Warpgroup,
     work: Work,
     slot: Any,
-    o: Array,
+    o: list[Array],
     softmax: Softmax,
 ) -> None:
     """Through a staging of the own, or the slot of the queries, which may be filled afterwards."""
-    width, number = o.shape[1], warpgroup.number
+    number = warpgroup.number
     sink = None
     if "sinks" in vars(refs):
         sink = refs.sinks[work.batch if refs.sinks.shape[0] > 1 else 0, work.head]
@@ -40,19 +40,21 @@ def store(
     factor = softmax.factor(sink)
     if plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        o_smem, o_rows = refs.o_smem.at[number], refs.o_rows.at[number]
+        smem, rows_of, place = refs.o_smem, refs.o_rows, number
     else:
-        place = (slot, slice(None), pl.ds(0, width))
-        o_smem, o_rows = refs.q_smem.at[place], refs.q_rows.at[place]
+        smem, rows_of, place = refs.q_smem, refs.q_rows, slot
     # Before O, beside whose rounding they are on their way.
     refs.sums_smem[number, 0] = softmax.m
     refs.sums_smem[number, 1] = softmax.l
-    o_smem[...] = (o * across(factor, width)).astype(o_smem.dtype)
+    for piece, to in zip(o, smem, strict=True):
+        to[place] = (piece * across(factor, piece.shape[1])).astype(to.dtype)
     plgpu.commit_smem()
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
     for rows, queries, head in query_parts(plan, work, number):
-        out = refs.out.at[(*batch, queries, head, pl.ds(0, width))]
-        plgpu.copy_smem_to_gmem(o_rows.at[rows], out)
+        found = columns_of(rows_of, refs.out.shape[-1], work.batch * 0)
+        for piece, columns in zip(rows_of, found, strict=True):
+            out = refs.out.at[(*batch, queries, head, columns)]
+            plgpu.copy_smem_to_gmem(piece.at[place, rows], out)
         # Together where they are whole rows of shared memory.
         for i in [slice(None)] if copies(plan) == 1 else [0, 1]:
             plgpu.copy_smem_to_gmem(

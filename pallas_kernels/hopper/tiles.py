@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.limits import padded_width
+from pallas_kernels.hopper.plain import in_pieces, whole_or_pieces
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -51,7 +51,7 @@ class Tiles:
     def shared_memory(self, spec: AttentionSpec, out_bytes: int) -> int:
         """Bytes of shared memory, with outputs of this many bytes an element."""
         rows, slots = self.warpgroups * ROWS, self.query_slots * ROWS
-        head, value = padded_width(spec.head_dim), padded_width(spec.value_dim)
+        head, value = _widths(spec, out_bytes)
         rings = self.stages * self.keys * (head + value) * 2 + slots * head * 2
         # Vectors, each in kilobytes of its own; the row sums are two for a warpgroup.
         small = 1024 * (1 + (self.warpgroups > 2) + 3 * spec.has_segments)
@@ -61,7 +61,7 @@ class Tiles:
 def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     """The tiles for a call whose query tiles need hold no more than `rows` rows."""
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048; T = 16k, 4k, 1k.
-    width = max(padded_width(spec.head_dim), padded_width(spec.value_dim))
+    width = max(_widths(spec, 2))
     short = spec.band.upper is not None and spec.queries < 2048
     if rows <= ROWS:
         # Few queries are bound by memory: one warpgroup, and every byte of it for keys in flight.
@@ -86,6 +86,15 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     return Tiles(2, 64, 2, query_slots=2)
 
 
+def _widths(spec: AttentionSpec, out_bytes: int) -> tuple[int, int]:
+    """Columns of keys and of values in shared memory, outputs having `out_bytes` an element."""
+    pieces = out_bytes == 2 and in_pieces(spec)
+    return (
+        sum(whole_or_pieces(spec.head_dim, pieces=pieces)),
+        sum(whole_or_pieces(spec.value_dim, pieces=pieces)),
+    )
+
+
 def _rounded(size: int, by: int) -> int:
     return -(-size // by) * by
 
@@ -96,7 +105,7 @@ def fit(spec: AttentionSpec, tiles: Tiles, *, listed: bool, out_bytes: int) -> T
     listed: thread blocks walk lists of tiles; without one they need a slot a warpgroup.
     out_bytes: bytes of an element that the kernel writes, 4 if its outputs are still to be joined.
     """
-    w, sizes = tiles.warpgroups, (padded_width(spec.head_dim), padded_width(spec.value_dim))
+    w, sizes = tiles.warpgroups, _widths(spec, out_bytes)
     # Some columns of a tiled matrix are not contiguous, as a copy needs.
     in_place = sizes[0] == sizes[1] and out_bytes == 2
     stagings = [own for own in (True, False) if own or in_place]

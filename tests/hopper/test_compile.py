@@ -51,16 +51,16 @@ KNOWN_SPILLS = {
     "array_scale_128": 20,
     "array_scale_full_64": 40,
 }
-# Operands are padded to head dims of at least 64, and to multiples of 16.
+# In backward operands are padded to head dims of at least 64, and to multiples of 16.
 # The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
-    "forward": ("narrow",),
+    "forward": (),
+    "tangent": (),
     "backward": (
         "narrow",
         *(f"array_scale_{x}" for x in ("64", "128", "full_64", "full_128")),
     ),
     "deterministic": (),
-    "tangent": (),
 }
 
 

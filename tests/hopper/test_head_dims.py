@@ -1,4 +1,4 @@
-"""Head dims that are no multiple of 64: exact, and multiples of 16 are read in place."""
+"""Head dims that are no multiple of 64: exact, and read in place wherever they can be."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import jattn
 from jattn.backends.flash import interpreted
 from pallas_kernels.hopper.backward_tiles import dq_columns, dq_swizzle
+from pallas_kernels.hopper.plain import piece_columns
 from tests.cases import Case, chosen
 from tests.hopper.calls import Half, arguments
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
@@ -37,7 +38,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", chosen(CASES, "uneven"), ids=str)
+@pytest.mark.parametrize("case", chosen(CASES, "ragged"), ids=str)
 def test_interpreted_as_exact(case: Case, seed: int) -> None:
     check(INTERPRETED, case, seed)
 
@@ -79,9 +80,24 @@ def pads(case: Case, *, gradient: bool) -> list[str]:
     return re.findall(r"bf16\[[\d,]*\] = pad\[", text)
 
 
+@pytest.mark.parametrize("head_dim", [40, 72, 80, 128, 176])
+def test_forward_pads_no_operand(head_dim: int) -> None:
+    assert pads(Half("", 40, 197, 203, 2, 2, head_dim), gradient=False) == []
+
+
 @pytest.mark.parametrize("head_dim", [80, 96, 160])
 def test_backward_pads_no_operand_of_sixteens(head_dim: int) -> None:
     assert pads(Half("", 2, 200, 200, 2, 2, head_dim), gradient=True) == []
+
+
+def test_pieces_hold_all_columns_and_few_more() -> None:
+    for columns in range(8, 257, 8):
+        found = piece_columns(columns)
+        assert set(found) <= {16, 32, 64}
+        assert 0 <= sum(found) - columns <= 24, columns
+    assert [piece_columns(x) for x in (40, 72, 96, 112)] == [
+        (32, 16), (64, 16), (64, 32), (64, 64),
+    ]  # fmt: skip
 
 
 def test_columns_of_dq_are_shared_in_whole_tiles() -> None:

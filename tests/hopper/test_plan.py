@@ -96,3 +96,14 @@ def every_scratch(spec: AttentionSpec) -> dict[str, dict[str, Any]]:
             its_plan = backward_queries.plan_of(spec, query_tiles)
             found["queries"] = backward_queries._scratch(its_plan, query_tiles, *dims)
     return found
+
+
+def test_keys_are_split_where_that_saves_more_than_it_costs() -> None:
+    def splits(queries: int, keys: int, heads: int, kv_heads: int) -> int:
+        return make_plan(
+            spec_of(Case("", 1, queries, keys, heads, kv_heads, 64, 64, "bfloat16"))
+        ).splits
+
+    assert splits(512, 512, 8, 8) == 1
+    assert splits(1, 1024, 32, 8) > 1
+    assert splits(1, 32768, 32, 8) > splits(1, 1024, 32, 8)
