@@ -10,6 +10,7 @@ from training.reports.cells import Cell
 from training.units import bytes_text, length_text
 
 _COLORS = ("#d1495b", "#00798c", "#edae49", "#66518f", "#2e933c")
+_SERIES_INSIDE = 4  # names that find room above the curves
 
 
 def plot_loss(
@@ -75,12 +76,15 @@ def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
     figure, axes = _figure(11.0, 5.0, columns=2) if timed else _figure(7.5, 5.0)
     memory, seconds = axes if timed else (axes, None)
     lengths = sorted({cell.sequence_length for cell in cells})
-    colors = dict(zip(dict.fromkeys(cell.implementation for cell in cells), _COLORS, strict=False))
+    names = list(dict.fromkeys(cell.implementation for cell in cells))
     for name in dict.fromkeys(cell.series for cell in cells):
         own = [cell for cell in cells if cell.series == name]
+        place = names.index(own[0].implementation)
         style = {
-            "color": colors[own[0].implementation],
+            "color": _COLORS[place],
             "linestyle": "--" if own[0].rematerialized else "-",
+            "linewidth": 3.0 - 0.5 * place,  # a curve under another is seen on both its sides
+            "markersize": 8.0 - 1.2 * place,
             "label": name,
         }
         _curve(memory, own, "temp_bytes", **style)
@@ -111,13 +115,17 @@ def plot_memory(path: Path, cells: Sequence[Cell], measured: str) -> None:
         seconds.yaxis.set_major_formatter(lambda value, _: _seconds_tick(value))
         seconds.yaxis.set_minor_formatter(lambda value, _: "")
         seconds.set_ylabel("time (log scale)")
-    memory.legend(frameon=False, loc="upper left")
+    if len({cell.series for cell in cells}) > _SERIES_INSIDE:
+        names_of = memory.get_legend_handles_labels()
+        figure.legend(*names_of, loc="outside lower center", ncols=5, frameon=False)
+    else:
+        memory.legend(frameon=False, loc="upper left")
     title = textwrap.fill(measured, 140 if timed else 90)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="0.25")
     figure.savefig(path)
 
 
-def _curve(axes: Any, cells: Sequence[Cell], fact: str, **style: str) -> None:
+def _curve(axes: Any, cells: Sequence[Cell], fact: str, **style: Any) -> None:
     """One fact of the cells that have it over their lengths."""
     known = [(c.sequence_length, getattr(c, fact)) for c in cells if getattr(c, fact) is not None]
     axes.plot([x for x, _ in known], [y for _, y in known], marker="o", **style)
