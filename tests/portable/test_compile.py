@@ -32,7 +32,8 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
     ("l4", "chunked", "forward"): {"causal_64": 24},
     ("l4", "flash", "forward"): {"causal_192": 20},
     ("l4", "flash", "backward"): {"causal_256": 12, "float32_64": 8},
-    # Tiles that spill nothing were slower, of float32 and where 128 is the query-chunked head dim.
+    # Tiles that spill nothing were slower, of float32, of the gradients' tangents, and where 128 is
+    # the query-chunked head dim.
     ("h200", "chunked", "forward"): {"causal_128": 328, "causal_512": 48, "packed": 304},
     ("h200", "flash", "forward"): {
         "float32_128": 412,
@@ -40,6 +41,17 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
         "float32_512": 1072,
         "tf32_256": 992,
         "tf32_512": 32,
+    },
+    ("h200", "flash", "backward_tangent"): {
+        "causal_64": 28,
+        "causal_128": 8,
+        "ragged": 64,
+        "bias": 48,
+        "bias_keys": 28,
+        "mask_soft_cap_sinks": 104,
+        "packed": 60,
+        "window": 36,
+        "offsets": 120,
     },
     ("h200", "flash", "backward"): {
         "causal_256": 212,
