@@ -37,17 +37,18 @@ def expected(function: Callable[..., Any], *arrays: Any) -> Expected:
     return Expected(peer, jax.tree.map(reference.float64, exact))
 
 
-def compare(found: Any, peer: Any, exact: Any) -> None:
+def compare(found: Any, peer: Any, exact: Any, *, times: float | None = None) -> None:
     """`found`, a tree of a backend's results, is as exact as eager's.
 
-    Twice its error are arrays named "out" and "lse" allowed, three times all others: gradients.
+    Twice its error are arrays named "out" and "lse" allowed, three times all others: gradients; or
+    `times`.
     """
     assert jax.tree.structure(found) == jax.tree.structure(exact)
     named = jax.tree_util.tree_leaves_with_path(found)
     for (path, got), other, true in zip(named, *map(jax.tree.leaves, (peer, exact)), strict=True):
         assert got.dtype == other.dtype, path
         name = str(getattr(path[-1], "key", "")) if path else ""
-        tolerance.check_against_peer(name, got, other, true, np.abs(true), got.dtype)
+        tolerance.check_against_peer(name, got, other, true, np.abs(true), got.dtype, times)
 
 
 def check(found: Any, function: Callable[..., Any], *arrays: Any) -> None:

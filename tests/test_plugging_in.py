@@ -14,7 +14,7 @@ from flax import nnx
 import jattn
 from jattn.backends import cudnn
 from jattn.call.arguments import attention_call
-from tests.promotion import of_others
+from tests import formula
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((1, 16, 2, 8)), jnp.float32)
 
@@ -40,12 +40,12 @@ def test_cudnn_calls_jax_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("implementation", [None, "memory_efficient", "eager"])
 def test_in_the_place_of_jaxs(implementation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = jattn.eager_attention(X, X, X, is_causal=True)
+    expected = formula.expected(lambda of, x: {"out": of(x, x, x, is_causal=True)}, X)
     monkeypatch.setattr(jax.nn, "dot_product_attention", jattn.dot_product_attention)
     found = jax.nn.dot_product_attention(X, X, X, is_causal=True, implementation=implementation)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    formula.compare({"out": found}, *expected)
     inside_flax = nnx.dot_product_attention(X, X, X, is_causal=True)
-    np.testing.assert_allclose(inside_flax, expected, atol=1e-5)
+    formula.compare({"out": inside_flax}, *expected)
 
 
 @pytest.mark.gpu
@@ -55,8 +55,7 @@ def test_in_the_place_of_jaxs_on_a_gpu(
     implementation: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 128, 4, 64), jnp.bfloat16)
-    with of_others():
-        theirs = jax.nn.dot_product_attention(x, x, x, is_causal=True)
+    expected = formula.expected(lambda of, x: {"out": of(x, x, x, is_causal=True)}, x)
     monkeypatch.setattr(jax.nn, "dot_product_attention", jattn.dot_product_attention)
     found = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation=implementation)
-    np.testing.assert_allclose(np.float32(found), np.float32(theirs), atol=2**-6)
+    formula.compare({"out": found}, *expected)

@@ -17,7 +17,7 @@ import jattn
 from jattn.backends.kernels import lacks, only
 from jattn.call.target import current_target
 from jattn.flash_attention import interpreted
-from tests import reference, tolerance
+from tests import formula, reference, tolerance
 from tests.backends import quick_jit
 from tests.cases import thorough
 from tests.promotion import of_others
@@ -212,38 +212,42 @@ def test_gradients_of_the_rest_alone(way: Way) -> None:
 @pytest.mark.parametrize("way", [XLA, *thorough((FLASH,))], ids=str)
 def test_mapped_over_the_scale(way: Way) -> None:
     drawn = arrays(jnp.float32)
-    scales = jnp.array([0.4, -0.3, 0.0])
 
-    @quick_jit
-    def run(scales: jax.Array) -> Any:
+    def run(way: Way) -> dict[str, Any]:
         def loss(scale: Any) -> Any:
             out = way.function(drawn["q"], drawn["k"], drawn["v"], scale=scale, is_causal=True)
             return (out * drawn["dout"]).sum(), out
 
-        return jax.vmap(jax.grad(loss, has_aux=True))(scales)
+        with way.context():
+            d_scale, out = quick_jit(jax.vmap(jax.grad(loss, has_aux=True)))(jnp.array(SCALES))
+        return {"out": out, "scale": d_scale}
 
-    with way.context():
-        d_scale, out = run(scales)
-    for scale, d, o in zip(SCALES, d_scale, out, strict=True):
+    got, peer = run(way), run(EAGER)
+    for i, scale in enumerate(SCALES):
         values, sizes = exact("causal", jnp.float32, scale, with_lse=False)
-        np.testing.assert_allclose(o, values["out"], atol=1e-5)
-        np.testing.assert_allclose(d, values["scale"], atol=1e-5 * float(sizes["scale"]))
+        for name in got:
+            one, other = got[name][i], peer[name][i]
+            size = np.asarray(sizes[name])
+            tolerance.check_against_peer(name, one, other, values[name], size, jnp.float32)
 
 
 def test_agrees_with_jax_nn() -> None:
     drawn = arrays(jnp.float32)
 
-    def results(attention: Callable[..., Any], k: Any, v: Any) -> Any:
+    def gradient(attention: Callable[..., Any]) -> Any:
         def loss(scale: Any) -> Any:
-            out = attention(drawn["q"], k, v, scale=scale, is_causal=True)
+            out = attention(drawn["q"], drawn["k"], drawn["v"], scale=scale, is_causal=True)
             return (out * drawn["dout"]).sum()
 
-        return quick_jit(jax.value_and_grad(loss))(jnp.float32(0.4))
+        return quick_jit(jax.grad(loss))(jnp.float32(SCALES[0]))
 
-    ours = results(jattn.dot_product_attention, drawn["k"], drawn["v"])
+    values, sizes = exact("causal", jnp.float32, SCALES[0], with_lse=False)
+    ours = gradient(jattn.dot_product_attention)
     with of_others():
-        theirs = results(jax.nn.dot_product_attention, drawn["k"], drawn["v"])
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+        theirs = gradient(jax.nn.dot_product_attention)
+    for found in (ours, theirs):
+        bound = 4 * tolerance.epsilon(jnp.float32) * float(sizes["scale"])
+        assert tolerance.error(found, values["scale"]) <= bound
 
 
 @pytest.mark.parametrize(
@@ -253,8 +257,9 @@ def test_agrees_with_jax_nn() -> None:
 )
 def test_any_real_array_of_one_element(scale: Any) -> None:
     x = arrays(jnp.float32)["q"]
-    want = jattn.eager_attention(x, x, x, scale=float(np.asarray(scale).reshape(())))
-    np.testing.assert_allclose(jattn.eager_attention(x, x, x, scale=scale), want, atol=1e-6)
+    number = float(np.asarray(scale).reshape(()))
+    found = {"out": jattn.eager_attention(x, x, x, scale=scale)}
+    formula.check(found, lambda of, x: {"out": of(x, x, x, scale=number)}, x)
 
 
 @pytest.mark.parametrize("dtype", [bool, complex])
@@ -282,9 +287,8 @@ def test_explain_takes_one_by_shape() -> None:
 )
 def test_flags_are_what_is_true_by_now(yes: Any) -> None:
     x = arrays(jnp.float32)["q"]
-    want = jax.nn.dot_product_attention(x, x, x, is_causal=True)
-    got = jattn.dot_product_attention(x, x, x, is_causal=yes)
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    found = {"out": jattn.dot_product_attention(x, x, x, is_causal=yes)}
+    formula.check(found, lambda of, x: {"out": of(x, x, x, is_causal=True)}, x)
     assert len(jattn.eager_attention(x, x, x, return_residual=yes)) == 2
 
 

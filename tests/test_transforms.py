@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests import tolerance
 from tests.backends import BACKENDS, CHUNKED, DEFAULT, EAGER, Backend, quick_jit
 from tests.cases import first, thorough
 
@@ -111,7 +112,7 @@ def assert_close(found: Any, expected: Any) -> None:
     """Equal up to the order of float32 sums."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         scale = np.abs(np.where(np.isfinite(b), b, 0.0)).max(initial=0.0)
-        np.testing.assert_allclose(a, b, rtol=0, atol=50 * np.finfo(np.float32).eps * (1 + scale))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance.of_sums(S + H, 1 + scale))
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,15 @@ def internal_epsilon(dtype: Any) -> float:
     return min(epsilon(dtype), epsilon(jnp.float32))
 
 
+def of_sums(terms: int, magnitude: float, dtype: Any = jnp.float32) -> float:
+    """The a-priori bound on two sums of one set of so many terms, each in an order of its own.
+
+    magnitude: the sum of their absolute values (Higham, "Accuracy and Stability of Numerical
+    Algorithms", 2002, section 4.2).
+    """
+    return 2 * terms * epsilon(dtype) * magnitude
+
+
 def underflow(dtype: Any) -> float:
     """What float16 loses of tiny terms, whatever their size; nothing to speak of in the others."""
     return 64 * float(jnp.finfo(dtype).smallest_subnormal)

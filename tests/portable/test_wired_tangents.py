@@ -40,7 +40,9 @@ def test_a_hopper_kernels_log_sum_exp_is_the_portable_ones() -> None:
     seen = slice(0, 4)
     expected = np.float64(top[seen]) * np.log(2) + np.float64(rest[seen])
     both = np.float64(found[seen]) * unit + np.float64(more[seen])
-    np.testing.assert_allclose(both, expected, rtol=1e-7, atol=1e-6)
+    # The units are float32 too, and `more`, which takes up what `found` loses, is rounded.
+    eps = float(jnp.finfo(jnp.float32).eps)
+    assert (np.abs(both - expected) <= eps * (np.abs(expected) + np.float64(more[seen]))).all()
     assert found[4] == -jnp.inf
     assert more[4] == rest[4]
 
