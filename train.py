@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (target := cli.peek(argv, "--target")) is not None:
             start_again_with_compilers(argv, target)
         request = cli.parse(argv)
+        kernel_text.leave_out_counts()
         only_report = request.run.report is not None or request.run.target is not None
         return (report if only_report else run)(request, make_console())
     except KeyboardInterrupt:  # before or after the part that saves
@@ -66,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(request: cli.Request, console: Console) -> int:
     """Corpus, run folder, memory report, training, plot; checks all before it writes anything."""
     config = request.config
-    kernel_text.leave_out_counts()
     check_model_runs(config)
     devices = Devices.checked(request.run.sequence_parallel, config.data)
     if config.memory.memory_report:
