@@ -32,7 +32,7 @@ __all__ = ["Plan", "Work", "make_plan"]
 
 MULTIPROCESSORS = 132
 TILE_COST = 0.7  # of a tile's start and end, in visits to a block of keys
-JOIN = 3  # visits of one query that pass while parts of split keys are joined
+JOIN = 3  # visits that pass while parts of split keys are joined
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
 INT32_MAX = 2**31 - 1
 L2_BYTES = 32 << 20  # of 60 MB: the rest is for queries, output and what is yet to be evicted
@@ -215,7 +215,9 @@ def make_plan(
         most = min(-(-blocks // 2), INT32_MAX // blocks)  # a share's first block is a quotient
         splits = max(1, min(multiprocessors // plan.works, most))
         saved = blocks - -(-blocks // splits)
-        if saved > JOIN or plan.in_parts:  # there is something to be joined in any case
+        # A tile of few queries waits for memory, and its visits take the longer for it.
+        few = spec.queries * pack <= ROWS
+        if saved > JOIN or few or plan.in_parts:  # in parts: joined in any case
             plan = replace(plan, splits=splits)
     # A list made beforehand is fair only where the tiles' lengths are known beforehand.
     listed = plan.lengths_known and multiprocessors < plan.works <= MOST_LISTED

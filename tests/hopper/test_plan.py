@@ -105,5 +105,5 @@ def test_keys_are_split_where_that_saves_more_than_it_costs() -> None:
         ).splits
 
     assert splits(512, 512, 8, 8) == 1
-    assert splits(1, 1024, 32, 8) > 1
-    assert splits(1, 32768, 32, 8) > splits(1, 1024, 32, 8)
+    assert splits(1, 512, 32, 8) > 1
+    assert splits(1, 32768, 32, 8) > splits(1, 512, 32, 8)
