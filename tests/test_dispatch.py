@@ -15,6 +15,8 @@ import jattn
 from jattn.backends import kernels, table
 from tests import formula
 from tests.backends import computed_by, largest_array
+from tests.cases import Case
+from tests.hopper.calls import spec_of
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() == "gpu", reason="what is chosen and refused on a machine without a GPU"
@@ -310,8 +312,7 @@ class TestForms:
         ("options", "reason"),
         [
             ({"bias": bias}, "takes no bias, given (1, 2, 128, 128)"),
-            ({"mask": jax.ShapeDtypeStruct((128, 128), jnp.bool_)}, "takes no dense mask"),
-            ({"dropout_rate": 0.25, "dropout_rng": jax.random.key(0)}, "rate 0.25"),
+            ({"mask": jax.ShapeDtypeStruct((128, 128), jnp.bool_)}, "more than 128 queries"),
             ({"dtype": jnp.float32}, "not float32"),
             ({"head_dim": 320}, "not 320"),
         ],
@@ -370,7 +371,8 @@ class TestForms:
         named = [form.name for form in table.candidates(("cudnn", "flash"))]
         assert named == ["cudnn", "flash", "flash"]
         hopper, _, portable = table.candidates(None)[:3]
-        assert "Hopper" in hopper.kernel(None, None)
+        spec = spec_of(Case("plain", head_dim=64, dtype="bfloat16"))
+        assert "Hopper" in hopper.kernel(spec, None)
         assert "portable" in portable.kernel(None, None)
 
     def test_float32_in_full_precision_runs_in_kernels(self) -> None:

@@ -48,12 +48,15 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
 
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
+    if spec.mask_shape is not None:
+        return portable_gradient_bytes(spec, target)
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
     apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
     added = not (apart or limits.writes_dq_once(spec))
     columns = limits.padded_width(spec.head_dim) if added else 0
-    return spec.batch * spec.queries * spec.heads * 4 * (columns + 5)
+    words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
+    return spec.batch * spec.queries * spec.heads * 4 * (columns + 5 + words)
 
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:

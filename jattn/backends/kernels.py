@@ -126,7 +126,7 @@ class Kernels:
             is not yet multiplied by it, and float32.
         """
         saved = (spec, operands, top, rest, row_term, d_out)
-        if self.family == "hopper":
+        if self.family == "hopper" and spec.mask_shape is None:
             from pallas_kernels.hopper import backward as hopper
 
             return hopper.backward(
@@ -135,6 +135,7 @@ class Kernels:
                 deterministic=self.deterministic,
                 interpret=self.interpret,
             )
+        saved = (spec, operands, *self._in_portable_unit(spec, top, rest), row_term, d_out)
         found: tuple[Array, ...] = self._portable().backward(
             *saved, wants_bias=wants_bias, wants_scale=wants_scale, interpret=self.interpret
         )

@@ -81,6 +81,16 @@ def _tangents_beside_hopper(spec: AttentionSpec, target: Target) -> str:
     return "Pallas, Hopper; of gradients Pallas, portable"
 
 
+def _hopper_kernel(spec: AttentionSpec, target: Target) -> str:
+    portable = "; gradients: Pallas, portable" if spec.mask_shape is not None else ""
+    return f"Pallas Mosaic GPU, Hopper{portable}"
+
+
+def _hopper_refusals(spec: AttentionSpec, target: Target) -> list[str]:
+    # A dense mask's gradient is the portable kernels'.
+    return hopper.refusals(spec) + (portable.refusals(spec) if spec.mask_shape is not None else [])
+
+
 # In the order in which they are tried: all that are automatic where none is named, or those of the
 # name. The reason for each place is a measurement in benchmarks/results. On an H200 flash's Hopper
 # kernels are ahead of cuDNN's in most cells, forward and backward, and cuDNN's ahead of flash's
@@ -89,10 +99,10 @@ FORMS = (
     Form(
         name="flash",
         attend=flash.attend_on_hopper,
-        kernel=lambda spec, target: "Pallas Mosaic GPU, Hopper",
+        kernel=_hopper_kernel,
         gradient_bytes=flash.hopper_gradient_bytes,
         lacks=lambda target: kernels.lacks("hopper", target),
-        refusals=lambda spec, target: hopper.refusals(spec),
+        refusals=_hopper_refusals,
         tangents=_tangents_beside_hopper,
     ),
     Form(

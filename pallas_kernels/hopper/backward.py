@@ -21,6 +21,7 @@ from jattn.call.masking import past_zeroed
 from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide
 from pallas_kernels.hopper.backward_block import key_gradients
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
+from pallas_kernels.hopper.dropout import kept_factor, words_by_block
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
@@ -68,6 +69,8 @@ def backward(
     if operands.key_lengths is not None:
         key, value = (past_zeroed(x, operands.key_lengths) for x in (key, value))
     top, rest, row_term = (jnp.swapaxes(x, 1, 2) for x in (top, rest, row_term))
+    if spec.dropout_rate > 0:
+        row_term = row_term / kept_factor(spec)
     # In whole tiles of every kernel: a copy of one dimension is not cut at the end of a row.
     count = -(-spec.queries // (2 * ROWS)) * (2 * ROWS) // tiles.queries
     more = ((0, 0), (0, 0), (0, count * tiles.queries - spec.queries))
@@ -102,6 +105,10 @@ def backward(
         inputs["query_offset"] = operands.query_offset
     if operands.scale is not None:
         inputs["scale"] = operands.scale
+    if spec.dropout_rate > 0:
+        inputs["words"] = words_by_block(spec, operands, blocks=count, queries=tiles.queries)
+        if operands.dropout_start is not None:
+            inputs["dropout_start"] = operands.dropout_start
     # About what the scale would be, so that float16 does not overflow; exact as a power of two.
     unit = 2.0 ** -(spec.head_dim.bit_length() // 2) if wants_scale else None
     if tiles.apart:
@@ -114,7 +121,9 @@ def backward(
         unit = None
         dq, dk, dv = _added(spec, tiles, inputs, interpret=interpret)
         if not wants_scale:
-            dq = (dq * spec.scale_beside(dq, operands)).astype(spec.dtype)
+            dq = (dq * spec.scale_beside(dq, operands) * kept_factor(spec)).astype(spec.dtype)
+        elif spec.dropout_rate > 0:
+            dq = dq * kept_factor(spec)
     if unit is not None:
         dq = dq.astype(jnp.float32) / unit
     if tiles.shares.count > 1:

@@ -52,6 +52,7 @@ from pallas_kernels.hopper.backward_block import (
     key_gradients,
 )
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
+from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.plain import in_both_ways, named
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
@@ -108,6 +109,8 @@ def launch(
         block = Block(spec, tiles, seam, refs, grid)
         if unscaled is not None:
             block.dq_scale = unscaled
+        if spec.dropout_rate > 0:
+            block.dq_scale = block.dq_scale * kept_factor(spec)
         warpgroup = lax.axis_index("warpgroup")
 
         def compute(number: Array | int) -> None:
@@ -156,7 +159,9 @@ def _scratch(
         "do_smem": matrix(stages, queries, value),
         "rows_smem": plgpu.SMEM((stages, 3, queries), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
-        "full": plgpu.Barrier(num_arrivals=3 + spec.has_segments, num_barriers=stages),
+        "full": plgpu.Barrier(
+            num_arrivals=3 + spec.has_segments + (spec.dropout_rate > 0), num_barriers=stages
+        ),
         "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
         "both": plgpu.Barrier(num_arrivals=w),
     }
@@ -173,6 +178,8 @@ def _scratch(
                 scratch[f"dq{number}_smem"] = matrix(ROWS, columns, dtype=dtype, swizzle=own)
     if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
+    if spec.dropout_rate > 0:
+        scratch["words_smem"] = plgpu.SMEM((stages, 2, queries), jnp.uint32)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((stages, queries), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((tiles.keys,), jnp.int32)
@@ -204,6 +211,8 @@ def _load(block: Block) -> None:
         copy(refs.q.at[batch, queries, head], refs.q_rows)
         copy(refs.rows.at[batch, head, at], refs.rows_smem)
         copy(refs.do.at[batch, queries, head], refs.do_rows)
+        if spec.dropout_rate > 0:
+            copy(refs.words.at[batch, words_head(spec, head), at], refs.words_smem)
         if spec.has_segments:
             copy(refs.query_segments.at[batch, queries], refs.q_segments)
 
@@ -231,6 +240,8 @@ def _compute(block: Block, warpgroup: Array | int) -> None:
         plgpu.barrier_arrive(refs.both)
         plgpu.barrier_wait(refs.both)
     mine = pl.ds(warpgroup * ROWS, ROWS)
+    if block.spec.dropout_rate > 0:
+        dk, dv = dk * kept_factor(block.spec), dv * kept_factor(block.spec)
     row = block.tile * tiles.keys + warpgroup * ROWS
     block.store(
         row,
@@ -334,17 +345,26 @@ def _step(
     def weights(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
         seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
         seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
+        gone = block.drops((warpgroup + hidden) * ROWS, slot)
         capped = spec.logits_soft_cap is not None
         s = seam.wait(s_acc, in_flight=0 if capped else 1)
         x, c = logits(spec, block.scale, s)
         p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
         if masked:
             p = block.hide(p, warpgroup * ROWS, first_query, slot)
+        if spec.dropout_rate > 0:
+            p = seam.marked(p, gone)
         unseen, slope = p == 0, p
         if capped:
-            slope, p = p * (1 - x * x), p.astype(spec.dtype)  # d tanh(y) = 1 - tanh² y
+            slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
+            p = (kept(p) if spec.dropout_rate > 0 else p).astype(spec.dtype)
         dp = seam.wait(dp_acc, in_flight=0)
-        ds = slope * (dp - block.row(refs.rows_smem.at[slot, ROW_TERM]))
+        row_term = block.row(refs.rows_smem.at[slot, ROW_TERM])
+        if spec.dropout_rate > 0:
+            ds = kept(slope) * dp - jnp.abs(slope) * row_term
+            p = p if capped else kept(p)
+        else:
+            ds = slope * (dp - row_term)
         if masked:  # a hidden value may be so large that dP is infinite
             ds = jnp.where(unseen, 0.0, ds)
         return p.astype(spec.dtype), ds.astype(spec.dtype)

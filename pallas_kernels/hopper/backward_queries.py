@@ -39,6 +39,14 @@ from jax.experimental import pallas as pl
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_block import ROW_TERM
 from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.dropout import (
+    Words,
+    dropout_inputs,
+    drops,
+    kept,
+    kept_factor,
+    words_of_rows,
+)
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
@@ -88,6 +96,7 @@ def launch(
         inputs |= segment_arrays(plan, operands)
     if operands.scale is not None:
         inputs["scale"] = operands.scale
+    inputs |= dropout_inputs(spec, operands)
     scratch = _scratch(plan, tiles, head, value)
     if interpret:
         for name, columns in {"s": tiles.keys, "dp": tiles.keys, "dq": head}.items():
@@ -107,7 +116,9 @@ def launch(
         def _() -> None:
             plgpu.set_max_registers(most, action="increase")
             scale = scale_of(spec, refs, work.batch)
-            rows = Rows(plan, tiles, seam, refs, Warpgroup(warpgroup), work, steps, scale)
+            own = Warpgroup(warpgroup)
+            words = words_of_rows(plan, seam, refs, work, own)
+            rows = Rows(plan, tiles, seam, refs, own, work, steps, scale, words)
             rows.compute(unscaled)
 
         @pl.when(warpgroup == tiles.warpgroups)
@@ -210,7 +221,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
             plgpu.copy_gmem_to_smem(ids, refs.q_segments.at[w], full)
 
     def step(i: Array, _: None) -> None:
-        rows = pl.ds((steps.stop - 1 - i) * tiles.keys, tiles.keys)
+        rows = pl.ds(steps.block(i) * tiles.keys, tiles.keys)
         slot = remainder(i, tiles.key_slots)
         full = refs.k_full.at[slot]
         plgpu.barrier_wait(refs.k_free.at[slot])
@@ -233,7 +244,10 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
 
 @dataclass(frozen=True)
 class Rows:
-    """A compute warpgroup: 64 query rows of the tile; scale is what their Q Kᵀ is multiplied by."""
+    """A compute warpgroup: 64 query rows of the tile.
+
+    scale is what their Q Kᵀ is multiplied by, words those of dropout, if there is any.
+    """
 
     plan: Plan
     tiles: QueryTiles
@@ -243,6 +257,7 @@ class Rows:
     work: Work
     steps: Steps
     scale: Array | float
+    words: Words | None
 
     def compute(self, unscaled: float | None) -> None:
         """All of the rows' blocks of keys, and their dQ to its array."""
@@ -255,6 +270,8 @@ class Rows:
         dq = self.accumulator(self.visit_all, "dq", refs.q_smem.shape[-1])
         q_smem = refs.q_smem.at[number]
         scale = self.scale if unscaled is None else unscaled
+        if self.words is not None:
+            scale = scale * kept_factor(self.plan.spec)
         factor = jnp.exp2(-self.seam.load(refs.rows_smem.at[number, 1], ROW))
         dq = dq * across(factor * scale, dq.shape[1])
         q_smem[...] = dq.astype(self.plan.spec.dtype)
@@ -295,7 +312,7 @@ class Rows:
         """
         spec, seam, refs = self.plan.spec, self.seam, self.refs
         k_slot, v_slot = self.k_slot(i), remainder(i, self.tiles.stages)
-        late = int(before is not None)
+        late, keys = int(before is not None), self.tiles.keys
         # A zero that the compiler cannot know: else it keeps the address of every product's rows.
         number = self.warpgroup.number + i * refs.zero[0]
 
@@ -304,18 +321,25 @@ class Rows:
             seam.matmul_into(dp_acc, refs.do_smem.at[number], refs.v_smem.at[v_slot].T)
             if before is not None:
                 seam.matmul_into(dq_acc, before, refs.k_smem.at[self.k_slot(i - 1)])
+            gone = None
+            if self.words is not None:
+                first_key = self.steps.block(i) * keys
+                gone = drops(spec, seam, refs, self.words, first_key, (ROWS, keys), axis=1)
             s = seam.layout(seam.wait(s_acc, in_flight=1 + late), WGMMA)
             x, c = logits(spec, self.scale, s)
             slope = None if spec.logits_soft_cap is None else 1 - x * x
             if masked:
                 x = hide(self.plan, seam, refs, self.work, self.steps, self.warpgroup, x, i, k_slot)
             p = jnp.exp2(x * c - self.row(refs.rows_smem.at[self.warpgroup.number, 0]))
+            if gone is not None:
+                p = seam.marked(p, gone)
             hidden = p == 0
             if slope is not None:
                 p = p * slope  # d tanh(y) = 1 - tanh² y
             dp = seam.wait(dp_acc, in_flight=late)
             row_term = self.row(refs.rows_smem.at[self.warpgroup.number, ROW_TERM])
-            ds = p * (seam.layout(dp, WGMMA) - row_term)
+            dp = seam.layout(dp, WGMMA)
+            ds = p * (dp - row_term) if gone is None else kept(p) * dp - jnp.abs(p) * row_term
             if masked:  # a hidden value may be so large that dP is infinite
                 ds = jnp.where(hidden, 0.0, ds)
             plgpu.barrier_arrive(refs.v_free.at[v_slot])
@@ -327,7 +351,6 @@ class Rows:
 
         plgpu.barrier_wait(refs.k_full.at[k_slot])
         plgpu.barrier_wait(refs.v_full.at[v_slot])
-        keys = self.tiles.keys
         ds: Array = self.accumulator(
             lambda s_acc: self.accumulator(partial(gradient, s_acc), "dp", keys), "s", keys
         )

@@ -43,6 +43,7 @@ from pallas_kernels.hopper.backward_block import (
     key_gradients,
 )
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
@@ -126,7 +127,7 @@ def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -
         "row_term_smem": plgpu.SMEM((do_slots, ROWS), jnp.float32),
         "p_smem": matrix(RING, ROWS, ROWS),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
-        "q_full": ring(q_slots, 2 + spec.has_segments),
+        "q_full": ring(q_slots, 2 + spec.has_segments + (spec.dropout_rate > 0)),
         "q_free": ring(q_slots, 2),
         "do_full": ring(do_slots, 2),
         "do_free": ring(do_slots, 2),
@@ -136,6 +137,8 @@ def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -
     }
     if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((ROWS,), jnp.int32)
+    if spec.dropout_rate > 0:
+        scratch["words_smem"] = plgpu.SMEM((q_slots, 2, ROWS), jnp.uint32)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((q_slots, ROWS), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((ROWS,), jnp.int32)
@@ -202,6 +205,9 @@ def _load(block: WideBlock) -> None:
         if spec.has_segments:
             ids = refs.query_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.q_segments.at[slot], full)
+        if spec.dropout_rate > 0:
+            words = refs.words.at[batch, words_head(spec, head), first]
+            plgpu.copy_gmem_to_smem(words, refs.words_smem.at[slot], full)
         slot = block.do_slot(n)
         full = refs.do_full.at[slot]
         plgpu.barrier_wait(refs.do_free.at[slot])
@@ -250,10 +256,12 @@ def _value_role(block: WideBlock) -> None:
             p = block.weights(x, c, refs.lse_smem.at[q_slot], in_two=in_two)
             if block.masked:
                 p = block.hide(p, 0, block.place(n)[1] * ROWS, q_slot)
+            if spec.dropout_rate > 0:
+                p = seam.marked(p, block.drops(0, q_slot))
             plgpu.barrier_arrive(refs.q_free.at[q_slot])
             # What dP is multiplied by: the derivative of the softmax, and of the cap.
             factor = p if spec.logits_soft_cap is None else p * (1 - x * x)
-            p = p.astype(spec.dtype)
+            p = (kept(p) if spec.dropout_rate > 0 else p).astype(spec.dtype)
             plgpu.barrier_wait(refs.p_free.at[p_slot])
             refs.p_smem[p_slot] = factor.astype(spec.dtype)
             plgpu.barrier_arrive(refs.p_full.at[p_slot])
@@ -301,7 +309,11 @@ def _key_role(block: WideBlock) -> None:
             plgpu.barrier_arrive(refs.do_free.at[do_slot])
             plgpu.barrier_wait(refs.p_full.at[p_slot])
             p = seam.load(refs.p_smem.at[p_slot], WGMMA)
-            ds = p.astype(jnp.float32) * (dp - row_term)
+            if spec.dropout_rate > 0:
+                slope = p.astype(jnp.float32)
+                ds = kept(slope) * dp - jnp.abs(slope) * row_term
+            else:
+                ds = p.astype(jnp.float32) * (dp - row_term)
             if masked:  # a hidden value may be so large that dP is infinite
                 ds = jnp.where(p == 0, 0.0, ds)
             ds = ds.astype(spec.dtype)
@@ -330,6 +342,8 @@ def _key_role(block: WideBlock) -> None:
 
 def _finish(block: WideBlock, gradient: Array, smem: Ref, gmem: Ref) -> None:
     """Writes the role's gradient, by the place of an operand that both roles are done with."""
+    if block.spec.dropout_rate > 0:
+        gradient = gradient * kept_factor(block.spec)
     plgpu.barrier_arrive(block.refs.done)
     plgpu.barrier_wait(block.refs.done)
     block.store(block.key_start, (gradient, smem, smem, gmem))

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper.dense_mask import words_of
+from pallas_kernels.hopper.dropout import Words, drops, words_of_rows
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.load import query_slot
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
@@ -36,6 +38,7 @@ class Tile(NamedTuple):
     """A tile of the list: its place in it, what it is, and the key blocks visited before it.
 
     scale: what its Q Kᵀ is multiplied by.
+    words: of dropout, if there is any.
     """
 
     turn: Array | int
@@ -43,6 +46,17 @@ class Tile(NamedTuple):
     steps: Steps
     visited: Array
     scale: Array | float
+    words: Words | None
+
+
+class Beside(NamedTuple):
+    """What is made for a block of keys while the product of its logits runs.
+
+    gone: which weights dropout drops; words: those of a dense mask; None of what the call lacks.
+    """
+
+    gone: Array | None
+    words: list[Array] | None
 
 
 class Weights(NamedTuple):
@@ -131,7 +145,8 @@ class Rows:
     def tile(self, turn: Array | int, index: Array, visited: Array) -> Tile:
         work = self.plan.work(index)
         scale = scale_of(self.plan.spec, self.refs, work.batch)
-        return Tile(turn, work, steps_of(self.plan, self.refs, work), visited, scale)
+        words = words_of_rows(self.plan, self.seam, self.refs, work, self.warpgroup)
+        return Tile(turn, work, steps_of(self.plan, self.refs, work), visited, scale, words)
 
     def first_step(self, tile: Tile) -> Weights:
         """S_0 and its softmax, with no product to run beside it."""
@@ -140,8 +155,9 @@ class Rows:
 
         def products(s_acc: Ref) -> Weights:
             self.multiply_keys(s_acc, tile, slot)
+            beside = self.beside(tile, 0, masked=self.plan.masked)
             s = self.seam.wait(s_acc, in_flight=0)
-            p, softmax, _ = self.weigh(tile, s, 0, None, masked=self.plan.masked)
+            p, softmax, _ = self.weigh(tile, s, 0, None, beside, masked=self.plan.masked)
             plgpu.barrier_arrive(refs.k_free.at[slot])
             self.await_first_values(tile)
             return Weights(p.astype(self.plan.spec.dtype), softmax)
@@ -228,10 +244,11 @@ class Rows:
             if tiles.in_turn:
                 following = remainder(self.warpgroup.number + 1, tiles.warpgroups)
                 plgpu.barrier_arrive(refs.turn.at[following])
+            beside = self.beside(tile, i, masked=masked)
             s = seam.wait(s_acc, in_flight=len(self.o_acc) if tiles.overlap else 0)
             if not spec.has_segments:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
-            p, now, correction = self.weigh(tile, s, i, softmax, masked=masked)
+            p, now, correction = self.weigh(tile, s, i, softmax, beside, masked=masked)
             if spec.has_segments:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
             o = self.outputs()
@@ -250,8 +267,27 @@ class Rows:
             plgpu.barrier_wait(refs.turn.at[self.warpgroup.number])
         return self.with_scores(products)
 
+    def beside(self, tile: Tile, i: Array | int, *, masked: bool | None) -> Beside:
+        """What a tile's i-th block needs that does not come from its logits."""
+        plan, seam, refs, gone, words = self.plan, self.seam, self.refs, None, None
+        if tile.words is not None:
+            first_key = tile.steps.block(i) * plan.tiles.keys
+            shape = (ROWS, plan.tiles.keys)
+            gone = drops(plan.spec, seam, refs, tile.words, first_key, shape, axis=1)
+        if plan.spec.mask_shape is not None and masked:
+            block = tile.steps.block(i)
+            words = words_of(plan, seam, refs, tile.work, self.warpgroup.number, block)
+        return Beside(gone, words)
+
     def weigh(
-        self, tile: Tile, s: Array, i: Array | int, softmax: Softmax | None, *, masked: bool | None
+        self,
+        tile: Tile,
+        s: Array,
+        i: Array | int,
+        softmax: Softmax | None,
+        beside: Beside,
+        *,
+        masked: bool | None,
     ) -> tuple[Array, Softmax, Array]:
         """P of a tile's i-th block, the softmax that includes it, and the correction of O.
 
@@ -263,8 +299,9 @@ class Rows:
 
         def hidden(x: Array) -> Array:
             return hide(
-                plan, self.seam, self.refs, tile.work, tile.steps, self.warpgroup, x, i, slot
-            )
+                plan, self.seam, self.refs, tile.work, tile.steps, self.warpgroup, x, i, slot,
+                beside.words,
+            )  # fmt: skip
 
         if masked:
             x = hidden(x)
@@ -276,7 +313,11 @@ class Rows:
         p, softmax, correction = (softmax or Softmax.start(self.seam)).update(
             x, c, masked=masked is not False
         )
-        return p.astype(plan.spec.dtype) if plan.one_loop else p, softmax, correction
+        if beside.gone is not None:
+            p = self.seam.zeroed(p, beside.gone)
+        # What dropout leaves is rounded later too, for the reason that `two_products` gives.
+        early = plan.one_loop and beside.gone is None
+        return p.astype(plan.spec.dtype) if early else p, softmax, correction
 
     def store(self, tile: Tile, o: list[Array], softmax: Softmax) -> None:
         """O and the log-sum-exp on their way to their arrays."""
@@ -293,7 +334,7 @@ class Rows:
             return
         plgpu.barrier_wait(refs.v_full.at[self.slot(tile.visited)])
         length = jnp.minimum(refs.key_lengths[tile.work.batch], plan.spec.keys)
-        real = length - (tile.steps.stop - 1) * plan.tiles.keys
+        real = length - tile.steps.block(0) * plan.tiles.keys
 
         @pl.when(real < plan.tiles.keys)
         def _() -> None:

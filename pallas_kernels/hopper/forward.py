@@ -43,6 +43,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.combine import combine
 from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.dense_mask import mask_arrays
+from pallas_kernels.hopper.dropout import dropout_inputs
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
@@ -100,8 +102,11 @@ def forward(
         inputs["query_offset"] = operands.query_offset
     if spec.has_segments:
         inputs |= segment_arrays(plan, operands)
+    if spec.mask_shape is not None:
+        inputs |= mask_arrays(plan, operands)
     if operands.scale is not None:
         inputs["scale"] = operands.scale
+    inputs |= dropout_inputs(spec, operands)
     sinks = None
     if operands.sinks is not None:
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)

@@ -11,6 +11,7 @@ __all__ = ["has_dq_apart", "padded_width", "refusals", "tangent_refusals", "writ
 
 MOST_BLOCKS = 2**31 - 1  # of a launch; CUDA C++ Programming Guide, "Technical specifications"
 MOST_TANGENT_HEAD_DIM = 128  # beside the tangents, more leaves no shared memory for a ring
+FEW_QUERIES = 128  # a dense mask does without packing of heads and splitting of keys
 MOST_HEAD_DIM = 256  # wgmma's largest N, and all the registers a warpgroup has for the output
 KEYS_OF_A_BLOCK = 128  # of a thread block of the backward kernel of dQ, dK and dV
 
@@ -50,12 +51,13 @@ def refusals(spec: AttentionSpec) -> list[str]:
                 f"its Hopper kernel takes a {name} up to {MOST_HEAD_DIM} and a multiple of 8, "
                 f"not {size}"
             )
-    if spec.mask_shape is not None:
-        reasons.append(f"its Hopper kernel takes no dense mask, given {spec.mask_shape}")
+    if spec.mask_shape is not None and spec.queries <= FEW_QUERIES:
+        reasons.append(
+            f"its Hopper kernel takes a dense mask of more than {FEW_QUERIES} queries, not "
+            f"{spec.queries}"
+        )
     if spec.bias_shape is not None:
         reasons.append(f"its Hopper kernel takes no bias, given {spec.bias_shape}")
-    if spec.dropout_rate > 0:
-        reasons.append(f"its Hopper kernel takes no dropout, given rate {spec.dropout_rate}")
     if (count := spec.tiles(64)) > MOST_BLOCKS:
         reasons.append(f"its Hopper kernel has {count} tiles of 64 rows, more than {MOST_BLOCKS}")
     return reasons

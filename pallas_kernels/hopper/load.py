@@ -35,15 +35,15 @@ def load(plan: Plan, refs: Ref) -> None:
         steps = steps_of(plan, refs, work)
 
         def step(i: Array, _: None) -> None:
-            _load_k(plan, refs, work, steps.stop - 1 - i, count + i)
-            _load_v(plan, refs, work, steps.stop - i, count + i - 1)
+            _load_k(plan, refs, work, steps.block(i), count + i)
+            _load_v(plan, refs, work, steps.block(i - 1), count + i - 1)
 
         for_each(1, steps.visits, step, None)
         done = count + steps.visits
         if after is not None:
             queries(after, turn + 1, range(early))
-            _load_k(plan, refs, after, steps_of(plan, refs, after).stop - 1, done)
-        _load_v(plan, refs, work, steps.stop - steps.visits, done - 1)
+            _load_k(plan, refs, after, steps_of(plan, refs, after).block(0), done)
+        _load_v(plan, refs, work, steps.block(steps.visits - 1), done - 1)
         if after is not None:
             queries(after, turn + 1, range(early, tiles.warpgroups))
         return done
@@ -56,7 +56,7 @@ def load(plan: Plan, refs: Ref) -> None:
     index = plan.listed(refs, 0)
     first = plan.work(index)
     queries(first, 0, range(tiles.warpgroups))
-    _load_k(plan, refs, first, steps_of(plan, refs, first).stop - 1, jnp.int32(0))
+    _load_k(plan, refs, first, steps_of(plan, refs, first).block(0), jnp.int32(0))
     if plan.is_scheduled:
         tile_count = refs.schedule[lax.axis_index("block"), 0]
         for_each(0, tile_count, tile, (jnp.int32(0), index))

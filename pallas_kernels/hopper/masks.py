@@ -20,6 +20,8 @@ from jax import Array, lax
 
 from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
+from pallas_kernels.hopper.dense_mask import bounded, list_of
+from pallas_kernels.hopper.dense_mask import seen as dense_seen
 from pallas_kernels.hopper.indices import quotient
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.tiles import ROWS
@@ -50,13 +52,24 @@ class Warpgroup(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The visits of one tile; `empty` if it sees no key, and `visits` is then 1 all the same."""
+    """The visits of one tile; `empty` if it sees no key, and `visits` is then 1 all the same.
+
+    listed: with a dense mask, the list of its blocks; `stop` is then not used.
+    """
 
     stop: Array | int
     visits: Array | int
     clear_from: Array | int
     clear_to: Array | int
     empty: Array | bool
+    listed: Ref = None
+
+    def block(self, i: Array | int) -> Array:
+        """The i-th block visited."""
+        if self.listed is None:
+            return self.stop - 1 - i  # type: ignore[return-value]
+        own: Array = self.listed[i + 2]
+        return own
 
 
 def intervals_of(plan: Plan, refs: Ref, batch: Array) -> KeyIntervals:
@@ -73,6 +86,11 @@ def intervals_of(plan: Plan, refs: Ref, batch: Array) -> KeyIntervals:
 def steps_of(plan: Plan, refs: Ref, work: Work) -> Steps:
     """The blocks of keys that a tile visits."""
     spec, size = plan.spec, plan.tiles.keys
+    if spec.mask_shape is not None:
+        listed = list_of(plan, refs, work)
+        total, mixed = listed[0], listed[1]
+        count = jnp.maximum(total, 1)
+        return Steps(0, count, jnp.clip(mixed, 1, count), count, total == 0, listed)
     if spec.has_segments:
         ranges = refs.ranges
         first, stop, clear_first, clear_stop = (ranges[work.batch, work.tile, i] for i in range(4))
@@ -107,9 +125,19 @@ def hide(
     s: Array,
     i: Array | int,
     slot: Array,
+    words: list[Array] | None = None,
 ) -> Array:
-    """s (64, keys) of the i-th block visited, with -inf where a row does not see a key."""
+    """s (64, keys) of the i-th block visited, with -inf where a row does not see a key.
+
+    words: of a dense mask, from `words_of`.
+    """
     spec, shape = plan.spec, s.shape
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+    # A thread's columns are 0, 1, 8, 9, 16, .. past an even one of 0 to 6: apart from that one they
+    # are immediate operands, together they would be kept in as many registers.
+    own, key = key & 6, key & ~6
+    if words is not None and not bounded(plan):
+        return jnp.where(dense_seen(words, own, key), s, -jnp.inf)
     row = warpgroup.rows(seam)
     query = work.query + (row if plan.pack == 1 else row & (plan.queries - 1))
     intervals = intervals_of(plan, refs, work.batch)
@@ -119,16 +147,12 @@ def hide(
         x = jnp.asarray(x, jnp.int32)
         return seam.layout(jnp.full((ROWS,), x), ROW) if x.ndim == 0 else x
 
-    start = (steps.stop - 1 - i) * plan.tiles.keys
-    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+    start = steps.block(i) * plan.tiles.keys
     high = of_rows(intervals.end(query))
     if spec.has_query_lengths:
         high = jnp.where(query < of_rows(intervals.query_length), high, of_rows(0))
     if plan.splits > 1 or spec.has_segments or spec.has_query_lengths or spec.has_key_lengths:
         high = jnp.minimum(high, of_rows(jnp.where(steps.empty, np.int32(0), np.int32(spec.keys))))
-    # A thread's columns are 0, 1, 8, 9, 16, .. past an even one of 0 to 6: apart from that one they
-    # are immediate operands, together they would be kept in as many registers.
-    own, key = key & 6, key & ~6
     seen = key < lax.broadcast_in_dim(high - start, shape, [0]) - own
     if spec.band.lower is not None:
         low = of_rows(intervals.start(query)) - start
@@ -137,4 +161,6 @@ def hide(
         mine = seam.layout(refs.q_segments[warpgroup.number], ROW)
         its = seam.layout(refs.k_segments[slot], COLUMN)
         seen &= lax.broadcast_in_dim(mine, shape, [0]) == lax.broadcast_in_dim(its, shape, [1])
+    if words is not None:
+        seen &= dense_seen(words, own, key)
     return jnp.where(seen, s, -jnp.inf)

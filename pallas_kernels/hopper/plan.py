@@ -100,6 +100,8 @@ class Plan:
     def masked_left(self) -> bool:
         """Whether blocks at the left end may need one, after those that do not."""
         spec = self.spec
+        if spec.mask_shape is not None:
+            return False  # they come first
         return spec.band.lower is not None or spec.has_segments or (self.splits > 1 and self.masked)
 
     @property
@@ -111,6 +113,7 @@ class Plan:
             or spec.has_query_lengths
             or spec.has_key_lengths
             or spec.has_query_offset
+            or spec.mask_shape is not None
         )
 
     @property
@@ -203,12 +206,14 @@ def make_plan(
 ) -> Plan:
     """The plan of a call, with these tiles or the table's."""
     packable = spec.group & -spec.group  # the largest power of two that divides it
-    pack = min(packable, ROWS // 8)
+    # With a dense mask a tile is of one head, and its blocks of keys are a list of their own.
+    masked = spec.mask_shape is not None
+    pack = 1 if masked else min(packable, ROWS // 8)
     while pack > 1 and spec.queries * pack > 2 * ROWS:
         pack //= 2
     chosen = tiles or choose_tiles(spec, rows=spec.queries * pack)
     plan = _with_tiles(spec, chosen, pack)
-    if tiles is None and (2 * plan.works <= multiprocessors or plan.in_parts):
+    if tiles is None and not masked and (2 * plan.works <= multiprocessors or plan.in_parts):
         # Too few tiles to fill the chip: the smallest, and the keys split among blocks.
         plan = _with_tiles(spec, choose_tiles(spec, rows=1), pack)
         blocks = max(1, -(-spec.keys // plan.tiles.keys))

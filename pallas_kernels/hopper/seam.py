@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper import assembly
+
 __all__ = ["Ref", "Seam", "copyable", "swizzle_of", "transforms"]
 
 type Ref = Any
@@ -67,6 +69,26 @@ class Seam:
     def load(self, ref: Ref, layout: Any) -> Array:
         """What shared memory holds, in this register layout."""
         return ref[...] if self.interpret else plgpu.load(ref, layout=layout)
+
+    def below(self, x: Array, limit: int) -> Array:
+        """A bit for each element of x (64, n), uint32, of wgmma's layout: whether it is below."""
+        if self.interpret:
+            return x < jnp.uint32(limit)
+        return assembly.below(x, limit)
+
+    def zeroed(self, x: Array, bits: Array) -> Array:
+        """x, float32, with zeros where its bit is set."""
+        return jnp.where(bits, 0.0, x) if self.interpret else assembly.zeroed(x, bits)
+
+    def marked(self, x: Array, bits: Array) -> Array:
+        """x, float32, with its sign turned where its bit is set."""
+        return jnp.where(bits, -x, x) if self.interpret else assembly.marked(x, bits)
+
+    def load_gmem(self, ref: Ref, layout: Any) -> Array:
+        """What global memory holds, in this register layout."""
+        if self.interpret:
+            return ref[...]  # type: ignore[no-any-return]
+        return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[no-any-return]
 
     def layout(self, x: Array, layout: Any) -> Array:
         """The array in this register layout."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import Operands
     from pallas_kernels.hopper.plan import Plan
 
-__all__ = ["segment_arrays"]
+__all__ = ["segment_arrays", "segment_ranges"]
 
 
 def segment_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
@@ -32,17 +32,24 @@ def segment_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
     query_ids, key_ids = operands.query_segments, operands.key_segments
     assert query_ids is not None
     assert key_ids is not None
-    own = edge_padded(query_ids, plan.queries * plan.query_tiles)
-    own = own.reshape(spec.batch, plan.query_tiles, plan.queries)
+    own = _by_tile(plan, query_ids)
     rows = jnp.tile(own, (1, 1, plan.pack)).reshape(spec.batch, -1)
     return {
         "query_segments": rows,
         "key_segments": edge_padded(key_ids, -(-spec.keys // plan.tiles.keys) * plan.tiles.keys),
-        "ranges": _ranges(plan, operands, own),
+        "ranges": segment_ranges(plan, operands),
     }
 
 
-def _ranges(plan: Plan, operands: Operands, own: Array) -> Array:
+def _by_tile(plan: Plan, query_ids: Array) -> Array:
+    own = edge_padded(query_ids, plan.queries * plan.query_tiles)
+    return own.reshape(plan.spec.batch, plan.query_tiles, plan.queries)
+
+
+def segment_ranges(plan: Plan, operands: Operands) -> Array:
+    """(B, tiles, 4) int32: see `segment_arrays`."""
+    assert operands.query_segments is not None
+    own = _by_tile(plan, operands.query_segments)
     spec, size = plan.spec, plan.tiles.keys
     intervals = KeyIntervals.of_batch(spec, operands, 1)
     start = jnp.arange(plan.query_tiles, dtype=jnp.int32)[None] * plan.queries

@@ -8,6 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.hopper.dropout import kept_factor
 from pallas_kernels.hopper.load import copies, query_parts
 from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.plain import columns_of
@@ -38,6 +39,8 @@ def store(
         sink = refs.sinks[work.batch if refs.sinks.shape[0] > 1 else 0, work.head]
         sink = seam.layout(jnp.full((ROWS,), sink), plgpu.Layout.WGMMA.reduce(1))
     factor = softmax.factor(sink)
+    if plan.spec.dropout_rate > 0:
+        factor *= kept_factor(plan.spec)
     if plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem, rows_of, place = refs.o_smem, refs.o_rows, number

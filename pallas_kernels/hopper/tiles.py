@@ -66,7 +66,7 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     if rows <= ROWS:
         # Few queries are bound by memory: one warpgroup, and every byte of it for keys in flight.
         return Tiles(1, 128 if width <= 128 else 64, 4, query_slots=1)
-    if width <= 64 and short:
+    if width <= 64 and (short or spec.dropout_rate > 0):
         # A tile of 192 rows is mostly hidden or past the end: causal 335 at 1k, 291 with it.
         # No list: 254.
         return Tiles(2, 128, 4, query_slots=4)

@@ -76,7 +76,7 @@ def has_kernel(case: Case) -> bool:
     """Whether the kernels do the call, in a dtype of 16 bits."""
     dims = case.head_dim, case.value_dim or case.head_dim
     fits = all(dim % 8 == 0 and dim <= 256 for dim in dims)
-    return fits and not (case.mask or case.bias or case.dropout)
+    return fits and not (case.mask or case.bias)
 
 
 # The cases of all backends, one in bfloat16, the next in float16.
@@ -108,7 +108,13 @@ def arguments(case: Case) -> tuple[Shapes, Shapes, dict[str, Any]]:
     if case.segments:
         rest["query_segment_ids"] = jax.ShapeDtypeStruct((b, t), jnp.int32)
         rest["key_value_segment_ids"] = jax.ShapeDtypeStruct((b, s), jnp.int32)
+    dropout = {"dropout_rate": case.dropout, "broadcast_dropout": case.shared_dropout}
+    if case.mask:
+        rest["mask"] = jax.ShapeDtypeStruct(case.shape_of(case.mask), jnp.bool_)
+    if case.dropout:
+        rest["dropout_rng"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
     static = {
+        **dropout,
         "scale": case.scale,
         "is_causal": case.causal,
         "causal_alignment": case.alignment,

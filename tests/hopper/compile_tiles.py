@@ -61,6 +61,12 @@ CASES = [
     ),
     *(Long(f"array_scale_{h}", head_dim=h, causal=True) for h in WIDTHS),
     *(Long(f"array_scale_full_{h}", head_dim=h) for h in WIDTHS),
+    *(Long(f"dropout_{h}", head_dim=h, dropout=0.1) for h in WIDTHS),
+    *(Long(f"dropout_causal_{h}", head_dim=h, causal=True, dropout=0.1) for h in WIDTHS),
+    Long("dropout_one_query", queries=1, keys=4096, kv_heads=4, dropout=0.1),
+    *(Long(f"mask_{h}", head_dim=h, mask="11TS") for h in WIDTHS),
+    Long("mask_keys", mask="B11S", causal=True),
+    Long("mask_dropout_64", head_dim=64, mask="1NTS", dropout=0.1),
     Long("narrow", head_dim=40, causal=True),
     Long("vision", batch=8, queries=577, keys=577, head_dim=64),
     Long("vision_72", batch=8, queries=729, keys=729, head_dim=72),
@@ -81,10 +87,16 @@ OF_TANGENTS = (
     ),
     *("window_64", "lengths_128", "offsets_128", "bottom_right", "ragged", "one_query_64"),
 )
-# What is compiled of each case. "backward" is the gradient without the forward it starts from,
-# "deterministic" the same where that is computed in another way, "tangent" that of all operands.
+# What is compiled of each case, but gradients of dense masks, which are portable. "backward" is the
+# gradient without the forward it starts from, "deterministic" the same where that is computed in
+# another way, "tangent" that of all operands.
 CALLS = [
-    *((case, direction) for direction in ("forward", "backward") for case in CASES),
+    *(
+        (case, direction)
+        for direction in ("forward", "backward")
+        for case in CASES
+        if not (case.mask and direction == "backward")
+    ),
     *(
         (case, "deterministic")
         for case in CASES
