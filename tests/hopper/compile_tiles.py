@@ -85,7 +85,7 @@ OF_TANGENTS = (
         for mask in ("full", "causal", "segments", "soft_cap_sinks")
         for h in (64, 128)
     ),
-    *("window_64", "lengths_128", "offsets_128", "bottom_right", "ragged", "one_query_64"),
+    *("window_64", "lengths_128", "offsets_128", "bottom_right", "ragged", "one_query_128"),
 )
 # What is compiled of each case, but gradients of dense masks, which are portable. "backward" is the
 # gradient without the forward it starts from, "deterministic" the same where that is computed in

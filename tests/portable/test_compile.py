@@ -50,7 +50,7 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
         "bias_keys": 28,
         "mask_soft_cap_sinks": 104,
         "packed": 60,
-        "window": 36,
+        "window": 16,
         "offsets": 120,
     },
     ("h200", "flash", "backward"): {
