@@ -63,13 +63,9 @@ class Block:
         of = self.batch if refs.ranges.shape[0] > 1 else 0
         self.scale = self.dq_scale = scale_of(spec, refs, self.batch)
         query_part: Array | int = 0
-        if shares.queries > 1:
-            query_part, self.tile = divided(self.tile, -(-spec.keys // tiles.keys))
-        if refs.ranges.shape[2] > 4:
-            self.tile = refs.ranges[of, self.tile, 4]
         row = self.tile
         if shares.queries > 1:
-            row = query_part * np.int32(-(-spec.keys // tiles.keys)) + self.tile
+            query_part, self.tile = divided(row, -(-spec.keys // tiles.keys))
         self.share = query_part * np.int32(shares.heads) + part
         self.visits = Visits(*(refs.ranges[of, row, i] for i in range(4)))
         # Whether log-sum-exps of the group's heads have a second part that counts.

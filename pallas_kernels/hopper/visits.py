@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
@@ -31,7 +31,6 @@ __all__ = ["Visits", "edge_padded", "known_counts", "visits"]
 
 
 MOST_KNOWN = 4096  # tiles of a constant, which takes 5 us of tracing each
-ORDERED = range(64, 4097)  # numbers of tiles whose order is worth two kernels of XLA's
 
 
 class Visits(NamedTuple):
@@ -58,9 +57,6 @@ def visits(
     every: bool = False,
 ) -> Array:
     """`Visits` of tiles of `keys` keys to blocks of `queries`: (B or 1, parts * tiles, 4) int32.
-
-    With segments of many tiles (B, parts * tiles, 5): the fifth of the first part says in which
-    order tiles are best started.
 
     parts: how many each tile's visits are shared out to, one after another.
     every: all blocks are visited, also those that see none of the tile's keys.
@@ -110,10 +106,7 @@ def visits(
     whole = Visits(
         *(x.astype(jnp.int32) for x in _counted(jnp, first, stop, clear_first, clear_stop))
     )
-    found = list(_in_parts(jnp, whole, parts))
-    if spec.has_segments and tiles in ORDERED:
-        found.append(jnp.tile(_longest_first(whole.count), (1, parts)))
-    return jnp.stack(found, axis=-1)
+    return jnp.stack(list(_in_parts(jnp, whole, parts)), axis=-1)
 
 
 def known_counts(
@@ -160,19 +153,6 @@ def _counted(xp: Any, first: Any, stop: Any, clear_first: Any, clear_stop: Any) 
     clear_from = xp.where(some, xp.clip(clear_first - first, 0, total), total)
     clear_to = xp.where(some, xp.clip(clear_stop - first, clear_from, total), total)
     return Visits(first, total, clear_from, clear_to)
-
-
-def _longest_first(counts: Array) -> Array:
-    """(B, tiles) int32: the tiles by falling number of visits.
-
-    By comparing all with all: XLA's sort takes 0.1 ms, as long as many a call.
-    """
-    own, others = counts[:, :, None], counts[:, None]
-    tile = lax.broadcasted_iota(jnp.int32, (1, *[counts.shape[1]] * 2), 1)
-    other = lax.broadcasted_iota(jnp.int32, tile.shape, 2)
-    ahead = (others > own) | ((others == own) & (other < tile))
-    place = ahead.sum(axis=2, dtype=jnp.int32)
-    return jnp.where(place[:, None] == tile, other, 0).sum(axis=2, dtype=jnp.int32)
 
 
 def edge_padded(ids: Array | None, size: int) -> Array:
