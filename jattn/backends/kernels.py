@@ -178,8 +178,7 @@ class Kernels:
             if not hopper_limits.tangent_refusals(spec):
                 from pallas_kernels.hopper.tangent import tangent as hopper
 
-                saved = (spec, operands, top, rest, out, tangents, of_sinks)
-                return hopper(*saved)
+                return hopper(spec, operands, top, rest, out, tangents, of_sinks)
         from pallas_kernels.portable.tangent import tangent
 
         saved = (*self._in_portable_unit(spec, top, rest), out)
