@@ -56,10 +56,11 @@ KNOWN_SPILLS = {
     "array_scale_128": 20,
     "array_scale_full_64": 40,
 }
-# In backward operands are padded to head dims of at least 64, and to multiples of 16.
+# In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
+# lengths of a multiple of 8 where keys are split.
 # The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
-    "forward": (),
+    "forward": ("packed_heads",),
     "tangent": (),
     "backward": (
         "narrow",
