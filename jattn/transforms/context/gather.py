@@ -15,7 +15,7 @@ device after another, and adds them up in float32, while the next piece is compu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jattn.transforms.context.deal import Deal
 from jattn.transforms.context.kernels import Backward, Forward, Gradients, Saved
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import Keys, Part, context_of, kept_heads
+from jattn.transforms.context.pieces import put
 from jattn.transforms.context.plan import Plan, whole_keys
 from jattn.transforms.context.runs import Run, Sight, runs, sight
 
@@ -36,20 +37,21 @@ __all__ = ["backward", "forward", "gathered", "of_all_keys", "scattered"]
 def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands) -> Merged:
     """The rows' output without sinks, and their numbers."""
     work = _Work.of(plan, spec, operands)
-    found: list[Merged] = []
+    results = _Results(plan.pieces)
 
     def compute(held: _Held, between: Callable[[Any], Any]) -> Any:
         def run(part: Part, rows: _Rows) -> tuple[Array, ...]:
             own = rows.operands(held.operands)
             return kernel.run(part.spec(held.spec), part.operands(held.spec, own, held.keys))
 
-        by_run = work.each(held, run, between, found)
+        by_run = results.kept(work.each(held, run, between, results.sent))
         out, *numbers = ([x[i] for x in by_run] for i in range(3))
-        found.append(Merged(work.deal.joined(out), *work.deal.joined_alike(numbers)))
-        return by_run
+        results.sent.append([work.deal.joined(out), *work.deal.joined_alike(numbers)])
+        return by_run, results.whole
 
     work.done(operands, (), compute)
-    return Merged(*(jnp.concatenate(x, axis=2) for x in zip(*found, strict=True)))
+    results.kept([])
+    return Merged(*results.whole)
 
 
 def backward(
@@ -59,14 +61,14 @@ def backward(
     context = context_of(spec)
     work = _Work.of(plan, spec, operands)
     d_bias = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias).bias
-    found: list[list[Array]] = []
+    results = _Results(plan.pieces)
 
     def compute(held: _Held, between: Callable[[Any], Any]) -> Any:
         def run(part: Part, rows: _Rows) -> tuple[Array, ...]:
             own = part.operands(held.spec, rows.operands(held.operands), held.keys)
             return kernel.of_all_keys(part.spec(held.spec), own, Saved(*rows.saved))
 
-        by_run = work.each(held, run, between, found)
+        by_run = results.kept(work.each(held, run, between, results.sent))
         nonlocal d_bias
         if d_bias is not None:
             own = held.heads if d_bias.shape[1] > 1 else slice(None)
@@ -75,12 +77,32 @@ def backward(
                 d_bias = d_bias.at[:, own].set(sums)
         d_query, *of_keys = ([x[i] for x in by_run] for i in range(3))
         terms = [[x.astype(spec.accumulator) for x in xs] for xs in of_keys]
-        found.append([work.deal.joined(d_query), *scattered(context, terms)])
-        return by_run
+        own_keys = [x.astype(spec.dtype) for x in scattered(context, terms)]
+        results.sent.append([work.deal.joined(d_query), *own_keys])
+        return by_run, results.whole
 
     work.done(operands, saved, compute)
-    query, key, value = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
+    results.kept([])
+    query, key, value = results.whole
     return Gradients(query, key, value, d_bias)
+
+
+@dataclass
+class _Results:
+    """Of a call: those of the pieces that are home, and on their way those of the last."""
+
+    pieces: int
+    whole: list[Array] = field(default_factory=list)
+    sent: list[list[Array]] = field(default_factory=list)
+    _home: int = 0
+
+    def kept[T](self, made: T) -> T:
+        """Puts what was sent where it belongs, before what is made after it is sent."""
+        if self.sent:
+            self.whole = put(self.whole, self.sent.pop(), self._home, self.pieces)
+            self._home += 1
+            made, self.whole = lax.optimization_barrier((made, self.whole))
+        return made
 
 
 class _Rows(NamedTuple):

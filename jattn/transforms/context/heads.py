@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -30,6 +29,7 @@ from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms.context.kernels import Backward, Forward, Gradients, Saved
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import context_of, device_index
+from jattn.transforms.context.pieces import put
 from jattn.transforms.context.plan import Plan
 
 __all__ = ["backward", "exchanged", "forward"]
@@ -38,12 +38,11 @@ __all__ = ["backward", "exchanged", "forward"]
 def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands) -> Merged:
     """The rows' output without sinks, and their numbers."""
     work = _Work.of(plan, spec, operands)
-    run = jax.jit(kernel.run, static_argnums=0)  # lowered once for all pieces
 
     def compute(
         piece: int, rows: list[Array], keys: list[Array]
     ) -> tuple[list[Array], list[Array]]:
-        out, top, rest = run(*work.call(piece, *rows, *keys))
+        out, top, rest = kernel.run(*work.call(piece, *rows, *keys))
         return [out.astype(spec.dtype), top, rest], []
 
     found, _ = work.done([operands.query], [operands.key, operands.value], compute)
@@ -56,14 +55,13 @@ def backward(
     """The gradients of a device's arrays; that of a bias is of its own heads, and else 0."""
     work = _Work.of(plan, spec, operands)
     d_bias = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias).bias
-    run = jax.jit(kernel.of_all_keys, static_argnums=0)
 
     def compute(
         piece: int, rows: list[Array], keys: list[Array]
     ) -> tuple[list[Array], list[Array]]:
         nonlocal d_bias
         query, *others = rows
-        d_query, *of_keys = run(*work.call(piece, query, *keys), Saved(*others))
+        d_query, *of_keys = kernel.of_all_keys(*work.call(piece, query, *keys), Saved(*others))
         if d_bias is not None:
             d_bias = work.with_bias(d_bias, piece, of_keys[2])
         return [d_query], of_keys[:2]
@@ -236,18 +234,10 @@ class _Work:
 
     def _kept(self, found: list[Array], come: list[Array], piece: int, p: int) -> list[Array]:
         """Results (B, t, heads, ...) with those of one of p pieces, (n, B, t, heads, ...)."""
-        if not come:
-            return found
         devices = self.context.devices
-        if not found:
-            shapes = [(*x.shape[1:3], devices * p * x.shape[3], *x.shape[4:]) for x in come]
-            found = [jnp.zeros(s, x.dtype) for s, x in zip(shapes, come, strict=True)]
-        for device in range(devices):
-            first = device * p + piece
-            found = [
-                lax.dynamic_update_slice_in_dim(x, part[device], first * part.shape[3], axis=2)
-                for x, part in zip(found, come, strict=True)
-            ]
+        for device in range(devices) if come else ():
+            own = [x[device] for x in come]
+            found = put(found, own, device * p + piece, devices * p)
         return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -46,6 +47,11 @@ class Forward:
     run: Callable[[AttentionSpec, Operands], tuple[Array, Array, Array]]
     unit: float
 
+    @staticmethod
+    def of(kernels: Pair, spec: AttentionSpec) -> Forward:
+        """Lowered once for all parts that are alike."""
+        return Forward(jax.jit(kernels.forward, static_argnums=0), kernels.unit(spec))
+
 
 class Saved(NamedTuple):
     """What backward takes of the rows, each (B, T, N, ...)."""
@@ -61,7 +67,9 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """That of query as it is wanted; of key, value, and bias if that is, in float32."""
+    """That of query as it is wanted; of key and value, in float32 where they are sums of parts; of
+    bias, if that is wanted, in float32.
+    """
 
     query: Array
     key: Array
@@ -92,25 +100,29 @@ class Backward:
     it are added up: there kernels give it in float32.
     """
 
-    kernels: Pair
+    run: Callable[..., tuple[Array, ...]]
     wants_bias: bool
     wants_scale: bool
+
+    @staticmethod
+    def of(kernels: Pair, *, wants_bias: bool, wants_scale: bool) -> Backward:
+        """Lowered once for all parts that are alike."""
+        names = ("wants_bias", "wants_scale")
+        run = jax.jit(kernels.backward, static_argnums=0, static_argnames=names)
+        return Backward(run, wants_bias, wants_scale)
 
     def of_some_keys(
         self, spec: AttentionSpec, operands: Operands, saved: Saved
     ) -> tuple[Array, ...]:
         """The part's gradients, that of query in float32 and not multiplied by the scale."""
-        return self.kernels.backward(
-            spec, operands, *saved, wants_bias=self.wants_bias, wants_scale=True
-        )
+        return self.run(spec, operands, *saved, wants_bias=self.wants_bias, wants_scale=True)
 
     def of_all_keys(
         self, spec: AttentionSpec, operands: Operands, saved: Saved
     ) -> tuple[Array, ...]:
         """Gradients of a part that has all keys, that of query as it is wanted."""
-        return self.kernels.backward(
-            spec, operands, *saved, wants_bias=self.wants_bias, wants_scale=self.wants_scale
-        )
+        wants = {"wants_bias": self.wants_bias, "wants_scale": self.wants_scale}
+        return self.run(spec, operands, *saved, **wants)
 
     def summed(self, spec: AttentionSpec, operands: Operands, d_query: Array) -> Array:
         """The gradient of query as it is wanted, from the sum of its parts."""

@@ -116,6 +116,8 @@ def kept_heads(
         if x is not None:
             found[name] = x if x.shape[1] == 1 else x[:, heads]
             shapes[f"{name}_shape"] = found[name].shape
+    if operands.sinks is not None:
+        found["sinks"] = operands.sinks[..., heads]
     if operands.dropout_seeds is not None and not spec.broadcast_dropout:
         own = jnp.full((), heads.start, jnp.int32)
         found["dropout_seeds"] = dropout.seeds_from_head(operands.dropout_seeds, own)

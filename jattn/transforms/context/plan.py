@@ -21,8 +21,8 @@ from jattn.transforms.context.runs import Run, runs, sight
 
 __all__ = ["Hop", "Plan", "balances", "plan_of"]
 
-# Queries times heads of a piece: four tiles of 128 for each of an H100's multiprocessors.
-LEAST_ROWS = 1 << 16
+# Queries times heads of a kernel: two tiles of 128 for nearly each of an H100's multiprocessors.
+LEAST_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Plan:
 
     is_balanced: a causal mask's queries are exchanged before, and results after, so that each
       device has as much to do.
-    pieces: into how many a gather of keys is cut, or a device's heads are.
+    pieces: into how many a device's heads are cut, or those of a gather or a ring.
     """
 
     context: Context
@@ -83,6 +83,8 @@ class Plan:
             moved += ", keys not sent"
         elif self.moves:
             moved += f" of {forward}, in backward {backward}"
+            if self.schedule == "ring" and self.pieces > 1:
+                moved += f", by {self.pieces} pieces of the heads"
         exchange = "; queries are exchanged, so that all see as many keys"
         return (
             f"cut over {context.devices} devices along {context.name}: {self.schedule}, {moved}"
@@ -117,12 +119,16 @@ def plan_of(spec: AttentionSpec) -> Plan:
     if is_balanced and schedule == "ring":
         hops = ring_hops(spec, replace(context, query_layout="zigzag", key_layout="zigzag"))
     sizes = _Sizes.of(spec)
-    found = {"heads": dealt or 1, "gather": pieces or _most_pieces(spec)}
+    found = {
+        "heads": dealt or 1,
+        "gather": pieces or _most_pieces(spec),
+        "ring": _pieces_of_ring(spec),
+    }
     return Plan(
         context=context,
         schedule=schedule,
         is_balanced=is_balanced,
-        pieces=found.get(schedule, 1),
+        pieces=found[schedule],
         hops=hops,
         why=why,
         kv_bytes=sizes.keys * spec.element_bytes,
@@ -228,18 +234,43 @@ def _pieces_of_heads(spec: AttentionSpec, context: Context) -> int | None:
 
 
 def _pieces(spec: AttentionSpec, context: Context) -> int | None:
-    """The fewest pieces of a gather that hold no more than a ring does; None if all hold more.
+    """The fewest pieces of a gather that hold no more than a hop's keys and values.
 
-    A gather holds all devices' keys and values of two pieces.
+    Or the most of them that leave a kernel enough rows, or keys no more memory than a ring has.
+    None if they take more in as many pieces as there are. All devices' keys and values of two
+    pieces are held, and what is exchanged of queries and output.
     """
     sizes = _Sizes.of(spec)
     if not is_known(*sizes):
         return None
+    rows, found, is_little = spec.batch * spec.heads * spec.queries // 2, 1, False
     for pieces in _possible_pieces(spec):
-        held = 2 * context.devices * sizes.keys * spec.element_bytes // pieces
-        if held <= sizes.ring_bytes(spec):
-            return pieces
-    return None
+        if is_little and rows // pieces < LEAST_ROWS:
+            break
+        of_keys = 2 * context.devices * sizes.keys // pieces
+        found, is_little = pieces, of_keys * spec.element_bytes <= sizes.ring_bytes(spec)
+        if of_keys + 2 * (sizes.queries + sizes.out) // pieces <= sizes.keys:
+            break
+    return found if is_little else None
+
+
+def _pieces_of_ring(spec: AttentionSpec) -> int:
+    """The fewest pieces of a ring that hold no more than a hop's keys and values, or the most.
+
+    Held are, of a piece, two devices' keys and values, exchanged ones and queries, and the output
+    twice in float32.
+    """
+    sizes = _Sizes.of(spec)
+    if not is_known(*sizes):
+        return 1
+    rows, found = spec.batch * spec.heads * spec.queries // 2, 1
+    for pieces in _divisors(spec.kv_heads):
+        if rows // pieces < LEAST_ROWS:
+            break
+        found = pieces
+        if (3 * sizes.keys + sizes.queries + 3 * sizes.out) // pieces <= sizes.keys:
+            break
+    return found
 
 
 def _possible_pieces(spec: AttentionSpec) -> list[int]:

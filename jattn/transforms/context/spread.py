@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jattn.call import masking
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms.context import gather, heads, ring
 from jattn.transforms.context.balance import contiguous, zigzagged
 from jattn.transforms.context.kernels import Backward, Forward, Pair, Saved
-from jattn.transforms.context.parts import context_of, device_index, queries_of
+from jattn.transforms.context.merge import Merged
+from jattn.transforms.context.parts import context_of, device_index, kept_heads, queries_of
+from jattn.transforms.context.pieces import put
 from jattn.transforms.context.plan import Plan, plan_of
 from jattn.transforms.context.runs import runs
 
@@ -25,18 +27,31 @@ def forward(kernels: Pair, spec: AttentionSpec, operands: Operands) -> tuple[Arr
     """`kernels.forward` of a call that may be part of a longer one."""
     if spec.context is None:
         return kernels.forward(spec, operands)
-    plan = plan_of(spec)
+    plan, kernel = plan_of(spec), Forward.of(kernels, spec)
     exchange = _Exchange(plan, spec)
-    kernel = Forward(kernels.forward, kernels.unit(spec))
-    own_spec, own = exchange.spec, exchange.operands(operands)
-    found = _SCHEDULES[plan.schedule].forward(kernel, plan, own_spec, own)
+    own = exchange.segments(operands)
+    found: list[Array] = []
+    pieces = plan.pieces if plan.schedule == "ring" else 1
+    for number in range(pieces):
+        of_heads, part = exchange.piece(own, number, pieces)
+        merged = _SCHEDULES[plan.schedule].forward(kernel, plan, of_heads, part)
+        results = [exchange.back(x) for x in _with_sinks(merged, kernel, of_heads, part)]
+        found = put(found, results, number, pieces) if pieces > 1 else results
+        found, own = lax.optimization_barrier((found, own)) if pieces > 1 else (found, own)
+    out, top, rest = found
+    return out, top, rest
+
+
+def _with_sinks(
+    found: Merged, kernel: Forward, spec: AttentionSpec, operands: Operands
+) -> tuple[Array, Array, Array]:
+    """The output beside the call's sinks, in its dtype, and the numbers of the rows without."""
     out, top, rest = found
     if operands.sinks is not None:
         shift = jnp.where(top == -jnp.inf, 0, top) * kernel.unit
         sinks = operands.sinks.astype(top.dtype).reshape(-1, 1, spec.heads)
         out = found.beside(sinks - shift)
-    out, top, rest = (exchange.back(x) for x in (out.astype(spec.dtype), top, rest))
-    return out, top, rest
+    return out.astype(spec.dtype), top, rest
 
 
 def backward(
@@ -54,22 +69,33 @@ def backward(
             spec, operands, *saved, wants_bias=wants_bias, wants_scale=wants_scale
         )
     plan = plan_of(spec)
+    kernel = Backward.of(kernels, wants_bias=wants_bias, wants_scale=wants_scale)
     exchange = _Exchange(plan, spec)
-    kernel = Backward(kernels, wants_bias, wants_scale)
-    rows = Saved(*(exchange.rows(x) for x in saved))
-    found = _SCHEDULES[plan.schedule].backward(
-        kernel, plan, exchange.spec, exchange.operands(operands), rows
-    )
-    d_query, d_key, d_value, d_bias = found
-    gradients = (
-        exchange.back(d_query),
-        exchange.back(d_key.astype(spec.dtype)),
-        exchange.back(d_value.astype(spec.dtype)),
-    )
+    own = exchange.segments(operands)
+    found: list[Array] = []
+    d_bias: Array | None = None
+    pieces = plan.pieces if plan.schedule == "ring" else 1
+    for number in range(pieces):
+        of_heads, part = exchange.piece(own, number, pieces)
+        rows = Saved(*(exchange.rows(_of_piece(x, number, pieces)) for x in saved))
+        *gradients, more = _SCHEDULES[plan.schedule].backward(kernel, plan, of_heads, part, rows)
+        d_query, *of_keys = (exchange.back(x) for x in gradients)
+        results = [d_query, *(x.astype(spec.dtype) for x in of_keys)]
+        found = put(found, results, number, pieces) if pieces > 1 else results
+        d_bias = _joined(d_bias, more, number, pieces)
+        if pieces > 1:
+            found, own, saved = lax.optimization_barrier((found, own, saved))
     if d_bias is None:
-        return gradients
+        return tuple(found)
     assert spec.d_bias_shape is not None
-    return (*gradients, d_bias[..., : spec.d_bias_shape[3]].astype(spec.bias_dtype))
+    return (*found, d_bias[..., : spec.d_bias_shape[3]].astype(spec.bias_dtype))
+
+
+def _joined(d_bias: Array | None, more: Array | None, number: int, pieces: int) -> Array | None:
+    """The gradient of a bias with that of a piece of its heads, or of the one for all of them."""
+    if d_bias is None or more is None:
+        return more
+    return d_bias + more if more.shape[1] == 1 else jnp.concatenate([d_bias, more], axis=1)
 
 
 def past_zeroed(spec: AttentionSpec, x: Array, lengths: Array) -> Array:
@@ -103,9 +129,30 @@ class _Exchange:
         """A result for each query, or each key."""
         return contiguous(self._axes, self._devices, x) if self._is_needed else x
 
-    def operands(self, operands: Operands) -> Operands:
-        """Those of a call."""
-        names = ("query", "query_segments", "key", "value", "key_segments")
-        own = {name: getattr(operands, name) for name in names}
+    def segments(self, operands: Operands) -> Operands:
+        """A call's arrays with these exchanged, as all of its heads have them."""
+        own = {name: getattr(operands, name) for name in ("query_segments", "key_segments")}
         made = {name: self.rows(x) for name, x in own.items() if x is not None}
         return operands._replace(**made)
+
+    def piece(self, operands: Operands, number: int, pieces: int) -> tuple[AttentionSpec, Operands]:
+        """The call of one of so many pieces of the heads, its queries and keys exchanged."""
+        count = self.spec.kv_heads // pieces
+        spec, own = self.spec, operands
+        if pieces > 1:
+            spec, own = kept_heads(spec, operands, number * count, count)
+            own = own._replace(
+                key=_of_piece(own.key, number, pieces), value=_of_piece(own.value, number, pieces)
+            )
+        made = [self.rows(x) for x in (own.query, own.key, own.value)]
+        if self._is_needed:
+            # Else XLA makes one transfer of one array's exchange and another's first hop.
+            made = lax.optimization_barrier(made)
+        query, key, value = made
+        return spec, own._replace(query=query, key=key, value=value)
+
+
+def _of_piece(x: Array, number: int, pieces: int) -> Array:
+    """Of (B, t, heads, ...) one of so many pieces of the heads."""
+    count = x.shape[2] // pieces
+    return x if pieces == 1 else x[:, :, number * count : (number + 1) * count]
