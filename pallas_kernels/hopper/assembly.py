@@ -28,15 +28,16 @@ def below(x: Array, limit: int) -> Array:
     """Bits (64, 8), uint32: where x (64, up to 256), uint32, is below the limit."""
     rows, columns = x.shape
 
-    @plgpu.inline_mgpu(
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
         arg_types=(WGMMA,),
         return_type=plgpu.ShapeDtypeStruct((rows, COLUMNS), jnp.uint32, layout=WGMMA),
     )
-    def found(ctx: Any, x: Any) -> Any:  # type: ignore[untyped-decorator]
+    def found(ctx: Any, x: Any) -> Any:
         word = ir.IntegerType.get_signless(32)
         bits = np.empty((1, 1, *x.registers.shape[2:]), object)
         for place in np.ndindex(bits.shape):
-            own = [llvm.mlir_constant(ir.IntegerAttr.get(word, 0))] * 2
+            zero = llvm.mlir_constant(ir.IntegerAttr.get(word, 0))  # type: ignore[call-arg]
+            own = [zero] * 2
             for j in range(columns // COLUMNS):
                 values = _elements(x.registers[(0, j, *place[2:])])
                 own = [_bit(j, limit, *pair) for pair in zip(own, values, strict=True)]
@@ -85,11 +86,11 @@ def marked(x: Array, bits: Array) -> Array:
 def _by_bit(text: Callable[[int], str], x: Array, bits: Array) -> Array:
     """float32 $0 of x's element $1 and the register $2 whose bit j is its own, by text(j)."""
 
-    @plgpu.inline_mgpu(
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
         arg_types=(WGMMA, WGMMA),
         return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA),
     )
-    def made(ctx: Any, x: Any, bits: Any) -> Any:  # type: ignore[untyped-decorator]
+    def made(ctx: Any, x: Any, bits: Any) -> Any:
         registers = np.empty_like(x.registers)
         number = ir.F32Type.get()
         for place in np.ndindex(registers.shape):

@@ -73,7 +73,7 @@ class Seam:
     def below(self, x: Array, limit: int) -> Array:
         """A bit for each element of x (64, n), uint32, of wgmma's layout: whether it is below."""
         if self.interpret:
-            return x < jnp.uint32(limit)
+            return jnp.less(x, jnp.uint32(limit))
         return assembly.below(x, limit)
 
     def zeroed(self, x: Array, bits: Array) -> Array:
@@ -88,7 +88,7 @@ class Seam:
         """What global memory holds, in this register layout."""
         if self.interpret:
             return ref[...]  # type: ignore[no-any-return]
-        return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[no-any-return]
+        return plgpu.load(ref, layout=layout, optimized=False)
 
     def layout(self, x: Array, layout: Any) -> Array:
         """The array in this register layout."""
