@@ -311,10 +311,10 @@ class TestForms:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"bias": bias}, "takes no bias, given (1, 2, 128, 128)"),
             ({"mask": jax.ShapeDtypeStruct((128, 128), jnp.bool_)}, "more than 128 queries"),
             ({"dtype": jnp.float32}, "not float32"),
             ({"head_dim": 320}, "not 320"),
+            ({"head_dim": 32, "bias": bias}, "from 64 on, not 32"),
         ],
     )
     def test_flash_is_portable_where_hoppers_cannot_and_says_why(
@@ -324,6 +324,19 @@ class TestForms:
         assert report.kernel == "Pallas, portable"
         assert any(reason in why for why in report.passed_over)
         assert reason in str(explained)
+
+    def test_a_bias_is_taken_by_hoppers_and_its_gradients_made_by_portable_ones(self) -> None:
+        explained, report = report_on("NVIDIA H200", "flash", bias=self.bias)
+        assert explained.chosen == "flash"
+        assert report.kernel == "Pallas Mosaic GPU, Hopper; gradients: Pallas, portable"
+
+    def test_a_large_bias_that_ends_within_a_tile_is_left_to_portable_kernels(self) -> None:
+        x = jax.ShapeDtypeStruct((1, 1001, 8, 64), jnp.bfloat16)
+        bias = jax.ShapeDtypeStruct((1, 8, 1001, 1001), jnp.bfloat16)
+        many = jax.ShapeDtypeStruct((32, 1001, 8, 64), jnp.bfloat16)
+        with on("NVIDIA H200"):
+            assert jattn.explain(x, x, x, bias=bias).kernel == "Pallas, portable"
+            assert "Hopper" in str(jattn.explain(many, many, many, bias=bias).kernel)
 
     def test_what_neither_can_is_refused_with_the_reasons_of_both(self) -> None:
         _, report = report_on("NVIDIA H200", "flash", head_dim=520)

@@ -18,6 +18,7 @@ from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
 from pallas_kernels.hopper import limits
+from pallas_kernels.hopper.bias_form import copied_bytes
 from pallas_kernels.portable.precision import term_count
 
 __all__ = [
@@ -48,6 +49,8 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
 
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
+    if spec.bias_shape is not None:  # the portable kernels make the gradients
+        return portable_gradient_bytes(spec, target) + copied_bytes(spec)
     if spec.mask_shape is not None:
         return portable_gradient_bytes(spec, target)
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as

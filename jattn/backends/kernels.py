@@ -94,7 +94,9 @@ class Kernels:
     def unit(self, spec: AttentionSpec) -> float:
         """What 1 in `top` is of the natural logarithm."""
         if self.family == "hopper":
-            return math.log(2)
+            from pallas_kernels.hopper.softmax import unit
+
+            return unit(spec)
         from pallas_kernels.portable.elements import base
 
         return base(spec) * math.log(2)
@@ -125,19 +127,22 @@ class Kernels:
           wants_scale: the scale is an array whose gradient is asked for: then the gradient of query
             is not yet multiplied by it, and float32.
         """
-        saved = (spec, operands, top, rest, row_term, d_out)
-        if self.family == "hopper" and spec.mask_shape is None:
+        portable = spec.mask_shape is not None or spec.bias_shape is not None
+        if self.family == "hopper" and not portable:
             from pallas_kernels.hopper import backward as hopper
 
             return hopper.backward(
-                *saved,
+                *(spec, operands, top, rest, row_term, d_out),
                 wants_scale=wants_scale,
                 deterministic=self.deterministic,
                 interpret=self.interpret,
             )
-        saved = (spec, operands, *self._in_portable_unit(spec, top, rest), row_term, d_out)
+        saved = self._in_portable_unit(spec, top, rest)
         found: tuple[Array, ...] = self._portable().backward(
-            *saved, wants_bias=wants_bias, wants_scale=wants_scale, interpret=self.interpret
+            *(spec, operands, *saved, row_term, d_out),
+            wants_bias=wants_bias,
+            wants_scale=wants_scale,
+            interpret=self.interpret,
         )
         return found
 
@@ -211,8 +216,8 @@ class Kernels:
         self, spec: AttentionSpec, top: Array, rest: Array
     ) -> tuple[Array, Array]:
         """The log-sum-exp as the portable kernels have it; `rest` has what rounding leaves out."""
-        if self.family == "portable":
-            return top, rest
+        if self.family == "portable" or spec.bias_shape is not None:
+            return top, rest  # with a bias both are natural
         from pallas_kernels.portable.elements import base
 
         seen = top > -jnp.inf

@@ -82,13 +82,15 @@ def _tangents_beside_hopper(spec: AttentionSpec, target: Target) -> str:
 
 
 def _hopper_kernel(spec: AttentionSpec, target: Target) -> str:
-    portable = "; gradients: Pallas, portable" if spec.mask_shape is not None else ""
+    apart = spec.mask_shape is not None or spec.bias_shape is not None
+    portable = "; gradients: Pallas, portable" if apart else ""
     return f"Pallas Mosaic GPU, Hopper{portable}"
 
 
 def _hopper_refusals(spec: AttentionSpec, target: Target) -> list[str]:
-    # A dense mask's gradient is the portable kernels'.
-    return hopper.refusals(spec) + (portable.refusals(spec) if spec.mask_shape is not None else [])
+    # The gradients of a call with a dense mask or a bias are the portable kernels'.
+    apart = spec.mask_shape is not None or spec.bias_shape is not None
+    return hopper.refusals(spec) + (portable.refusals(spec) if apart else [])
 
 
 # In the order in which they are tried: all that are automatic where none is named, or those of the

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper import bias
 from pallas_kernels.hopper.dense_mask import words_of
 from pallas_kernels.hopper.dropout import Words, drops, words_of_rows
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
@@ -24,7 +25,7 @@ from pallas_kernels.hopper.load import query_slot
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
-from pallas_kernels.hopper.softmax import Softmax, across, logits, scale_of
+from pallas_kernels.hopper.softmax import LOG2E, Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
 from pallas_kernels.hopper.tiles import ROWS
 
@@ -78,6 +79,7 @@ def compute(plan: Plan, seam: Seam, refs: Ref, warpgroup: Warpgroup) -> None:
     for slot in range(tiles.stages):
         plgpu.barrier_arrive(refs.k_free.at[slot])
         plgpu.barrier_arrive(refs.v_free.at[slot])
+    bias.start(plan, refs)
     if tiles.in_turn:
         pl.when(warpgroup.number == tiles.warpgroups - 1)(
             lambda: plgpu.barrier_arrive(refs.turn.at[0])
@@ -296,6 +298,11 @@ class Rows:
         plan = self.plan
         x, c = logits(plan.spec, tile.scale, self.seam.layout(s, plgpu.Layout.WGMMA))
         slot = self.slot(tile.visited + i)
+        has_bias = plan.spec.bias_shape is not None
+        if has_bias:
+            number, count = self.warpgroup.number, tile.visited + i
+            x = bias.added(plan, self.seam, self.refs, number, count, x, c)
+            c = LOG2E
 
         def hidden(x: Array) -> Array:
             return hide(
@@ -311,7 +318,7 @@ class Rows:
                 some |= i >= tile.steps.clear_to
             x = lax.cond(some, hidden, lambda x: x, x)
         p, softmax, correction = (softmax or Softmax.start(self.seam)).update(
-            x, c, masked=masked is not False
+            x, c, masked=masked is not False, natural=has_bias
         )
         if beside.gone is not None:
             p = self.seam.zeroed(p, beside.gone)

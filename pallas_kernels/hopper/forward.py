@@ -41,6 +41,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.combine import combine
+from pallas_kernels.hopper import bias
+from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.dense_mask import mask_arrays
@@ -59,7 +61,7 @@ from pallas_kernels.hopper.plain import (
 from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, transforms
 from pallas_kernels.hopper.segments import segment_arrays
-from pallas_kernels.hopper.softmax import LN2
+from pallas_kernels.hopper.softmax import unit
 from pallas_kernels.hopper.tiles import ROWS, Tiles
 from pallas_kernels.hopper.warpgroups import run
 
@@ -79,7 +81,7 @@ def forward(
 ) -> tuple[Array, Array, Array]:
     """Output (B, T, N, D) in the call's dtype; and `top` and `rest` (B, T, N) float32.
 
-    These are the keys' log-sum-exp, the sinks left out: top log 2 + rest; -inf and 0 of a row that
+    These are the keys' log-sum-exp, the sinks left out: top `unit` + rest; -inf and 0 of a row that
     sees no key.
 
     Args:
@@ -107,6 +109,7 @@ def forward(
     if operands.scale is not None:
         inputs["scale"] = operands.scale
     inputs |= dropout_inputs(spec, operands)
+    inputs |= bias.bias_arrays(plan, operands)
     sinks = None
     if operands.sinks is not None:
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
@@ -117,7 +120,7 @@ def forward(
     top, total = (jnp.swapaxes(sums[..., i, : spec.queries], -2, -1) for i in range(2))
     rest = jnp.log(jnp.where(total == 0, 1, total))
     if plan.in_parts:
-        return combine(spec, out, top, rest, unit=LN2, sinks=sinks)
+        return combine(spec, out, top, rest, unit=unit(spec), sinks=sinks)
     return out, top, rest
 
 
@@ -209,7 +212,7 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
         own = transforms(widths[0], spec.dtype)
         return {f"{name}_smem": plgpu.SMEM((*shape, *widths), spec.dtype, transforms=own)}
 
-    q_arrivals = copies(plan) * len(head) + segments
+    q_arrivals = copies(plan) * len(head) + segments + (form_of(spec) == "rows")
     scratch = {
         **matrix("q", tiles.query_slots, ROWS, widths=head),
         **matrix("k", stages, tiles.keys, widths=head),
@@ -222,6 +225,7 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
         "v_full": plgpu.Barrier(num_arrivals=len(value), num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
+    scratch |= bias.scratch(plan)
     if tiles.own_staging and by_rows:
         scratch |= matrix("o", w, ROWS, widths=value)
     elif tiles.own_staging:

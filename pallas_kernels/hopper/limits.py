@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pallas_kernels.hopper.bias_form import copied_bytes
+from pallas_kernels.hopper.copies import padded_width
+
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
@@ -14,6 +17,9 @@ MOST_TANGENT_HEAD_DIM = 128  # beside the tangents, more leaves no shared memory
 FEW_QUERIES = 128  # a dense mask does without packing of heads and splitting of keys
 MOST_HEAD_DIM = 256  # wgmma's largest N, and all the registers a warpgroup has for the output
 KEYS_OF_A_BLOCK = 128  # of a thread block of the backward kernel of dQ, dK and dV
+
+BIAS_DTYPES = ("bfloat16", "float16", "float32")
+MOST_COPIED = 4 << 20  # bytes of a bias that ends within a tile, or as many as queries have
 
 
 def has_dq_apart(spec: AttentionSpec, *, deterministic: bool) -> bool:
@@ -35,11 +41,6 @@ def _is_wide(spec: AttentionSpec) -> bool:
     return max(spec.head_dim, spec.value_dim) > 128
 
 
-def padded_width(columns: int) -> int:
-    """Columns that a 16-bit matrix takes in shared memory: whole rows of some swizzle."""
-    return -(-columns // 64) * 64 if columns < 64 else -(-columns // 16) * 16
-
-
 def refusals(spec: AttentionSpec) -> list[str]:
     """Why the kernels cannot do the call, with the values; empty if they can."""
     reasons = []
@@ -56,8 +57,20 @@ def refusals(spec: AttentionSpec) -> list[str]:
             f"its Hopper kernel takes a dense mask of more than {FEW_QUERIES} queries, not "
             f"{spec.queries}"
         )
-    if spec.bias_shape is not None:
-        reasons.append(f"its Hopper kernel takes no bias, given {spec.bias_shape}")
+    if spec.bias_shape is not None and (spec.mask_shape is not None or spec.dropout_rate > 0):
+        reasons.append("its Hopper kernel takes no bias beside a dense mask or dropout")
+    if spec.bias_dtype is not None and (given := spec.bias_dtype.name) not in BIAS_DTYPES:
+        reasons.append(f"its Hopper kernel takes a bias of {', '.join(BIAS_DTYPES)}, not {given}")
+    if spec.bias_shape is not None and (least := min(spec.head_dim, spec.value_dim)) < 64:
+        reasons.append(
+            f"its Hopper kernel takes a bias at head dims from 64 on, not {least}, which is padded"
+        )
+    queries = spec.batch * spec.queries * spec.heads * spec.head_dim * spec.element_bytes
+    if (copied := copied_bytes(spec)) > max(queries, MOST_COPIED):
+        reasons.append(
+            f"its Hopper kernel would copy a bias {spec.bias_shape} whose queries are no multiple "
+            f"of 8 or whose keys are none of 16 ({copied / 2**20:.0f} MiB)"
+        )
     if (count := spec.tiles(64)) > MOST_BLOCKS:
         reasons.append(f"its Hopper kernel has {count} tiles of 64 rows, more than {MOST_BLOCKS}")
     return reasons

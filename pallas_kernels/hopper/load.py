@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper import bias
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import steps_of
 from pallas_kernels.hopper.plain import columns_of
@@ -67,6 +68,7 @@ def load(plan: Plan, refs: Ref) -> None:
     for slot in range(tiles.stages):
         plgpu.barrier_wait(refs.k_free.at[slot])
         plgpu.barrier_wait(refs.v_free.at[slot])
+    bias.drain(plan, refs)
 
 
 def query_slot(plan: Plan, turn: Array | int, w: Array | int) -> Any:
@@ -113,6 +115,7 @@ def _load_q(plan: Plan, refs: Ref, work: Work, turn: Array | int, w: int) -> Non
         plgpu.copy_gmem_to_smem(
             refs.query_segments.at[work.batch, pl.ds(start, ROWS)], refs.q_segments.at[w], full
         )
+    bias.load_rows(plan, refs, work, w, full)
 
 
 def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array) -> None:
@@ -129,6 +132,7 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
         plgpu.copy_gmem_to_smem(
             refs.key_segments.at[work.batch, rows], refs.k_segments.at[slot], refs.k_full.at[slot]
         )
+    bias.load_block(plan, refs, work, block, count)
 
 
 def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array) -> None:

@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from jattn.call.masking import KeyIntervals
 from pallas_kernels.blocks import key_blocks, unmasked_key_blocks
+from pallas_kernels.hopper.bias_form import form_of, rows_share
 from pallas_kernels.hopper.indices import divided, quotient
 from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles, fit
 
@@ -185,7 +186,10 @@ class Plan:
         together = self.heads_together
         lots, tile = divided(index, self.query_tiles * together)
         tile, inner = divided(tile, together)
-        batch, pack = divided(lots * together + inner, self.head_packs)
+        if rows_share(self.spec):  # side by side, so that what they share stays in L2
+            pack, batch = divided(lots * together + inner, self.spec.batch)
+        else:
+            batch, pack = divided(lots * together + inner, self.head_packs)
         tile = self.query_tiles - 1 - tile  # the longest of a causal call come first
         head = pack * self.pack
         kv_head = quotient(head, self.spec.group)
@@ -209,6 +213,8 @@ def make_plan(
     # With a dense mask a tile is of one head, and its blocks of keys are a list of their own.
     masked = spec.mask_shape is not None
     pack = 1 if masked else min(packable, ROWS // 8)
+    if form_of(spec) == "columns" and spec.bias_shape is not None and spec.bias_shape[1] > 1:
+        pack = 1  # a tile has one vector beside a block of keys
     while pack > 1 and spec.queries * pack > 2 * ROWS:
         pack //= 2
     chosen = tiles or choose_tiles(spec, rows=spec.queries * pack)

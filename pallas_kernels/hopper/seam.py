@@ -16,6 +16,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import assembly
+from pallas_kernels.hopper.copies import copyable
 
 __all__ = ["Ref", "Seam", "copyable", "swizzle_of", "transforms"]
 
@@ -109,8 +110,3 @@ def transforms(columns: int, dtype: Any, swizzle: int | None = None) -> tuple[An
 def swizzle_of(columns: int, size: int) -> int:
     """Bytes of the widest swizzle for rows of this many elements of `size` bytes."""
     return next(s for s in (128, 64, 32) if columns * size % s == 0 or columns * size < s)
-
-
-def copyable(size: int, tile: int) -> int:
-    """The size at least this that an array's axis must have to be copied in tiles."""
-    return size if size < tile else -(-size // tile) * tile

@@ -4,6 +4,9 @@
 
 (Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1.) A row that has seen no key has
 m = -inf and l = 0.
+
+With a bias m is natural and P = 2^(c (S - m)): there may be no room for c times a number that
+hides, and that has rounding errors of its own, which 2^x would multiply.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pallas_kernels.hopper.tiles import ROWS
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["LN2", "LOG2E", "Softmax", "across", "logits", "scale_of"]
+__all__ = ["LN2", "LOG2E", "Softmax", "across", "logits", "scale_of", "unit"]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -54,6 +57,11 @@ def logits(spec: AttentionSpec, scale: Array | float, s: Array) -> tuple[Array, 
     return s * scale, LOG2E
 
 
+def unit(spec: AttentionSpec) -> float:
+    """What 1 in the rows' maxima is of the natural logarithm."""
+    return LN2 if spec.bias_shape is None else 1.0
+
+
 class Softmax(NamedTuple):
     """The rows' maximum and sum so far, each (64,)."""
 
@@ -68,15 +76,26 @@ class Softmax(NamedTuple):
             seam.layout(jnp.zeros((ROWS,), jnp.float32), ROW),
         )
 
-    def update(self, s: Array, c: float, *, masked: bool) -> tuple[Array, Softmax, Array]:
-        """P of a block, the softmax that includes it, and the correction of what came before."""
+    def update(
+        self, s: Array, c: float, *, masked: bool, natural: bool = False
+    ) -> tuple[Array, Softmax, Array]:
+        """P of a block, the softmax that includes it, and the correction of what came before.
+
+        natural: so is the maximum, which else is in base 2 as the logits s c are.
+        """
+        if natural:
+            m = jnp.maximum(self.m, s.max(axis=1))
+            shift = jnp.where(m == -jnp.inf, 0.0, m)
+            correction = jnp.exp2((self.m - shift) * c)
+            p = jnp.exp2((s - across(shift, s.shape[1])) * c)
+            return p, Softmax(m, self.l * correction + p.sum(axis=1)), correction
         m = jnp.maximum(self.m, s.max(axis=1) * c)
         shift = jnp.where(m == -jnp.inf, 0.0, m) if masked else m
         correction = jnp.exp2(self.m - shift)
         p = jnp.exp2(s * c - across(shift, s.shape[1]))
         return p, Softmax(m, self.l * correction + p.sum(axis=1)), correction
 
-    def factor(self, sink: Array | None) -> Array:
+    def factor(self, sink: Array | None, *, natural: bool = False) -> Array:
         """What the output is multiplied by, 0 for a row that sees no key.
 
         sink: one more logit, natural, which has no value.
@@ -84,5 +103,6 @@ class Softmax(NamedTuple):
         none = self.l == 0.0
         total = jnp.where(none, 1.0, self.l)
         if sink is not None:  # infinite if far above all keys: what is divided by it is 0
-            total += jnp.exp2(sink * LOG2E - jnp.where(none, 0.0, self.m))
+            m = jnp.where(none, 0.0, self.m)
+            total += jnp.exp2((sink - m) * LOG2E if natural else sink * LOG2E - m)
         return jnp.where(none, 0.0, 1.0 / total)

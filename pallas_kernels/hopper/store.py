@@ -38,7 +38,7 @@ def store(
     if "sinks" in vars(refs):
         sink = refs.sinks[work.batch if refs.sinks.shape[0] > 1 else 0, work.head]
         sink = seam.layout(jnp.full((ROWS,), sink), plgpu.Layout.WGMMA.reduce(1))
-    factor = softmax.factor(sink)
+    factor = softmax.factor(sink, natural=plan.spec.bias_shape is not None)
     if plan.spec.dropout_rate > 0:
         factor *= kept_factor(plan.spec)
     if plan.tiles.own_staging:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
+from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.plain import in_pieces, whole_or_pieces
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Tiles:
     own_staging: the output waits for its copy beside the queries, not in their place.
     heads_together: the fewest heads whose tiles are computed side by side; more where their keys
       and values fit in L2.
+    bias_stages: blocks of a bias in flight.
     """
 
     warpgroups: int
@@ -41,6 +43,7 @@ class Tiles:
     in_turn: bool = False
     own_staging: bool = True
     heads_together: int = 8
+    bias_stages: int = 2
 
     @property
     def registers(self) -> tuple[int, int] | None:
@@ -55,7 +58,17 @@ class Tiles:
         rings = self.stages * self.keys * (head + value) * 2 + slots * head * 2
         # Vectors, each in kilobytes of its own; the row sums are two for a warpgroup.
         small = 1024 * (1 + (self.warpgroups > 2) + 3 * spec.has_segments)
-        return rings + rows * value * out_bytes * self.own_staging + small
+        staging = rows * value * out_bytes * self.own_staging
+        return rings + staging + small + self.bias_bytes(spec)
+
+    def bias_bytes(self, spec: AttentionSpec) -> int:
+        """Of them, what a bias takes."""
+        if spec.bias_dtype is None:
+            return 0
+        if form_of(spec) != "whole":
+            return 1024 * (1 + max(self.bias_stages * self.keys, self.warpgroups * ROWS) // 256)
+        rows = self.warpgroups * ROWS
+        return self.bias_stages * rows * self.keys * spec.bias_dtype.itemsize
 
 
 def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
@@ -63,6 +76,8 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048; T = 16k, 4k, 1k.
     width = max(_widths(spec, 2))
     short = spec.band.upper is not None and spec.queries < 2048
+    if form_of(spec) == "whole":
+        return _with_bias(spec, rows, width)
     if rows <= ROWS:
         # Few queries are bound by memory: one warpgroup, and every byte of it for keys in flight.
         return Tiles(1, 128 if width <= 128 else 64, 4, query_slots=1)
@@ -97,6 +112,19 @@ def _widths(spec: AttentionSpec, out_bytes: int) -> tuple[int, int]:
 
 def _rounded(size: int, by: int) -> int:
     return -(-size // by) * by
+
+
+def _with_bias(spec: AttentionSpec, rows: int, width: int) -> Tiles:
+    """The tiles beside tiles of a bias."""
+    assert spec.bias_dtype is not None
+    wide = spec.bias_dtype.itemsize > 2
+    if rows <= ROWS:
+        return Tiles(1, 128 if width <= 128 and not wide else 64, 3, query_slots=1)
+    if width <= 64:
+        return Tiles(2, 128, 2, query_slots=4, bias_stages=1 if wide else 2)
+    if width <= 128:
+        return Tiles(2, 64 if wide else 128, 2, query_slots=2)
+    return Tiles(2, 64, 2, query_slots=2, bias_stages=1 if wide else 2)
 
 
 def fit(spec: AttentionSpec, tiles: Tiles, *, listed: bool, out_bytes: int) -> Tiles:

@@ -175,7 +175,11 @@ def key_tiles(spec: AttentionSpec) -> Tiles:
 
 def query_tiles(spec: AttentionSpec) -> Tiles:
     """Those of the kernel of queries' gradients."""
-    return table_of(spec).queries
+    tiles = table_of(spec).queries
+    if spec.bias_dtype is not None and spec.bias_dtype.itemsize > spec.element_bytes:
+        # Blocks of a wider bias beside keys and values: three of them have no room at 128.
+        return tiles._replace(stages=min(tiles.stages, 2))
+    return tiles
 
 
 def bias_tiles(spec: AttentionSpec) -> Tiles:

@@ -76,7 +76,8 @@ def has_kernel(case: Case) -> bool:
     """Whether the kernels do the call, in a dtype of 16 bits."""
     dims = case.head_dim, case.value_dim or case.head_dim
     fits = all(dim % 8 == 0 and dim <= 256 for dim in dims)
-    return fits and not (case.mask or case.bias)
+    narrow = case.bias is not None and (min(dims) < 64 or case.dropout)
+    return fits and not (case.mask or narrow)
 
 
 # The cases of all backends, one in bfloat16, the next in float16.
@@ -96,6 +97,9 @@ def arguments(case: Case) -> tuple[Shapes, Shapes, dict[str, Any]]:
         "key": jax.ShapeDtypeStruct((b, s, case.kv_heads, case.head_dim), dtype),
         "value": jax.ShapeDtypeStruct((b, s, case.kv_heads, value_dim), dtype),
     }
+    if case.bias:
+        bias_dtype = jnp.dtype(case.bias_dtype or case.dtype)
+        floats["bias"] = jax.ShapeDtypeStruct(case.shape_of(case.bias), bias_dtype)
     if case.sinks:
         floats["sinks"] = jax.ShapeDtypeStruct((case.heads,), dtype)
     rest = {}

@@ -87,6 +87,29 @@ OF_TANGENTS = (
     ),
     *("window_64", "lengths_128", "offsets_128", "bottom_right", "ragged", "one_query_128"),
 )
+BIASES = [
+    *(
+        Long(f"bias_{name}_{h}", head_dim=h, batch=2, bias=form, bias_dtype=dtype, **options)
+        for h in WIDTHS
+        for name, form, dtype, options in (
+            ("full", "1NTS", "bfloat16", {}),
+            ("float32", "1NTS", "float32", {"causal": True}),
+            ("window", "11TS", "bfloat16", {"window": (1023, 0)}),
+            ("columns", "1N1S", "float32", {}),
+            ("columns_causal", "1N1S", "float32", {"causal": True}),
+            ("rows", "BNT1", "float32", {}),
+        )
+    ),
+    *(
+        Long(f"bias_{name}", bias="BNTS", causal=True, **options)
+        for name, options in (
+            ("segments", {"segments": "sorted"}),
+            ("lengths", {"query_lengths": (9,), "key_lengths": (9,)}),
+            ("soft_cap_sinks", {"kv_heads": 4, "soft_cap": 50.0, "sinks": True}),
+        )
+    ),
+    Long("bias_one_query", queries=1, keys=4096, kv_heads=4, bias="1N1S"),
+]
 # What is compiled of each case, but gradients of dense masks, which are portable. "backward" is the
 # gradient without the forward it starts from, "deterministic" the same where that is computed in
 # another way, "tangent" that of all operands.
@@ -104,6 +127,7 @@ CALLS = [
         if case.name in (f"{mask}_64", f"{mask}_128")
     ),
     *((case, "tangent") for case in CASES if case.name in OF_TANGENTS),
+    *((case, "forward") for case in BIASES),
 ]
 
 # ptxas: "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to

@@ -24,7 +24,7 @@ ON_A_GPU = SMALL + LARGE + SHARED
 ORDINARY = "offsets packed one_query_split_keys latent_window"
 
 
-def test_every_shared_case_without_a_mask_or_bias_is_tried() -> None:
+def test_every_shared_case_without_a_mask_or_a_bias_of_narrow_heads_is_tried() -> None:
     refused = [case for case in FLOAT32 if not has_kernel(case)]
     assert len(SHARED) + len(refused) == len(FLOAT32)
     assert len(SHARED) >= 50
@@ -32,7 +32,8 @@ def test_every_shared_case_without_a_mask_or_bias_is_tried() -> None:
         assert limits.refusals(spec_of(case)) == [], case
     for case in refused:
         dims = case.head_dim, case.value_dim or case.head_dim
-        assert case.mask or case.bias or any(dim % 8 for dim in dims), case
+        narrow = case.bias is not None and min(dims) < 64
+        assert case.mask or narrow or any(dim % 8 for dim in dims), case
 
 
 @pytest.mark.parametrize("case", chosen(SMALL, ORDINARY), ids=str)

@@ -1,0 +1,49 @@
+"""How a bias comes to the Hopper kernels, by what it has along queries and keys."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+from pallas_kernels.hopper.copies import copyable, padded_width
+
+if TYPE_CHECKING:
+    from jattn.call.spec import AttentionSpec
+
+__all__ = ["Form", "copied_bytes", "form_of", "padding", "rows_share"]
+
+type Form = Literal["whole", "columns", "rows"]
+
+
+def form_of(spec: AttentionSpec) -> Form | None:
+    """ "whole" (.., T, S), "columns" (.., 1, S) or "rows" (.., T, 1); None if there is no bias."""
+    if spec.bias_shape is None:
+        return None
+    _, _, t, s = spec.bias_shape
+    if s == 1 and spec.keys > 1:
+        return "rows"
+    # One query's bias is all there is, also where several heads' queries make a tile.
+    return "columns" if t == 1 and spec.queries > 1 else "whole"
+
+
+def rows_share(spec: AttentionSpec) -> bool:
+    """Whether rows of the batch read the same tiles of a bias."""
+    return form_of(spec) == "whole" and spec.rows("bias").count < spec.batch
+
+
+def padding(spec: AttentionSpec) -> tuple[int, int]:
+    """Queries and keys that a whole bias lacks to be copied in tiles."""
+    assert spec.bias_shape is not None
+    _, _, t, s = spec.bias_shape
+    return copyable(t, 8) - t, padded_width(s) - s
+
+
+def copied_bytes(spec: AttentionSpec) -> int:
+    """Bytes of the copy of a bias that ends within a tile; 0 if it is read in place."""
+    if form_of(spec) != "whole" or padding(spec) == (0, 0):
+        return 0
+    assert spec.bias_shape is not None
+    assert spec.bias_dtype is not None
+    rows, heads, t, s = spec.bias_shape
+    more_t, more_s = padding(spec)
+    return prod((rows, heads, t + more_t, s + more_s)) * spec.bias_dtype.itemsize

@@ -1,0 +1,15 @@
+"""Sizes that arrays must have for the TMA unit to copy them in tiles."""
+
+from __future__ import annotations
+
+__all__ = ["copyable", "padded_width"]
+
+
+def padded_width(columns: int) -> int:
+    """Columns that a 16-bit matrix takes in shared memory: whole rows of some swizzle."""
+    return -(-columns // 64) * 64 if columns < 64 else -(-columns // 16) * 16
+
+
+def copyable(size: int, tile: int) -> int:
+    """The size at least this that an array's axis must have to be copied in tiles."""
+    return size if size < tile else -(-size // tile) * tile
