@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jattn.call.masking import past_zeroed
 from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide
 from pallas_kernels.hopper.backward_block import key_gradients
+from pallas_kernels.hopper.backward_round import in_rows, rounded
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
 from pallas_kernels.hopper.dropout import kept_factor, words_by_block
 from pallas_kernels.hopper.limits import padded_width
@@ -120,10 +121,20 @@ def backward(
     else:
         unit = None
         dq, dk, dv = _added(spec, tiles, inputs, interpret=interpret)
-        if not wants_scale:
-            dq = (dq * spec.scale_beside(dq, operands) * kept_factor(spec)).astype(spec.dtype)
-        elif spec.dropout_rate > 0:
-            dq = dq * kept_factor(spec)
+        if tiles.in_fragments and not interpret:
+            shape = (-(-spec.queries // 8) * 8, inputs["q"].shape[3])
+            if wants_scale:
+                dq = rounded(spec, dq, shape, jnp.float32, 1.0)
+            else:
+                scale = inputs["scale"] if spec.scale is None else float(spec.scale)
+                dq = rounded(spec, dq, shape, spec.dtype, scale)
+        else:
+            if tiles.in_fragments:
+                dq = in_rows(spec, dq, inputs["q"].shape[3])
+            if not wants_scale:
+                dq = (dq * spec.scale_beside(dq, operands) * kept_factor(spec)).astype(spec.dtype)
+            elif spec.dropout_rate > 0:
+                dq = dq * kept_factor(spec)
     if unit is not None:
         dq = dq.astype(jnp.float32) / unit
     if tiles.shares.count > 1:
@@ -172,7 +183,11 @@ def _added(
         dk[...], dv[...] = backward_kernel.launch(spec, tiles, inputs, dq, interpret=interpret)
 
     b, n, blocks, _, queries = inputs["rows"].shape
-    dq = jnp.zeros((b, blocks * queries, n, inputs["q"].shape[3]), jnp.float32)
+    head = inputs["q"].shape[3]
+    shape: tuple[int, ...] = (b, blocks * queries, n, head)
+    if tiles.in_fragments:
+        shape = (b * n * blocks * tiles.warpgroups, queries * head // tiles.warpgroups)
+    dq = jnp.zeros(shape, jnp.float32)
     made = (jnp.zeros(x.shape, x.dtype) for x in key_gradients(spec, tiles, inputs))
     # Not by `new_ref`, whose effect cannot be partitioned.
     dq, dk, dv = pl.run_state(run)((dq, *made))

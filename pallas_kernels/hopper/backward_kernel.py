@@ -11,11 +11,13 @@ by head of the group, or over its share of these. dK and dV stay in registers; d
 float32 array in global memory, or written where the tile holds all keys there are.
 
     loader         K V Q0 dO0  Q1 dO1  Q2 dO2 ..
-    warpgroup 0    [S|dP] P dS [dV] > [dQ|dK] add dQ  [S|dP] P dS [dV] > ..      write dK dV
-    warpgroup 1    [S|dP] P dS [dV] > [dQ|dK] add dQ  [S|dP] P dS [dV] > ..      write dK dV
+    warpgroup 0    [S|dP] P [dV] dS > [dQ|dK] add dQ  [S|dP] P [dV] dS > ..      write dK dV
+    warpgroup 1    [S|dP] P [dV] dS > [dQ|dK] add dQ  [S|dP] P [dV] dS > ..      write dK dV
 
-At > both warpgroups' dS are in shared memory; each makes one half of the block's dQ, or about that
-many of its columns, which is written and added while dK is computed.
+P is computed while dP's product runs, dS while dV's does (for some tiles P and dS before dV). At >
+both warpgroups' dS are in shared memory; each makes one half of the block's dQ, or about that many
+of its columns, which is added while dK is computed: from the registers, in the order in which they
+hold it (`instructions.py`), or by way of shared memory.
 
 Shared memory, with the barriers that guard it (`full`: a copy has landed; `free`: its readers are
 done; both for each slot of a ring):
@@ -77,7 +79,8 @@ def launch(
 ) -> tuple[Array, ...]:
     """dK and dV, as `key_gradients` says; and dQ (B, T, N, H) in the call's dtype if `tiles.once`.
 
-    Adds the unscaled dQ to `dq` (B, T, N, H) float32 if there is one.
+    Adds the unscaled dQ to `dq` if there is one: (B, T, N, H) float32, or if `tiles.in_fragments`
+    (B N blocks parts, 64 columns) for each part of a block's columns, in fragment order.
 
     unscaled: what dS K is multiplied by instead of the scale, in a dQ that is returned.
     """
@@ -136,7 +139,9 @@ def launch(
         scratch_types=list(scratch.values()),
         **grid.launch,
         num_threads=w + 1,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=tiles.values_first and not interpret
+        ),
         interpret=interpret,
     )
     return found
@@ -169,7 +174,9 @@ def _scratch(
         scratch["ds_smem"] = matrix(2, tiles.keys, queries, swizzle=swizzle)
         shares = dq_columns(head) if queries == ROWS else (head, head)
         dtype = spec.dtype if tiles.once else jnp.float32
-        if shares[0] == shares[1]:
+        if tiles.in_fragments:
+            pass
+        elif shares[0] == shares[1]:
             scratch["dq_smem"] = matrix(w, ROWS, shares[0], dtype=dtype)
         else:
             # Tiles that begin where the second's columns do.
@@ -237,8 +244,7 @@ def _compute(block: Block, warpgroup: Array | int) -> None:
     )  # fmt: skip
     plgpu.wait_smem_to_gmem(0)
     if block.makes_dq:  # both warpgroups' dQ read all of k_smem
-        plgpu.barrier_arrive(refs.both)
-        plgpu.barrier_wait(refs.both)
+        _meet(block)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     if block.spec.dropout_rate > 0:
         dk, dv = dk * kept_factor(block.spec), dv * kept_factor(block.spec)
@@ -294,6 +300,7 @@ def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
     So that P', which knows the high part alone, does for P.
     """
     spec, seam, refs = block.spec, block.seam, block.refs
+    by_hand = block.tiles.values_first  # then Pallas puts no barriers around loads and stores
 
     @pl.when(warpgroup == 0)
     def _() -> None:
@@ -301,15 +308,29 @@ def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
             rows = pl.ds(row, ROWS)
             factor = jnp.exp2(-seam.load(refs.rows_smem.at[slot, LOW, rows], ROW))
             row_term = refs.rows_smem.at[slot, ROW_TERM, rows]
-            row_term[...] = seam.load(row_term, ROW) * factor
+            folded_term = seam.load(row_term, ROW) * factor
+            if by_hand:  # several threads hold a row's
+                plgpu.commit_smem()
+            row_term[...] = folded_term
             value = refs.do_smem.shape[-1]
             width = gcd(value, 64)
             for column in range(0, value, width):
                 do = refs.do_smem.at[slot, rows, pl.ds(column, width)]
                 folded = seam.load(do, WGMMA).astype(jnp.float32) * across(factor, width)
+                if by_hand:
+                    plgpu.commit_smem()
                 do[...] = folded.astype(spec.dtype)
         plgpu.commit_smem()
 
+    _meet(block)
+
+
+def _meet(block: Block) -> None:
+    """Both compute warpgroups are here, and what they committed to shared memory is."""
+    refs = block.refs
+    if block.tiles.values_first:
+        block.seam.meet(block.tiles.warpgroups, refs.both)
+        return
     plgpu.barrier_arrive(refs.both)
     plgpu.barrier_wait(refs.both)
 
@@ -342,7 +363,7 @@ def _step(
     q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
     first_query = block.visited(i) * tiles.queries
 
-    def weights(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
+    def gradients(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
         seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
         seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
         gone = block.drops((warpgroup + hidden) * ROWS, slot)
@@ -358,7 +379,11 @@ def _step(
         if capped:
             slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
             p = (kept(p) if spec.dropout_rate > 0 else p).astype(spec.dtype)
-        dp = seam.wait(dp_acc, in_flight=0)
+        elif first:
+            seam.hold(p, hidden)
+        if first:
+            seam.matmul_into(dv_acc, p.astype(spec.dtype), do)  # dV += Pᵀ dO
+        dp = seam.wait(dp_acc, in_flight=int(first))
         row_term = block.row(refs.rows_smem.at[slot, ROW_TERM])
         if spec.dropout_rate > 0:
             ds = kept(slope) * dp - jnp.abs(slope) * row_term
@@ -369,31 +394,45 @@ def _step(
             ds = jnp.where(unseen, 0.0, ds)
         return p.astype(spec.dtype), ds.astype(spec.dtype)
 
+    first = tiles.values_first
     shape = (ROWS, tiles.queries)
     plgpu.barrier_wait(refs.full.at[slot])
     if folds:
         pl.when(block.in_two)(partial(_fold, block, warpgroup, slot))
-    p, ds = accumulator("s", shape, lambda s_acc: accumulator("dp", shape, partial(weights, s_acc)))
+    p, ds = accumulator(
+        "s", shape, lambda s_acc: accumulator("dp", shape, partial(gradients, s_acc))
+    )
     if not block.makes_dq:
-        seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO
+        if not first:
+            seam.matmul_into(dv_acc, p, do)
         seam.matmul_into(dk_acc, ds, q)  # dK += dSᵀ Q
         seam.drain(0)
         plgpu.barrier_arrive(refs.free.at[slot])
         return
     ds_smem = refs.ds_smem.at[remainder(n, 2)]
     ds_smem[mine] = ds
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(refs.both)
-    seam.matmul_into(dv_acc, p, do)  # dV += Pᵀ dO
-    plgpu.barrier_wait(refs.both)
+    if first:
+        _meet(block)
+    else:
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.both)
+        seam.matmul_into(dv_acc, p, do)
+        plgpu.barrier_wait(refs.both)
 
     by_columns = tiles.queries == ROWS
+    dq_smem: Any = None
+    dq_rows: Any = None
     if isinstance(warpgroup, int):
         dq_smem, dq_rows = (getattr(refs, f"dq{warpgroup}_{name}") for name in ("smem", "rows"))
-        columns = pl.ds(warpgroup * refs.dq0_smem.shape[1], dq_smem.shape[1])
+        own = dq_smem.shape[1]
+        columns = pl.ds(warpgroup * refs.dq0_smem.shape[1], own)
     else:
-        dq_smem, dq_rows = refs.dq_smem.at[warpgroup], refs.dq_rows.at[warpgroup]
-        columns = pl.ds(warpgroup * dq_smem.shape[1], dq_smem.shape[1])
+        if tiles.in_fragments:
+            own = refs.dq.shape[1] // ROWS
+        else:
+            dq_smem, dq_rows = refs.dq_smem.at[warpgroup], refs.dq_rows.at[warpgroup]
+            own = dq_smem.shape[1]
+        columns = pl.ds(warpgroup * own, own)
 
     def products(dq_acc: Ref) -> Array:
         if by_columns:
@@ -403,21 +442,25 @@ def _step(
         seam.matmul_into(dk_acc, ds_smem.at[mine] if tiles.shared_ds else ds, q)  # dK += dSᵀ Q
         return seam.wait(dq_acc, in_flight=1)
 
-    dq = accumulator("dq", dq_smem.shape, products)
-    q_head = block.first_head + h
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    if tiles.once:
-        dq = (dq * block.dq_scale).astype(spec.dtype)
-    dq_smem[...] = dq
-    plgpu.commit_smem()
-    gmem = refs.dq.at[block.batch, :, q_head]
-    if by_columns:
-        gmem = gmem.at[pl.ds(first_query, tiles.queries), columns]
+    dq = accumulator("dq", (ROWS, own), products)
+    if tiles.in_fragments:
+        place = (block.batch * spec.heads + block.first_head + h) * refs.rows.shape[2]
+        part = (place + block.visited(i)) * tiles.warpgroups + warpgroup
+        seam.add_fragment(dq, refs.dq, part)
     else:
-        gmem = gmem.at[pl.ds(first_query + warpgroup * ROWS, ROWS)]
-    if tiles.once:
-        plgpu.copy_smem_to_gmem(dq_rows, gmem)
-    else:
-        seam.add(dq_smem, gmem)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if tiles.once:
+            dq = (dq * block.dq_scale).astype(spec.dtype)
+        dq_smem[...] = dq
+        plgpu.commit_smem()
+        gmem = refs.dq.at[block.batch, :, block.first_head + h]
+        if by_columns:
+            gmem = gmem.at[pl.ds(first_query, tiles.queries), columns]
+        else:
+            gmem = gmem.at[pl.ds(first_query + warpgroup * ROWS, ROWS)]
+        if tiles.once:
+            plgpu.copy_smem_to_gmem(dq_rows, gmem)
+        else:
+            seam.add(dq_smem, gmem)
     seam.wait(dk_acc, in_flight=0)
     plgpu.barrier_arrive(refs.free.at[slot])

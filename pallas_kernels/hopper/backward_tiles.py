@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jattn.call.masking import hides_some
-from pallas_kernels.hopper.limits import has_dq_apart, writes_dq_once
+from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
 from pallas_kernels.hopper.plain import needs_plain_rows
 from pallas_kernels.hopper.seam import swizzle_of
 from pallas_kernels.hopper.shares import ENOUGH, WHOLE, Shares, choose_shares
@@ -31,6 +31,8 @@ class BackwardTiles:
     shared_ds: dK's product reads dS from shared memory, not from registers.
     tiles_first: thread blocks that start together are tiles of one head, not heads of one tile.
     once: dQ is written, not added: one thread block visits a block of queries.
+    in_fragments: dQ is added from registers, to an array in their order (`instructions.py`).
+    values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     shares: the thread blocks that share a tile's work.
     """
 
@@ -41,6 +43,8 @@ class BackwardTiles:
     shared_ds: bool = False
     tiles_first: bool = False
     once: bool = False
+    in_fragments: bool = False
+    values_first: bool = False
     shares: Shares = WHOLE
 
     @property
@@ -52,8 +56,10 @@ class BackwardTiles:
 def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
     """The tiles for a call."""
     tiles = _of_head_dims(spec, deterministic=deterministic)
-    once = not tiles.apart and writes_dq_once(spec)
-    return replace(tiles, once=once, shares=_shares(spec, tiles))
+    if not tiles.apart and writes_dq_once(spec):
+        shared = tiles.shared_ds or tiles.in_fragments
+        tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
+    return replace(tiles, shares=_shares(spec, tiles))
 
 
 def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:
@@ -77,6 +83,8 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
     # counted; T = 16k, 4k, 1k.
     head, value = (-(-x // 64) * 64 for x in (spec.head_dim, spec.value_dim))
     full = not hides_some(spec)
+    # Warpgroups make 64 columns of dQ each; with dropout both forms of P are in use at once.
+    even = padded_width(spec.head_dim) == 128 and spec.dropout_rate == 0
     if max(head, value) > 128:
         # 256: causal 481, 483, 357; full 495, 508, 439. dK and dV alone (four products): causal
         # 699, 651; full 682, 684; with two blocks of dO 647, 640; 666, 675. 192/128: causal 604.
@@ -89,13 +97,19 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
             return BackwardTiles(128, apart=True, tiles_first=full)
         # 128: causal 512, 477, 336; full 490, 490, 415. Soft cap, causal 4k: 360, and 295 by the
         # kernel for wide heads.
-        return BackwardTiles(64, stages=3, apart=True)
+        # On an H100 with dV's product first, dQ's kernel and all: full 492, 449 (without 444, 437),
+        # causal 483, 394 (488, 392).
+        return BackwardTiles(64, stages=3, apart=True, values_first=full and even)
     if head + value <= 128:
         # Causal 557, 460, 290; full 536, 526, 410. dS shared: causal 516, 432, 261.
         return BackwardTiles(128, tiles_first=full)
     # Causal 615, 537, 349, dS not shared 607 and 345, tiles first 593 and 341, one loop 564, 466,
     # 301; full 591, 583, 466, heads first 584, 571, 450. Three stages: full 546 at 4k. dV's product
     # before dS: causal 491.
+    # On an H100 the kernel alone, in fragments and values first: causal 647, 595, 437, without 622,
+    # 565, 411; full 651, 632, 562, without 617, 595, 540.
+    if even:
+        return BackwardTiles(64, in_fragments=True, values_first=True, tiles_first=full)
     return BackwardTiles(64, shared_ds=True, tiles_first=full)
 
 

@@ -1,7 +1,7 @@
 """Where the kernel's text differs between a GPU and the interpreter on a CPU.
 
-The interpreter runs threads, barriers and copies, but has no wgmma with a register operand. That is
-met here; all else is written once.
+The interpreter runs threads, barriers and copies, but has no wgmma with a register operand, and no
+PTX. That is met here; all else is written once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper import assembly
+from pallas_kernels.hopper import assembly, instructions
 from pallas_kernels.hopper.copies import copyable
 
 __all__ = ["Ref", "Seam", "copyable", "swizzle_of", "transforms"]
@@ -66,6 +66,34 @@ class Seam:
             plgpu.copy_smem_to_gmem(smem, gmem, reduction_op="add")
             return
         gmem[...] += smem[...]
+
+    def add_fragment(self, x: Array, gmem: Ref, row: Array) -> None:
+        """gmem[row] += x, (64, columns) float32 in registers, there in fragment order."""
+        if self.interpret:
+            gmem[row] += instructions.to_fragment(x)
+        else:
+            instructions.add_fragment(x, gmem, row)
+
+    def meet(self, warpgroups: int, barrier: Ref) -> None:
+        """Waits until as many have written to shared memory what products are to read.
+
+        barrier: what is waited at when interpreting.
+        """
+        if not self.interpret:
+            # 0 is for all threads, 1 and so on for one warpgroup's, the loading one among them.
+            instructions.meet(warpgroups + 2, 128 * warpgroups)
+            return
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+
+    def hold(self, x: Array, never: Array) -> None:
+        """No wait for a product that follows is moved before the making of x (64, columns).
+
+        never: a zero that the compiler cannot know.
+        """
+        if not self.interpret:
+            instructions.hold(x, never)
 
     def load(self, ref: Ref, layout: Any) -> Array:
         """What shared memory holds, in this register layout."""

@@ -32,6 +32,7 @@ SMALL = [
     Half("one_query_split_keys", 2, 1, 300, 4, 1, 64, sinks=True, key_lengths=(3, 290)),
     Case("negative_scale_float16", 1, 40, 100, 4, 2, 72, dtype="float16", scale=-0.2),
     Half("one", 1, 1, 1, 1, 1, 8),
+    Half("dq_in_fragments", 1, 70, 150, 2, 1, 128, causal=True),
     Half("latent_window", 1, 70, 150, 2, 1, 192, 128, sinks=True, window=(60, 30)),
     Half("wide_key_alone", 2, 5, 5, 4, 2, 176, 40, causal=True),
 ]  # fmt: skip

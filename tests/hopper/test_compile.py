@@ -32,12 +32,7 @@ KNOWN_SPILLS = {
     "window_64": 64,
     "lengths_64": 120,
     "offsets_64": 68,
-    "offsets_segments": 8,
     "segments_64": 60,
-    "causal_128": 16,
-    "bottom_right": 20,
-    "lengths_128": 4,
-    "segments_128": 8,
     "segments_256": 8,
     "soft_cap_sinks_128": 12,
     "soft_cap_sinks_256": 20,
@@ -53,7 +48,6 @@ KNOWN_SPILLS = {
     "dropout_causal_128": 80,
     "dropout_causal_256": 32,
     "array_scale_64": 88,
-    "array_scale_128": 20,
     "array_scale_full_64": 40,
 }
 # In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to

@@ -21,7 +21,7 @@ __all__ = ["hopper"]
 thorough = pytest.mark.thorough
 
 ON_A_GPU = SMALL + LARGE + SHARED
-ORDINARY = "offsets packed one_query_split_keys latent_window"
+ORDINARY = "offsets packed one_query_split_keys latent_window dq_in_fragments"
 
 
 def test_every_shared_case_without_a_mask_or_a_bias_of_narrow_heads_is_tried() -> None:

@@ -1,0 +1,81 @@
+"""dQ rounded, from float32 in the order in which the backward kernel's registers held it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+
+from pallas_kernels.hopper.grid import Grid
+from pallas_kernels.hopper.instructions import from_fragments, load_fragment
+from pallas_kernels.hopper.seam import Ref, transforms
+from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.warpgroups import run
+
+if TYPE_CHECKING:
+    from jattn.call.spec import AttentionSpec
+
+__all__ = ["in_rows", "rounded"]
+
+
+def in_rows(spec: AttentionSpec, dq: Array, head: int) -> Array:
+    """dq as `rounded` takes it, as (B, rows, N, head) float32."""
+    columns = dq.shape[1] // ROWS
+    x = from_fragments(dq, columns)
+    x = x.reshape(spec.batch, spec.heads, -1, head // columns, ROWS, columns)
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(spec.batch, -1, spec.heads, head)
+
+
+def rounded(
+    spec: AttentionSpec,
+    dq: Array,
+    shape: tuple[int, int],
+    dtype: DTypeLike,
+    scale: Array | float,
+) -> Array:
+    """dQ (B, rows, N, head) in this dtype, times the scale.
+
+    dq: (B N blocks parts, 64 columns) float32 in fragment order: of each block of 64 queries, for
+      each part of its columns.
+    shape: rows, a multiple of 8, and head.
+    scale: a number, or (1 or B,) float32.
+    """
+    rows, head = shape
+    columns = dq.shape[1] // ROWS
+    parts = head // columns
+    blocks = dq.shape[0] // (spec.batch * spec.heads * parts)
+    grid = Grid((("batch", spec.batch), ("block", blocks), ("head", spec.heads)))
+    inputs = {"dq": dq} | ({} if isinstance(scale, float) else {"scale": scale})
+
+    def kernel(*args: Ref) -> None:
+        refs = SimpleNamespace(**dict(zip([*inputs, "out", "staging"], args, strict=True)))
+        batch, block, of_head = (grid.place()[name] for name in ("batch", "block", "head"))
+        factor = scale
+        if not isinstance(scale, float):
+            factor = refs.scale[batch if scale.shape[0] > 1 else 0]
+        first = ((batch * spec.heads + of_head) * blocks + block) * parts
+        loaded = [load_fragment(refs.dq, first + part, columns) for part in range(parts)]
+        for part, x in enumerate(loaded):
+            refs.staging[:, pl.ds(part * columns, columns)] = (x * factor).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            refs.staging, refs.out.at[batch, pl.ds(block * ROWS, ROWS), of_head]
+        )
+        plgpu.wait_smem_to_gmem(0)
+
+    made: Array = run(
+        kernel,
+        inputs,
+        out_type=jax.ShapeDtypeStruct((spec.batch, rows, spec.heads, head), dtype),
+        scratch_types=[plgpu.SMEM((ROWS, head), dtype, transforms=transforms(head, dtype))],
+        **grid.launch,
+        num_threads=1,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=False,
+    )
+    return made

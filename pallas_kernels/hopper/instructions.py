@@ -1,0 +1,168 @@
+"""Instructions that Pallas has no name for, by inline PTX; the interpreter has none of them.
+
+A warpgroup's registers hold a (64, columns) matrix as a product leaves it (PTX ISA, "Register
+fragments for wgmma.mma_async.m64nNk16"): of 8 columns a thread has two neighbours in a row, and the
+same two 8 rows below. In fragment order these four numbers of each thread follow each other, then
+the threads, then the next 8 columns, so that all its accesses to memory are whole and in a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+__all__ = [
+    "add_fragment",
+    "from_fragments",
+    "hold",
+    "load_fragment",
+    "meet",
+    "to_fragment",
+]
+
+WGMMA = plgpu.Layout.WGMMA
+_NUMBER = plgpu.Layout.WG_SPLAT(())
+_REF = plgpu.RefType()
+_GROUP = 4 * 4 * 128  # bytes of 8 columns
+
+type _Value = ir.Value[Any]
+
+
+def meet(number: int, threads: int) -> None:
+    """Waits for this many threads of the block at a named barrier of this number.
+
+    What each wrote to shared memory before is there for all, products and copies included. Numbers
+    up to that of the warpgroups are Mosaic's.
+    """
+
+    @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext) -> None:
+        _asm("fence.proxy.async.shared::cta;")
+        _asm(f"bar.sync {number}, {threads};")
+
+    emit()
+
+
+def hold(x: Array, never: Array) -> None:
+    """Keeps all waits behind this after the making of x, by a store of it that is never done.
+
+    ptxas moves a wait for a product up before all that can do without, which then has no product
+    to run beside.
+
+    never: a zero that the compiler cannot know.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, never: mgpu.FragmentedArray) -> None:
+        numbers = [number for four in _fours(x) for number in four]
+        stores = "".join(
+            f"@p st.shared.v4.f32 [$0], {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}};\n"
+            for i in range(1, len(numbers), 4)
+        )
+        text = "{ .reg .pred p; setp.ne.u32 p, $0, 0;\n" + stores + "}"
+        _asm(text, never.registers.item(), *numbers, constraints="r" + ",f" * len(numbers))
+
+    emit(x, never)
+
+
+def add_fragment(x: Array, gmem: Any, row: Array) -> None:
+    """gmem[row] += x, (64, columns) to (rows, 64 columns) float32 in fragment order."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, WGMMA, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext, gmem: _Value, x: mgpu.FragmentedArray, row: mgpu.FragmentedArray
+    ) -> None:
+        place = _place(gmem, row)
+        for i, four in enumerate(_fours(x)):
+            add = f"red.relaxed.gpu.global.add.v4.f32 [$0 + {_GROUP * i}], {{$1, $2, $3, $4}};"
+            _asm(add, place, *four, constraints="l,f,f,f,f")
+        # The compiler has one zero for all accumulators. If x, which began as one, were its last
+        # use, it would become x's first register, and be in the way from the first product on.
+        _asm("// $0", mgpu.c(0, ir.IntegerType.get_signless(32)), constraints="r")
+
+    emit(gmem, x, row)
+
+
+def load_fragment(gmem: Any, row: Array, columns: int) -> Array:
+    """gmem[row], (64, columns), of (rows, 64 columns) float32 in fragment order."""
+
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(_REF, _NUMBER),
+        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=WGMMA),
+    )
+    def emit(
+        _: mgpu.LaunchContext, gmem: _Value, row: mgpu.FragmentedArray
+    ) -> mgpu.FragmentedArray:
+        place, number = _place(gmem, row), ir.F32Type.get()
+        i32 = ir.IntegerType.get_signless(32)
+        pairs = []
+        for i in range(columns // 8):
+            load = f"ld.global.L1::no_allocate.v4.f32 {{$0, $1, $2, $3}}, [$4 + {_GROUP * i}];"
+            four = llvm.inline_asm(
+                llvm.StructType.get_literal([number] * 4),
+                [place],
+                load,
+                "=f,=f,=f,=f,l",
+                has_side_effects=True,
+            )
+            for first in (0, 2):
+                pair = llvm.mlir_undef(ir.VectorType.get((2,), number))
+                for k in range(2):
+                    one = llvm.extractvalue(number, four, [first + k])
+                    pair = llvm.insertelement(pair, one, mgpu.c(k, i32))
+                pairs.append(pair)
+        registers = np.empty(len(pairs), object)
+        registers[:] = pairs
+        shape = mgpu.WGMMA_LAYOUT.registers_shape((64, columns))
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
+        )
+
+    found: Array = emit(gmem, row)
+    return found
+
+
+def to_fragment(x: Array) -> Array:
+    """(64, columns) in fragment order, (64 columns,)."""
+    x = x.reshape(4, 2, 8, x.shape[1] // 8, 4, 2)
+    return x.transpose(3, 0, 2, 4, 1, 5).reshape(-1)
+
+
+def from_fragments(x: Array, columns: int) -> Array:
+    """(rows, 64 columns) in fragment order as (rows, 64, columns)."""
+    x = x.reshape(-1, columns // 8, 4, 8, 4, 2, 2)
+    return x.transpose(0, 2, 5, 3, 1, 4, 6).reshape(-1, 64, columns)
+
+
+def _fours(x: mgpu.FragmentedArray) -> list[list[_Value]]:
+    """A thread's numbers, by 8 columns."""
+    i32 = ir.IntegerType.get_signless(32)
+    pairs = list(x.registers.flat)
+    numbers = [llvm.extractelement(pair, mgpu.c(k, i32)) for pair in pairs for k in range(2)]
+    return [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
+
+
+def _place(gmem: _Value, row: mgpu.FragmentedArray) -> _Value:
+    """The address of a thread's first four numbers of a row."""
+    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+    row_bytes = mgpu.c(4 * ir.MemRefType(gmem.type).shape[-1], i64)
+    thread = arith.andi(mgpu.thread_idx(), mgpu.c(127, i32))
+    own = arith.extui(i64, arith.muli(thread, mgpu.c(16, i32)))
+    offset = arith.addi(arith.muli(arith.extui(i64, row.registers.item()), row_bytes), own)
+    place: _Value = mgpu.utils.getelementptr(
+        mgpu.utils.memref_ptr(gmem), [offset], ir.IntegerType.get_signless(8)
+    )
+    return place
+
+
+def _asm(text: str, *operands: _Value, constraints: str = "") -> None:
+    memory = ",".join(filter(None, [constraints, "~{memory}"]))
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, list(operands), text, memory, has_side_effects=True)
