@@ -98,6 +98,7 @@ def scratch(plan: Plan) -> dict[str, Any]:
     if form == "columns":
         ring = plgpu.SMEM((stages, tiles.keys), jnp.float32)
     else:
+        assert spec.bias_dtype is not None
         columns = padded_width(spec.keys)
         ring = plgpu.SMEM(
             (stages, tiles.warpgroups * ROWS, tiles.keys),
