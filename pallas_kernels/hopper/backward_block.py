@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
-from pallas_kernels.hopper.dropout import Words, drops
+from pallas_kernels.hopper.dropout import Words, marked
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import divided
 from pallas_kernels.hopper.seam import Ref, Seam
@@ -111,19 +111,16 @@ class Block:
         x = self.seam.load(ref, COLUMN)
         return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
 
-    def drops(self, own: Array | int, slot: Array) -> Any:
-        """Which weights (64, queries) dropout drops; None where the call has none.
+    def marked(self, p: Array, own: Array | int, slot: Array) -> Array:
+        """p (64, queries), with a negative sign where dropout drops.
 
         own: the first of the 64 keys, counted from the tile's.
         slot: where the queries' words are.
         """
-        if self.spec.dropout_rate == 0:
-            return None
         first_key = self.tile * self.tiles.keys + own
         both = self.refs.words_smem.at[slot]
         words = Words(*(self.row(both.at[i]) for i in range(2)))
-        shape = words.first.shape
-        return drops(self.spec, self.seam, self.refs, words, first_key, shape, axis=0)
+        return marked(self.spec, self.refs, words, first_key, p, axis=0)
 
     def hide(self, p: Array, own: Array | int, first_query: Array, slot: Array) -> Array:
         """p (64, queries), with 0 where a query does not see a key.

@@ -366,7 +366,6 @@ def _step(
     def gradients(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
         seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
         seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
-        gone = block.drops((warpgroup + hidden) * ROWS, slot)
         capped = spec.logits_soft_cap is not None
         s = seam.wait(s_acc, in_flight=0 if capped else 1)
         x, c = logits(spec, block.scale, s)
@@ -374,7 +373,7 @@ def _step(
         if masked:
             p = block.hide(p, warpgroup * ROWS, first_query, slot)
         if spec.dropout_rate > 0:
-            p = seam.marked(p, gone)
+            p = block.marked(p, (warpgroup + hidden) * ROWS, slot)
         unseen, slope = p == 0, p
         if capped:
             slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y

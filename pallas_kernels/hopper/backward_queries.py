@@ -42,9 +42,9 @@ from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.dropout import (
     Words,
     dropout_inputs,
-    drops,
     kept,
     kept_factor,
+    marked,
     words_of_rows,
 )
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
@@ -321,25 +321,22 @@ class Rows:
             seam.matmul_into(dp_acc, refs.do_smem.at[number], refs.v_smem.at[v_slot].T)
             if before is not None:
                 seam.matmul_into(dq_acc, before, refs.k_smem.at[self.k_slot(i - 1)])
-            gone = None
-            if self.words is not None:
-                first_key = self.steps.block(i) * keys
-                gone = drops(spec, seam, refs, self.words, first_key, (ROWS, keys), axis=1)
             s = seam.layout(seam.wait(s_acc, in_flight=1 + late), WGMMA)
             x, c = logits(spec, self.scale, s)
             slope = None if spec.logits_soft_cap is None else 1 - x * x
             if masked:
                 x = hide(self.plan, seam, refs, self.work, self.steps, self.warpgroup, x, i, k_slot)
             p = jnp.exp2(x * c - self.row(refs.rows_smem.at[self.warpgroup.number, 0]))
-            if gone is not None:
-                p = seam.marked(p, gone)
+            if self.words is not None:
+                first_key = self.steps.block(i) * self.tiles.keys
+                p = marked(spec, refs, self.words, first_key, p, axis=1)
             hidden = p == 0
             if slope is not None:
                 p = p * slope  # d tanh(y) = 1 - tanh² y
             dp = seam.wait(dp_acc, in_flight=late)
             row_term = self.row(refs.rows_smem.at[self.warpgroup.number, ROW_TERM])
             dp = seam.layout(dp, WGMMA)
-            ds = p * (dp - row_term) if gone is None else kept(p) * dp - jnp.abs(p) * row_term
+            ds = p * (dp - row_term) if self.words is None else kept(p) * dp - jnp.abs(p) * row_term
             if masked:  # a hidden value may be so large that dP is infinite
                 ds = jnp.where(hidden, 0.0, ds)
             plgpu.barrier_arrive(refs.v_free.at[v_slot])

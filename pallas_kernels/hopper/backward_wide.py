@@ -257,7 +257,7 @@ def _value_role(block: WideBlock) -> None:
             if block.masked:
                 p = block.hide(p, 0, block.place(n)[1] * ROWS, q_slot)
             if spec.dropout_rate > 0:
-                p = seam.marked(p, block.drops(0, q_slot))
+                p = block.marked(p, 0, q_slot)
             plgpu.barrier_arrive(refs.q_free.at[q_slot])
             # What dP is multiplied by: the derivative of the softmax, and of the cap.
             factor = p if spec.logits_soft_cap is None else p * (1 - x * x)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import bias
 from pallas_kernels.hopper.dense_mask import words_of
-from pallas_kernels.hopper.dropout import Words, drops, words_of_rows
+from pallas_kernels.hopper.dropout import Words, dropped, words_of_rows
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.load import query_slot
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
@@ -48,16 +48,6 @@ class Tile(NamedTuple):
     visited: Array
     scale: Array | float
     words: Words | None
-
-
-class Beside(NamedTuple):
-    """What is made for a block of keys while the product of its logits runs.
-
-    gone: which weights dropout drops; words: those of a dense mask; None of what the call lacks.
-    """
-
-    gone: Array | None
-    words: list[Array] | None
 
 
 class Weights(NamedTuple):
@@ -157,9 +147,9 @@ class Rows:
 
         def products(s_acc: Ref) -> Weights:
             self.multiply_keys(s_acc, tile, slot)
-            beside = self.beside(tile, 0, masked=self.plan.masked)
+            words = self.mask_words(tile, 0, masked=self.plan.masked)
             s = self.seam.wait(s_acc, in_flight=0)
-            p, softmax, _ = self.weigh(tile, s, 0, None, beside, masked=self.plan.masked)
+            p, softmax, _ = self.weigh(tile, s, 0, None, words, masked=self.plan.masked)
             plgpu.barrier_arrive(refs.k_free.at[slot])
             self.await_first_values(tile)
             return Weights(p.astype(self.plan.spec.dtype), softmax)
@@ -246,11 +236,11 @@ class Rows:
             if tiles.in_turn:
                 following = remainder(self.warpgroup.number + 1, tiles.warpgroups)
                 plgpu.barrier_arrive(refs.turn.at[following])
-            beside = self.beside(tile, i, masked=masked)
+            words = self.mask_words(tile, i, masked=masked)
             s = seam.wait(s_acc, in_flight=len(self.o_acc) if tiles.overlap else 0)
             if not spec.has_segments:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
-            p, now, correction = self.weigh(tile, s, i, softmax, beside, masked=masked)
+            p, now, correction = self.weigh(tile, s, i, softmax, words, masked=masked)
             if spec.has_segments:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
             o = self.outputs()
@@ -269,17 +259,13 @@ class Rows:
             plgpu.barrier_wait(refs.turn.at[self.warpgroup.number])
         return self.with_scores(products)
 
-    def beside(self, tile: Tile, i: Array | int, *, masked: bool | None) -> Beside:
-        """What a tile's i-th block needs that does not come from its logits."""
-        plan, seam, refs, gone, words = self.plan, self.seam, self.refs, None, None
-        if tile.words is not None:
-            first_key = tile.steps.block(i) * plan.tiles.keys
-            shape = (ROWS, plan.tiles.keys)
-            gone = drops(plan.spec, seam, refs, tile.words, first_key, shape, axis=1)
-        if plan.spec.mask_shape is not None and masked:
-            block = tile.steps.block(i)
-            words = words_of(plan, seam, refs, tile.work, self.warpgroup.number, block)
-        return Beside(gone, words)
+    def mask_words(self, tile: Tile, i: Array | int, *, masked: bool | None) -> list[Array] | None:
+        """Those of a dense mask for a tile's i-th block, if it needs an element mask."""
+        plan = self.plan
+        if plan.spec.mask_shape is None or not masked:
+            return None
+        block = tile.steps.block(i)
+        return words_of(plan, self.seam, self.refs, tile.work, self.warpgroup.number, block)
 
     def weigh(
         self,
@@ -287,7 +273,7 @@ class Rows:
         s: Array,
         i: Array | int,
         softmax: Softmax | None,
-        beside: Beside,
+        words: list[Array] | None,
         *,
         masked: bool | None,
     ) -> tuple[Array, Softmax, Array]:
@@ -307,7 +293,7 @@ class Rows:
         def hidden(x: Array) -> Array:
             return hide(
                 plan, self.seam, self.refs, tile.work, tile.steps, self.warpgroup, x, i, slot,
-                beside.words,
+                words,
             )  # fmt: skip
 
         if masked:
@@ -320,10 +306,11 @@ class Rows:
         p, softmax, correction = (softmax or Softmax.start(self.seam)).update(
             x, c, masked=masked is not False, natural=has_bias
         )
-        if beside.gone is not None:
-            p = self.seam.zeroed(p, beside.gone)
+        if tile.words is not None:
+            first_key = tile.steps.block(i) * plan.tiles.keys
+            p = dropped(plan.spec, self.seam, self.refs, tile.words, first_key, p)
         # What dropout leaves is rounded later too, for the reason that `two_products` gives.
-        early = plan.one_loop and beside.gone is None
+        early = plan.one_loop and tile.words is None
         return p.astype(plan.spec.dtype) if early else p, softmax, correction
 
     def store(self, tile: Tile, o: list[Array], softmax: Softmax) -> None:

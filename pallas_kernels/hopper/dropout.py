@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Words",
     "dropout_inputs",
-    "drops",
+    "dropped",
     "kept",
     "kept_factor",
+    "marked",
     "words_by_block",
     "words_head",
     "words_of_rows",
@@ -111,9 +112,30 @@ def words_head(spec: AttentionSpec, head: Array) -> Array | int:
     return 0 if spec.broadcast_dropout else head
 
 
-def drops(
+def dropped(
+    spec: AttentionSpec, seam: Seam, refs: Ref, words: Words, first_key: Array, p: Array
+) -> Array:
+    """p, a tile (64, keys), with zeros where dropout drops; what is kept is not scaled.
+
+    first_key: the tile's first, a multiple of 16.
+    """
+    bits = _bits(spec, refs, words, first_key, p.shape, axis=1)
+    return seam.zero_below(p, bits, dropout.limit(spec.dropout_rate))
+
+
+def marked(
+    spec: AttentionSpec, refs: Ref, words: Words, first_key: Array, p: Array, *, axis: int
+) -> Array:
+    """p, no element of it negative, with a negative sign where dropout drops.
+
+    A tile (64, keys), or (64, queries) if keys lie along axis 0.
+    """
+    bits = _bits(spec, refs, words, first_key, p.shape, axis=axis)
+    return jnp.where(bits < jnp.uint32(dropout.limit(spec.dropout_rate)), -p, p)
+
+
+def _bits(
     spec: AttentionSpec,
-    seam: Seam,
     refs: Ref,
     words: Words,
     first_key: Array,
@@ -121,11 +143,6 @@ def drops(
     *,
     axis: int,
 ) -> Array:
-    """Which elements of a tile (64, keys) go, or of one (64, queries) if keys lie along axis 0.
-
-    first_key: the tile's first, a multiple of 16. Needs nothing of the logits, and so is made while
-    their product runs; a thread keeps a bit for each element (`Seam.below`).
-    """
     key = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
     if spec.dropout_from != "zero":
         first_key = first_key + refs.dropout_start[1]
@@ -135,10 +152,9 @@ def drops(
         # Within the tile, so that the compiler sees which elements of a thread share a hash.
         pair, is_second = dropout.pairs(key)
         pair = pair + first_key
-    bits = dropout.element_bits(words.matrix(shape), pair, is_second)
-    return seam.below(bits, dropout.limit(spec.dropout_rate))
+    return dropout.element_bits(words.matrix(shape), pair, is_second)
 
 
 def kept(p: Array) -> Array:
-    """What `Seam.marked` leaves as it is, and zeros."""
+    """What `marked` leaves as it is, and zeros."""
     return jnp.maximum(p, 0.0)

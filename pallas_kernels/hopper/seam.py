@@ -99,19 +99,11 @@ class Seam:
         """What shared memory holds, in this register layout."""
         return ref[...] if self.interpret else plgpu.load(ref, layout=layout)
 
-    def below(self, x: Array, limit: int) -> Array:
-        """A bit for each element of x (64, n), uint32, of wgmma's layout: whether it is below."""
+    def zero_below(self, x: Array, bits: Array, limit: int) -> Array:
+        """x, float32, with zeros where `bits`, uint32, are below the limit."""
         if self.interpret:
-            return jnp.less(x, jnp.uint32(limit))
-        return assembly.below(x, limit)
-
-    def zeroed(self, x: Array, bits: Array) -> Array:
-        """x, float32, with zeros where its bit is set."""
-        return jnp.where(bits, 0.0, x) if self.interpret else assembly.zeroed(x, bits)
-
-    def marked(self, x: Array, bits: Array) -> Array:
-        """x, float32, with its sign turned where its bit is set."""
-        return jnp.where(bits, -x, x) if self.interpret else assembly.marked(x, bits)
+            return jnp.where(bits < jnp.uint32(limit), 0.0, x)
+        return assembly.zero_below(x, bits, limit)
 
     def load_gmem(self, ref: Ref, layout: Any) -> Array:
         """What global memory holds, in this register layout."""
