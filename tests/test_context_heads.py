@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from tests.cases import thorough
 from tests.four_devices import run
 
 # More pieces than one of each device's heads, lengths that the devices do not divide, and every
@@ -26,15 +29,12 @@ half = replace(
 grouped = replace(many, name="grouped", kv_heads=2, dropout=0, mask=None)
 mesh = context.mesh_of(2)
 plan.LEAST_ROWS = 1
-for how, case in (("jit", many), ("contiguous", half), ("zigzag", grouped)):
-    if how == "jit":
-        found = context.sharded(CHUNKED, case, mesh)
-    else:
-        found = context.through(CHUNKED, case, mesh, layout=how, schedule="heads")
-    try:
-        context.check(found, case)
-    except AssertionError as error:
-        raise AssertionError((how, case.name)) from error
+case = {"jit": many, "contiguous": half, "zigzag": grouped}[HOW]
+if HOW == "jit":
+    found = context.sharded(CHUNKED, case, mesh)
+else:
+    found = context.through(CHUNKED, case, mesh, layout=HOW, schedule="heads")
+context.check(found, case)
 """
 SENT = """
 import re
@@ -75,8 +75,9 @@ assert found.pop("all-gather") <= 4 and found == {"all-to-all": 12}, found
 """
 
 
-def test_values_and_gradients_are_those_of_one_device() -> None:
-    run(VALUES, devices=2)
+@pytest.mark.parametrize("how", ["contiguous", *thorough(("jit",), ("zigzag",))])
+def test_values_and_gradients_are_those_of_one_device(how: str) -> None:
+    run(f"HOW = {how!r}\n{VALUES}", devices=2)
 
 
 def test_a_piece_takes_one_exchange() -> None:

@@ -25,6 +25,7 @@ from tests.portable.exact import ampere
 __all__ = ["ampere"]
 
 PRELUDE = """
+import re
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 import jattn

@@ -138,7 +138,8 @@ def test_keys_and_values_of_the_next_heads_come_while_a_kernel_runs(version: str
         # Of eight pieces the first comes before any kernel and the last goes home after all.
         steps, passes = call["steps"], 1 if call["call"] == "results" else 2
         kernels = [at for at, step in enumerate(steps) if step == "custom-call"]
-        assert len(kernels) == 8 * passes
+        # Backward's, and what rounds the gradient of queries that it adds up.
+        assert len(kernels) == 8 * (1 if passes == 1 else 3)
         exchanges = [step for step in steps if step.startswith("all-to-all") and "done" not in step]
         assert len(exchanges) == 10 * passes
         beside = [steps[at - 1] == "all-to-all-start" for at in kernels]

@@ -139,7 +139,8 @@ LARGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", first(1, Dropped), ids=str)
+@thorough
+@pytest.mark.parametrize("case", Dropped, ids=str)
 def test_interpreted_as_exact_as_the_formula(case: Any, seed: int) -> None:
     check(INTERPRETED, case, seed)
 

@@ -12,7 +12,7 @@ import pytest
 import jattn
 from jattn.backends.flash import interpreted
 from pallas_kernels.hopper.plan import make_plan
-from tests.cases import Case, chosen
+from tests.cases import Case
 from tests.hopper.calls import Half, arguments, spec_of
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
 
@@ -31,7 +31,8 @@ RAGGED = [
 ]
 
 
-@pytest.mark.parametrize("case", chosen(RAGGED, "causal"), ids=str)
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", RAGGED, ids=str)
 def test_interpreted_as_exact(case: Case, seed: int) -> None:
     check(INTERPRETED, case, seed)
 

@@ -35,7 +35,6 @@ thorough = pytest.mark.thorough
 
 TAKEN = [case for case in SMALL if not tangent_refusals(spec_of(case))]
 ON_A_GPU = [case for case in SMALL + LARGE + SHARED if not tangent_refusals(spec_of(case))]
-ORDINARY = ("sinks_soft_cap",)
 
 
 def pushed_by_kernel(
@@ -71,11 +70,8 @@ def check(
     return found
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=[] if c.name in ORDINARY else [thorough]) for c in TAKEN],
-    ids=str,
-)
+@thorough
+@pytest.mark.parametrize("case", TAKEN, ids=str)
 def test_interpreted_as_exact_as_the_formula(case: Case, seed: int) -> None:
     check(case, seed, interpret=True)
 
