@@ -20,7 +20,7 @@ pytestmark = pytest.mark.compile
 HERE = pathlib.Path(__file__).parent
 COMPILERS = HERE.parents[1] / ".compilers"
 VERSIONS = (HERE / "jax_versions.txt").read_text().split()
-PARTS = 2
+PARTS = 4
 # Bytes that backward spills all the same. At head dim 64, S and dP of a block of 128 queries take
 # what dK and dV leave of a thread's 240 registers; at 256, dQ leaves little. Where there is a mask
 # it is the loop of masked visits, and what is between the loops: the loop of clear visits has none.
@@ -89,7 +89,7 @@ def compiled(version: str, program: str, *arguments: object) -> list[dict[str, A
         env=environment(version),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
