@@ -158,7 +158,7 @@ def compiled(case: Case, direction: str, place: NamedSharding) -> dict[str, Any]
         )
         with standard_output() as said:
             made = jax.jit(function).lower(*placed).compile()
-    return read(said()) | {"moves": moves(case, direction, made, shapes)} | memory(made)
+    return read(said()) | {"moves": moves(case, direction, made)} | memory(made)
 
 
 def call(case: Case) -> tuple[Callable[..., Any], tuple[Any, Any]]:
@@ -225,7 +225,7 @@ def read(said: str) -> dict[str, Any]:
     }
 
 
-def moves(case: Case, direction: str, compiled: Any, shapes: Any) -> list[str]:
+def moves(case: Case, direction: str, compiled: Any) -> list[str]:
     """Arrays of an operand's size that XLA pads, copies or transposes around the kernels.
 
     Only where it need not: in backward sequences that are no multiple of 8 are padded for the TMA
@@ -234,7 +234,8 @@ def moves(case: Case, direction: str, compiled: Any, shapes: Any) -> list[str]:
     ragged = case.queries % 8 or case.keys % 8
     if ragged and case.head_dim != 64 and direction != "forward":
         return []
-    least = min(x.size for x in jax.tree.leaves(shapes) if x.ndim == 4)
+    rows = min(case.queries * case.heads, case.keys * case.kv_heads)
+    least = case.batch * rows * min(case.head_dim, case.value_dim or case.head_dim)
     found = MOVES.findall(compiled.as_text())
     return [
         f"{operation} {dtype}[{dims}]"

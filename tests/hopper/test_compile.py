@@ -50,8 +50,8 @@ KNOWN_SPILLS = {
     "array_scale_64": 88,
     "array_scale_full_64": 40,
 }
-# The same of forward: the words of a tile's rows, beside those of the next tile's.
-OF_FORWARD = {"dropout_causal_128": 4}
+# The same of forward.
+OF_FORWARD = {"dropout_causal_128": 8, "dropout_causal_256": 8}
 # In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
 # lengths of a multiple of 8 where keys are split.
 # The gradient of a scale needs dQ unscaled, which is copied once.
