@@ -53,13 +53,14 @@ KNOWN_SPILLS = {
 # The same of forward.
 OF_FORWARD = {"dropout_causal_128": 8, "dropout_causal_256": 8}
 # In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
-# lengths of a multiple of 8 where keys are split.
+# lengths of a multiple of 8 where keys are split. One query is padded to eight in backward.
 # The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
     "forward": ("packed_heads",),
     "tangent": (),
     "backward": (
         "narrow",
+        "one_query_64",
         *(f"array_scale_{x}" for x in ("64", "128", "full_64", "full_128")),
     ),
     "deterministic": (),
