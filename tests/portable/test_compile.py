@@ -25,7 +25,6 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
     ("a100", "flash", "backward"): {"tf32_512": 512},
     ("a100", "flash", "backward_tangent"): {"causal_64": 12},
     ("b200", "flash", "backward_tangent"): {"causal_64": 8},
-    ("l4", "flash", "tangent"): {"causal_64": 4},
     ("b200", "chunked", "forward"): {"causal_256": 24},
     ("b200", "flash", "forward"): {"causal_256": 4, "float32_512": 576},
     ("b200", "flash", "backward"): {"float32_512": 22996, "tf32_512": 516},
