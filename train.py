@@ -25,14 +25,14 @@ from rich.console import Console
 
 from jattn import UnsupportedAttentionError
 from models import FolderError
-from training import cli, compiler, fine_tuning, kernel_text, plots, run_folder
+from training import cli, compiler, fine_tuning, kernel_text, plots, run_folder, start
 from training.ahead import Programs
 from training.checkpoints import Checkpoints
 from training.data import Corpus, load_corpus
 from training.devices import Devices, check_count, check_lengths
 from training.errors import TrainingError, one_line
 from training.interrupt import stop_on_signals
-from training.loop import Outputs, batch_of, held_out_batches, train
+from training.loop import Outputs, train
 from training.progress import TrainingProgress, make_console, say
 from training.reports.command import Screen, report_layer, report_longest, report_step
 from training.reports.place import here, place_of, start_again_with_compilers
@@ -85,19 +85,29 @@ def run(request: cli.Request, console: Console) -> int:
         if config.memory.memory_report and not folder.memory_json.exists():
             report_layer(config, here(devices.count), Screen(console, folder, stop))
         compiler.keep_programs(folder.path.parent / ".compiled")
-        programs = Programs(config, devices)
         if state is None:
-            programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
-            programs.prepare_initial_state()
-            programs.prepare_update(batch_of(config, corpus, step=1))
-            state = programs.initial_state()
+            first = start.begin(config, corpus, devices)
+            if first.note:
+                say(console, first.note)
+                config = first.config
+                folder.put_config(config)
+                checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
         else:
-            state = devices.state(state)
+            first = start.Start(config, Programs(config, devices), devices.state(state))
+        done = int(first.state.step)
         with (
-            MetricsLog(folder.metrics, after_step=int(state.step)) as log,
-            TrainingProgress(console, total=config.optimizer.steps, done=int(state.step)) as bar,
+            MetricsLog(folder.metrics, after_step=done) as log,
+            TrainingProgress(console, total=config.optimizer.steps, done=done) as bar,
         ):
-            state = train(config, corpus, state, programs, Outputs(log, checkpoints, bar), stop)
+            state = train(
+                config,
+                corpus,
+                first.state,
+                first.programs,
+                Outputs(log, checkpoints, bar),
+                stop,
+                held_out_loss=first.held_out_loss,
+            )
 
     rows, done = read_metrics(folder.metrics), int(state.step)
     plots.plot_loss(folder.loss_plot, rows, corpus.held_out_compressed, title)

@@ -17,10 +17,11 @@ from tests.hopper.test_compile import of_a_user
 from tests.promotion import of_others
 from tests.tiny_training import OPTIONS
 from training import quiet
+from training.program_memory import Memory
 from training.reports import cells, longest, place, running
 from training.reports.cells import Cell, Job, Watch
 from training.reports.place import Place
-from training.reports.programs import Built, Memory
+from training.reports.programs import Built
 from training.reports.running import Run
 
 ROOT = Path(train.__file__).parent

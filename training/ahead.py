@@ -20,6 +20,7 @@ from training import compiler
 from training.config import TrainConfig
 from training.data import NO_TARGET, Batch
 from training.devices import Devices
+from training.program_memory import Memory, memory_of
 from training.step import (
     StepScalars,
     TrainState,
@@ -79,6 +80,16 @@ class Programs:
         found = initial_state(self._config) if self._initial is None else self._initial.result()()
         placed: TrainState = self.devices.state(found)
         return placed
+
+    def memory_of_update(self, batch: Batch) -> Memory:
+        """What an update for batches of this shape takes; waits for its compiler."""
+        self.prepare_update(batch)
+        return memory_of(self._updates[batch.inputs.shape].result())
+
+    def memory_of_held_out_loss(self, batch: Batch) -> Memory:
+        """The same of the loss."""
+        self.prepare_held_out_loss(batch)
+        return memory_of(self._losses[batch.inputs.shape].result())
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepScalars]:
         """One update; the state given is used up."""

@@ -49,11 +49,22 @@ def train(
     programs: Programs,
     outputs: Outputs,
     stop: StopRequest,
+    *,
+    held_out_loss: float | None = None,
 ) -> TrainState:
     """Runs the steps that are left, or up to a stop request; the last state is checkpointed.
 
     A row of the log has the loss of the weights before its update and, when due, the held-out
     result of those after it; row 0 has only the latter.
+
+    Args:
+        config: the run's.
+        corpus: what it learns from, and is measured on.
+        state: before the steps that are left.
+        programs: those of the configuration, on the run's devices.
+        outputs: where it writes.
+        stop: who may ask it to stop.
+        held_out_loss: nats, of the state given, where that has been measured already.
 
     Raises:
         TrainingError: the loss is no longer finite.
@@ -67,13 +78,16 @@ def train(
     def held_out() -> float:
         return programs.held_out_loss(state, held_out_batches(config, corpus)) * held_out_bits
 
+    def held_out_before() -> float:
+        return held_out() if held_out_loss is None else held_out_loss * held_out_bits
+
     first = int(state.step) + 1
     batch = batch_of(config, corpus, first)
     programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
     programs.prepare_update(batch)
     progress.line("bits per byte; training is the mean since the line before")
     if log.last_step < 0 and not stop:
-        row = {"step": 0, "held_out_bits_per_byte": held_out()}
+        row = {"step": 0, "held_out_bits_per_byte": held_out_before()}
         log.write(row)
         progress.line(_line(row, total, [], {}))
     since_line: list[float] = []

@@ -45,6 +45,11 @@ class RunFolder:
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 
+    def put_config(self, config: TrainConfig) -> None:
+        """Stores another configuration in place of the one the run was made with."""
+        stored = json.loads(self.config.read_text(encoding="utf-8"))
+        write_json(self.config, stored | {"config": dataclasses.asdict(config)})
+
     def report_plot(self, name: str) -> Path:
         """The picture of a report by its name."""
         return self.path / f"{name}.png"

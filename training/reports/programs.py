@@ -11,20 +11,8 @@ import jax
 from jattn import UnsupportedAttentionError
 from training import compiler
 from training.errors import one_line
+from training.program_memory import Memory, memory_of
 from training.reports.place import Place
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """The compiler's account of one execution, in bytes."""
-
-    temporary: int
-    arguments: int
-    results: int  # those that take no argument's place
-
-    @property
-    def total(self) -> int:
-        return self.temporary + self.arguments + self.results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +84,7 @@ def _compiled(lowered: jax.stages.Lowered | Built, place: Place) -> Built:
         )
     except jax.errors.JaxRuntimeError as error:
         return Built(None, None, out_of_memory=out_of_memory(error))
-    found = program.memory_analysis()
-    assert found is not None
-    return Built(
-        program,
-        Memory(
-            found.temp_size_in_bytes,
-            found.argument_size_in_bytes,
-            found.output_size_in_bytes - found.alias_size_in_bytes,
-        ),
-    )
+    return Built(program, memory_of(program))
 
 
 def out_of_memory(error: jax.errors.JaxRuntimeError) -> str:

@@ -1,0 +1,83 @@
+"""Layers compiled apart where they fit, else in a loop over one; what is stored is what ran."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import train
+from tests.promotion import of_others
+from tests.tiny_training import OPTIONS, results, write_corpus
+from training import start
+from training.ahead import Programs
+from training.program_memory import Memory
+
+APART, LOOPED = 9_000_000, 4_000_000  # bytes that the updates are said to take
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes() -> Iterator[None]:
+    """The optimiser is of another library."""
+    with of_others():
+        yield
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes that are free; what an update takes is set by whether its layers are in a loop."""
+    free = {"bytes": 10_000_000}
+
+    def memory_of_update(programs: Programs, batch: object) -> Memory:
+        looped = programs._config.model.scan_blocks
+        return Memory(LOOPED if looped else APART, 10**12, 0)
+
+    monkeypatch.setattr(start, "free_bytes", lambda device: free["bytes"])
+    monkeypatch.setattr(Programs, "memory_of_update", memory_of_update)
+    return free
+
+
+def trained(tmp_path: Path, name: str, *options: str) -> Path:
+    corpus = tmp_path / "corpus"
+    if not corpus.exists():
+        write_corpus(corpus)
+    few = ["--steps", "4", "--checkpoint-every", "2", "--num-layers", "2", "--data", str(corpus)]
+    runs = ["--runs-dir", str(tmp_path / "runs"), "--name", name]
+    assert train.main([*OPTIONS, *few, *runs, *options]) == 0
+    return tmp_path / "runs" / name
+
+
+def test_what_fits_in_a_loop_alone_is_trained_in_one(
+    tmp_path: Path, said: dict[str, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    said["bytes"] = 8_000_000
+    run = trained(tmp_path, "chosen", "--no-scan-blocks")
+    out = capfd.readouterr().out
+    assert [line for line in out.splitlines() if "looped over" in line] == [
+        "one block is compiled and looped over: a step takes 3.8 MiB beside the weights, with"
+        " blocks apart 8.6 MiB of 7.6 MiB free"
+    ]
+    assert json.loads((run / "config.json").read_text())["config"]["model"]["scan_blocks"] is True
+    assert results(run) == results(trained(tmp_path, "named", "--scan-blocks"))
+    assert train.main(["--resume", str(run)]) == 0  # with the configuration that ran
+
+
+@pytest.mark.parametrize(("free", "looped"), [(10_000_000, LOOPED), (1, APART + 1)])
+def test_layers_stay_apart_where_they_fit_or_a_loop_is_no_help(
+    free: int,
+    looped: int,
+    tmp_path: Path,
+    said: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    said["bytes"] = free
+    monkeypatch.setattr(f"{__name__}.LOOPED", looped)
+    run = trained(tmp_path, "run", "--no-scan-blocks")
+    assert "looped over" not in capfd.readouterr().out
+    assert json.loads((run / "config.json").read_text())["config"]["model"]["scan_blocks"] is False
+    rows = results(run)
+    assert rows[0]["held_out_bits_per_byte"] == pytest.approx(8.0, abs=0.01)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
