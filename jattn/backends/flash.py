@@ -20,6 +20,7 @@ from jattn.transforms import derivatives
 from pallas_kernels.hopper import limits
 from pallas_kernels.hopper.bias_form import copied_bytes
 from pallas_kernels.portable.precision import term_count
+from pallas_kernels.portable.reach import copied_bytes as copied_mask_bytes
 
 __all__ = [
     "attend_on_hopper",
@@ -52,7 +53,7 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     if spec.bias_shape is not None:  # the portable kernels make the gradients
         return portable_gradient_bytes(spec, target) + copied_bytes(spec)
     if spec.mask_shape is not None:
-        return portable_gradient_bytes(spec, target)
+        return portable_gradient_bytes(spec, target) + limits.words_bytes(spec)
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
     apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
@@ -69,4 +70,4 @@ def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     if (terms := term_count(spec)) > 1:
         width = spec.head_dim + spec.value_dim
         held += (rows + spec.batch * spec.keys * spec.kv_heads) * width * 2 * terms
-    return held
+    return held + copied_mask_bytes(spec.mask_shape)

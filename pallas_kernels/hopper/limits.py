@@ -10,7 +10,14 @@ from pallas_kernels.hopper.copies import padded_width
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["has_dq_apart", "padded_width", "refusals", "tangent_refusals", "writes_dq_once"]
+__all__ = [
+    "has_dq_apart",
+    "padded_width",
+    "refusals",
+    "tangent_refusals",
+    "words_bytes",
+    "writes_dq_once",
+]
 
 MOST_BLOCKS = 2**31 - 1  # of a launch; CUDA C++ Programming Guide, "Technical specifications"
 MOST_TANGENT_HEAD_DIM = 128  # beside the tangents, more leaves no shared memory for a ring
@@ -35,6 +42,14 @@ def writes_dq_once(spec: AttentionSpec) -> bool:
     """
     is_one_tile = spec.keys <= KEYS_OF_A_BLOCK
     return is_one_tile and not _is_wide(spec) and spec.logits_soft_cap is None
+
+
+def words_bytes(spec: AttentionSpec) -> int:
+    """Bytes of a dense mask's bits, in words of 32 keys."""
+    if spec.mask_shape is None:
+        return 0
+    b, n, t, s = spec.mask_shape
+    return b * n * t * -(-s // 32) * 4
 
 
 def _is_wide(spec: AttentionSpec) -> bool:

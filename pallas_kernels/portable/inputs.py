@@ -9,6 +9,7 @@ from jax import Array
 
 from jattn.call import dropout
 from pallas_kernels.portable.precision import factor
+from pallas_kernels.portable.reach import in_reach
 from pallas_kernels.portable.triton import LOG2E
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
         "k": factor(spec, operands.key),
         "v": factor(spec, operands.value),
         "bias": operands.bias,
-        "mask": operands.mask,
+        "mask": in_reach(operands.mask),
         "query_lengths": operands.query_lengths,
         "key_lengths": operands.key_lengths,
         "query_segments": operands.query_segments,

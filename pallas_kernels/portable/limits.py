@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from math import prod
 from typing import TYPE_CHECKING
 
 import jax
@@ -32,8 +31,6 @@ MOST_OF_TANGENTS = {
     (3, 99): 64,
 }
 DTYPES = ("bfloat16", "float16", "float32")
-# An array of more than 2^32 bytes is indexed with 64 bits, else with 32, one of them a sign.
-INDEXED = 1 << 31
 
 
 def refusals(spec: AttentionSpec) -> list[str]:
@@ -60,10 +57,6 @@ def refusals(spec: AttentionSpec) -> list[str]:
     if spec.bias_dtype is not None and spec.bias_dtype.name not in DTYPES:
         reasons.append(
             f"its portable kernel takes a bias of {', '.join(DTYPES)}, not {spec.bias_dtype.name}"
-        )
-    if spec.mask_shape is not None and INDEXED <= prod(spec.mask_shape) <= 2 * INDEXED:
-        reasons.append(
-            f"its portable kernel takes no mask of 2^31 to 2^32 elements, given {spec.mask_shape}"
         )
     if (count := spec.tiles(16)) > MOST_PROGRAMS:
         reasons.append(

@@ -46,7 +46,10 @@ FEATURES = [
     Long("ragged", queries=1001, keys=1023, head_dim=72, kv_heads=2),
     Long("bias", bias="1NTS", batch=2),
     Long("bias_keys", bias="B11S", head_dim=64),
+    *(Long(f"bias_float32_{h}", bias="BNTS", bias_dtype="float32", head_dim=h) for h in (64, 128)),
     Long("dropout", dropout=0.1),
+    Long("bias_mask_dropout", batch=2, bias="1NTS", mask="B1TS", dropout=0.1),
+    Long("far_mask", queries=49_152, keys=49_152, heads=1, kv_heads=1, mask="11TS"),
     Long("mask_soft_cap_sinks", mask="B1TS", soft_cap=30.0, sinks=True),
     Long("packed", segments="sorted", causal=True, key_lengths=(9,), query_lengths=(9,)),
     Long("window", window=(200, 0)),
@@ -80,7 +83,7 @@ def arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     }
     rest: dict[str, Any] = {}
     if case.bias:
-        floats["bias"] = of(case.shape_of(case.bias), dtype)
+        floats["bias"] = of(case.shape_of(case.bias), jnp.dtype(case.bias_dtype or dtype))
     if case.sinks:
         floats["sinks"] = of((case.heads,), dtype)
     if case.mask:
