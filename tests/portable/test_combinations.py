@@ -48,6 +48,6 @@ def test_every_form_of_a_bias_and_of_a_mask_is_among_them() -> None:
     assert sum(case.dropout > 0 for case in CASES) > len(CASES) // 2
 
 
-@pytest.mark.parametrize("case", chosen(CASES, CASES[3].name), ids=str)
+@pytest.mark.parametrize("case", chosen(CASES, CASES[9].name), ids=str)
 def test_together_they_are_as_exact_as_the_formula(case: Case, seed: int) -> None:
     check(BOTH[CASES.index(case) % 2], case, seed)
