@@ -15,6 +15,7 @@ from jax.nn import dot_product_attention as jax_attention
 
 from jattn.backends.elsewhere import WithLoops
 from jattn.call.band import Band
+from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
@@ -74,7 +75,7 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class _Fused:
-    """cuDNN's pair (`derivatives.Kernels`), out of the one differentiable function that JAX has.
+    """cuDNN's pair (`transforms.kernels`), out of the one differentiable function that JAX has.
 
     It keeps a row's log-sum-exp as one float32, which is `top`.
     """
@@ -95,10 +96,7 @@ class _Fused:
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        saved_out: Array,
-        d_out: Array,
+        rows: BackwardRows,
         /,
         *,
         wants_bias: bool,
@@ -108,11 +106,11 @@ class _Fused:
 
         def saved(x: Any) -> Any:
             if x is out:
-                return saved_out
-            return top.swapaxes(1, 2) if _is_by_row(spec, x) else x
+                return rows.of_output
+            return rows.top.swapaxes(1, 2) if _is_by_row(spec, x) else x
 
         # Of its own forward nothing is left, and the compiler leaves it out.
-        gradients: tuple[Array, ...] = jax.tree.map(saved, backward)(d_out)
+        gradients: tuple[Array, ...] = jax.tree.map(saved, backward)(rows.d_out)
         return gradients
 
     def _differentiable(self, spec: AttentionSpec, operands: Operands) -> Any:

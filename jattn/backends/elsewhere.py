@@ -22,10 +22,12 @@ from jax import Array, lax
 from jattn.backends import any_order
 from jattn.backends.kernels import Family, kernels_of
 from jattn.backends.loops import Loops
-from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
+from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.call.target import Target
-from jattn.transforms import derivatives
+from jattn.transforms.kernels import Pair, TangentPair
 from jattn.transforms.per_platform import on_nvidia
+from jattn.transforms.rows import row_term
 
 __all__ = ["WithLoops", "kernels_anywhere"]
 
@@ -40,50 +42,24 @@ def kernels_anywhere(family: Family, algorithm: Literal["flash", "chunked"]) -> 
     return WithLoops(kernels, kernels, interpret=kernels.interpret)
 
 
-class TangentKernels(Protocol):
-    """Kernels of the tangents (`derivatives.Kernels`), for the calls that they have them for."""
+class SomeTangents(TangentPair, Protocol):
+    """Kernels of the tangents, for the calls that they have them for."""
 
     def own_tangents(self, spec: AttentionSpec, names: frozenset[str]) -> bool:
         """Whether they do a call where these operands move, or their gradients are wanted."""
-        ...
-
-    def tangent(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        out: Array,
-        tangents: Tangents,
-        of_sinks: Array | None,
-        /,
-    ) -> tuple[Array, Array]: ...
-
-    def backward_tangent(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        rows: MovingRows,
-        tangents: Tangents,
-        /,
-        *,
-        wanted: tuple[str, ...],
-    ) -> tuple[Array, ...]: ...
 
 
 @dataclass(frozen=True)
 class WithLoops:
-    """A pair of kernels, and the loops for where they do not run (`derivatives.Kernels`).
+    """A pair of kernels, and the loops for where they do not run (`transforms.kernels.Kernels`).
 
     tangents: kernels of the tangents, if there are. What they lack the loops do, from the output
     and the log-sum-exp that the kernels saved.
     interpret: the kernels' text runs here, whatever the device is.
     """
 
-    kernels: derivatives.Pair
-    tangents: TangentKernels | None = None
+    kernels: Pair
+    tangents: SomeTangents | None = None
     interpret: bool = False
 
     @property
@@ -110,10 +86,7 @@ class WithLoops:
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        of_output: Array,
-        d_out: Array,
+        rows: BackwardRows,
         *,
         wants_bias: bool,
         wants_scale: bool,
@@ -123,31 +96,24 @@ class WithLoops:
         kernel, loops = (
             partial(of, wants_bias=wants_bias, wants_scale=wants_scale) for of in (kernel, loops)
         )
-        return self._run(kernel, loops, operands, top, rest, of_output, d_out)
+        return self._run(kernel, loops, operands, rows)
 
     def tangent(
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        out: Array,
+        rows: TangentRows,
         tangents: Tangents,
-        of_sinks: Array | None,
     ) -> tuple[Array, Array]:
-        moving = _names(tangents)
-        kernel, loops = self._tangents(spec, moving, "tangent")
-        saved = (operands, top, rest, out)
-        t_out, t_lse = self._run(kernel, loops, *saved, tangents, of_sinks)
+        kernel, loops = self._tangents(spec, _names(tangents), "tangent")
+        t_out, t_lse = self._run(kernel, loops, operands, rows, tangents)
         return t_out, t_lse
 
     def backward_tangent(
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        rows: MovingRows,
+        rows: BackwardTangentRows,
         tangents: Tangents,
         *,
         wanted: tuple[str, ...],
@@ -155,7 +121,7 @@ class WithLoops:
         names = _names(tangents) | set(wanted)
         both = self._tangents(spec, names, "backward_tangent")
         kernel, loops = (partial(of, wanted=wanted) for of in both)
-        return self._run(kernel, loops, operands, top, rest, rows, tangents)
+        return self._run(kernel, loops, operands, rows, tangents)
 
     def formula(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         return any_order.attend(spec, operands)
@@ -181,17 +147,18 @@ def _names(tangents: Tangents) -> set[str]:
     return {name for name, x in tangents._asdict().items() if x is not None}
 
 
-def _from_saved(
+def _from_saved[Rows: (TangentRows, BackwardTangentRows)](
     loops: Callable[..., tuple[Array, ...]],
     unit: float,
     spec: AttentionSpec,
     operands: Operands,
-    top: Array,
-    *rest: Any,
+    rows: Rows,
+    tangents: Tangents,
     **options: Any,
 ) -> tuple[Array, ...]:
     """The loops, whose unit is 1, from a maximum in a kernel's unit."""
-    return loops(spec, operands, _in_loops_unit(top, unit), *rest, **options)
+    rows = rows._replace(top=_in_loops_unit(rows.top, unit))
+    return loops(spec, operands, rows, tangents, **options)
 
 
 def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
@@ -204,21 +171,19 @@ def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Arra
 
 
 def _backward(
-    kernels: derivatives.Pair,
+    kernels: Pair,
     spec: AttentionSpec,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    of_output: Array,
-    d_out: Array,
+    rows: BackwardRows,
     *,
     wants_bias: bool,
     wants_scale: bool,
 ) -> tuple[Array, ...]:
-    natural = _in_loops_unit(top, kernels.unit(spec))
-    term = derivatives.row_term(top, of_output, d_out) if kernels.takes_output else of_output
-    saved = (natural, rest, term, d_out)
-    return _LOOPS.backward(spec, operands, *saved, wants_bias=wants_bias, wants_scale=wants_scale)
+    term = rows.of_output
+    if kernels.takes_output:
+        term = row_term(rows.top, rows.of_output, rows.d_out)
+    own = rows._replace(top=_in_loops_unit(rows.top, kernels.unit(spec)), of_output=term)
+    return _LOOPS.backward(spec, operands, own, wants_bias=wants_bias, wants_scale=wants_scale)
 
 
 def _in_loops_unit(top: Array, unit: float) -> Array:

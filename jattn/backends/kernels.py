@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jattn.call.determinism import is_deterministic
-from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
+from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.call.target import Target
 from pallas_kernels.portable import limits
 
@@ -57,7 +58,7 @@ def lacks(family: Family, target: Target) -> str | None:
 
 @dataclass(frozen=True)
 class Kernels:
-    """A pair of kernels, forward and backward, and those of tangents.
+    """A pair of kernels, forward and backward, and those of tangents (`transforms.kernels`).
 
     algorithm: "flash" or "chunked", the query-chunked one, which is portable alone.
     deterministic: gradients are to be bitwise the same each time; portable ones always are.
@@ -76,12 +77,6 @@ class Kernels:
         return not (self.interpret and self.family == "hopper")
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
-        """Output (B, T, N, D), and of each row (B, T, N), float32, two numbers `top` and `rest`.
-
-        Together, as top `unit` + rest, they are the log-sum-exp of the keys' logits, natural, to
-        which no sink belongs: the maximum, and the logarithm of the sum of what is relative to it.
-        A row that sees no key has -inf and 0.
-        """
         if self.family == "hopper":
             from pallas_kernels.hopper import forward as hopper  # imports Mosaic GPU
 
@@ -92,7 +87,6 @@ class Kernels:
         return found
 
     def unit(self, spec: AttentionSpec) -> float:
-        """What 1 in `top` is of the natural logarithm."""
         if self.family == "hopper":
             from pallas_kernels.hopper.softmax import unit
 
@@ -105,41 +99,27 @@ class Kernels:
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        row_term: Array,
-        d_out: Array,
+        rows: BackwardRows,
         *,
         wants_bias: bool,
         wants_scale: bool,
     ) -> tuple[Array, ...]:
-        """Gradients of query, key and value, and of the bias if it is wanted.
-
-        Args:
-          spec: the call.
-          operands: its arrays.
-          top: (B, T, N) float32, what forward gave.
-          rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
-          row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
-            that see no key.
-          d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
-          wants_bias: the call has a bias whose gradient is asked for.
-          wants_scale: the scale is an array whose gradient is asked for: then the gradient of query
-            is not yet multiplied by it, and float32.
-        """
         portable = spec.mask_shape is not None or spec.bias_shape is not None
         if self.family == "hopper" and not portable:
             from pallas_kernels.hopper import backward as hopper
 
             return hopper.backward(
-                *(spec, operands, top, rest, row_term, d_out),
+                spec,
+                operands,
+                rows,
                 wants_scale=wants_scale,
                 deterministic=self.deterministic,
                 interpret=self.interpret,
             )
-        saved = self._in_portable_unit(spec, top, rest)
         found: tuple[Array, ...] = self._portable().backward(
-            *(spec, operands, *saved, row_term, d_out),
+            spec,
+            operands,
+            self._in_portable_unit(spec, rows),
             wants_bias=wants_bias,
             wants_scale=wants_scale,
             interpret=self.interpret,
@@ -154,26 +134,8 @@ class Kernels:
         return not limits.tangent_refusals(spec)
 
     def tangent(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        out: Array,
-        tangents: Tangents,
-        of_sinks: Array | None,
+        self, spec: AttentionSpec, operands: Operands, rows: TangentRows, tangents: Tangents
     ) -> tuple[Array, Array]:
-        """Tangents of the output (B, T, N, D) and of the log-sum-exp (B, T, N) float32.
-
-        Args:
-          spec: the call.
-          operands: its arrays; sinks are not looked at.
-          top: (B, T, N) float32, what forward gave.
-          rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
-          out: (B, T, N, D), what forward gave.
-          tangents: what moves.
-          of_sinks: (B, T, N) float32, the sinks' part of the log-sum-exp's tangent, or None.
-        """
         moves = any(x is not None for x in (tangents.query, tangents.key, tangents.value))
         moves &= tangents.scale is None
         # Mosaic's interpreter has ordered effects, which a primitive of linear maps cannot have.
@@ -183,48 +145,42 @@ class Kernels:
             if not hopper_limits.tangent_refusals(spec):
                 from pallas_kernels.hopper.tangent import tangent as hopper
 
-                return hopper(spec, operands, top, rest, out, tangents, of_sinks)
+                return hopper(spec, operands, rows, tangents)
         from pallas_kernels.portable.tangent import tangent
 
-        saved = (*self._in_portable_unit(spec, top, rest), out)
-        return tangent(spec, operands, *saved, tangents, of_sinks, interpret=self.interpret)
+        rows = self._in_portable_unit(spec, rows)
+        return tangent(spec, operands, rows, tangents, interpret=self.interpret)
 
     def backward_tangent(
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        rows: MovingRows,
+        rows: BackwardTangentRows,
         tangents: Tangents,
         *,
         wanted: tuple[str, ...],
     ) -> tuple[Array, ...]:
-        """Tangents of those gradients that are wanted, "query", "key", "value", "bias", "scale".
-
-        Of the scale it is each row's part, (B, T, N) float32.
-        """
         from pallas_kernels.portable.backward_tangent import backward_tangent
 
-        saved = self._in_portable_unit(spec, top, rest)
+        rows = self._in_portable_unit(spec, rows)
         found: tuple[Array, ...] = backward_tangent(
-            spec, operands, *saved, rows, tangents, wanted=wanted, interpret=self.interpret
+            spec, operands, rows, tangents, wanted=wanted, interpret=self.interpret
         )
         return found
 
-    def _in_portable_unit(
-        self, spec: AttentionSpec, top: Array, rest: Array
-    ) -> tuple[Array, Array]:
+    def _in_portable_unit[Rows: (BackwardRows, TangentRows, BackwardTangentRows)](
+        self, spec: AttentionSpec, rows: Rows
+    ) -> Rows:
         """The log-sum-exp as the portable kernels have it; `rest` has what rounding leaves out."""
         if self.family == "portable" or spec.bias_shape is not None:
-            return top, rest  # with a bias both are natural
+            return rows  # with a bias both are natural
         from pallas_kernels.portable.elements import base
 
-        seen = top > -jnp.inf
-        finite = jnp.where(seen, top, 0)
+        seen = rows.top > -jnp.inf
+        finite = jnp.where(seen, rows.top, 0)
         own = finite / base(spec)
-        rest = rest + (finite - own * base(spec)) * math.log(2)
-        return jnp.where(seen, own, -jnp.inf), rest
+        rest = rows.rest + (finite - own * base(spec)) * math.log(2)
+        return rows._replace(top=jnp.where(seen, own, -jnp.inf), rest=rest)
 
     def _portable(self) -> Any:
         from pallas_kernels.portable import chunked, flash  # import Pallas

@@ -1,4 +1,4 @@
-"""The loops in XLA as functions like the kernels', and the sizes of their chunks."""
+"""The loops in XLA as `transforms.kernels.Kernels`, and the sizes of their chunks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from jax import Array
 
 from jattn.backends import any_order, query_chunks, query_tangents
 from jattn.backends.tiles import Chunks
+from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
 from jattn.call.sizes import is_known, smaller
-from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.call.target import Target
 
 __all__ = ["Loops", "choose_chunks"]
@@ -45,45 +46,35 @@ class Loops:
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        row_term: Array,
-        d_out: Array,
+        rows: BackwardRows,
         *,
         wants_bias: bool,
         wants_scale: bool,
     ) -> tuple[Array, ...]:
-        saved = (operands, top, rest, row_term, d_out)
-        return query_chunks.backward(
-            spec, self.chunks(spec), *saved, wants_bias=wants_bias, wants_scale=wants_scale
-        )
+        wants = {"wants_bias": wants_bias, "wants_scale": wants_scale}
+        return query_chunks.backward(spec, self.chunks(spec), operands, rows, **wants)
 
     def tangent(
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        out: Array,
+        rows: TangentRows,
         tangents: Tangents,
-        of_sinks: Array | None,
     ) -> tuple[Array, Array]:
-        saved = (operands, top, rest, out)
-        return query_tangents.tangent(spec, self.chunks(spec), *saved, tangents, of_sinks)
+        return query_tangents.tangent(spec, self.chunks(spec), operands, rows, tangents)
 
     def backward_tangent(
         self,
         spec: AttentionSpec,
         operands: Operands,
-        top: Array,
-        rest: Array,
-        rows: MovingRows,
+        rows: BackwardTangentRows,
         tangents: Tangents,
         *,
         wanted: tuple[str, ...],
     ) -> tuple[Array, ...]:
-        saved = (operands, top, rest, rows, tangents)
-        return query_tangents.backward_tangent(spec, self.chunks(spec), *saved, wanted=wanted)
+        return query_tangents.backward_tangent(
+            spec, self.chunks(spec), operands, rows, tangents, wanted=wanted
+        )
 
     def formula(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         return any_order.attend(spec, operands)

@@ -29,6 +29,7 @@ from jax import Array, lax
 
 from jattn.backends.products import against_keys, over_rows, times_keys
 from jattn.backends.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
+from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["backward", "bias_sums", "forward"]
@@ -91,17 +92,14 @@ def backward(
     spec: AttentionSpec,
     chunks: Chunks,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    row_term: Array,
-    d_out: Array,
+    rows: BackwardRows,
     *,
     wants_bias: bool,
     wants_scale: bool,
 ) -> tuple[Array, ...]:
     """Gradients of query, key and value, and of the bias if it is wanted."""
     arrays = HeadMajor.of(spec, chunks, operands)
-    top, rest, row_term, d_out = (split_heads(spec, x) for x in (top, rest, row_term, d_out))
+    top, rest, row_term, d_out = (split_heads(spec, x) for x in rows)
     top = jnp.where(top == -jnp.inf, jnp.inf, top)  # exp(S - inf) = 0, whatever S is
 
     def chunk(index: Array, carry: tuple[Array, _Sums]) -> tuple[Array, _Sums]:

@@ -36,7 +36,8 @@ from jax import Array, lax
 from jattn.backends.products import against_keys, over_rows, times_keys
 from jattn.backends.query_chunks import bias_sums
 from jattn.backends.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
-from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from jattn.call.row_arrays import BackwardTangentRows, TangentRows
+from jattn.call.spec import AttentionSpec, Operands, Tangents
 
 __all__ = ["backward_tangent", "tangent"]
 
@@ -165,25 +166,22 @@ def tangent(
     spec: AttentionSpec,
     chunks: Chunks,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    out: Array,
+    rows: TangentRows,
     tangents: Tangents,
-    of_sinks: Array | None,
 ) -> tuple[Array, Array]:
     """Tangents of the output (B, T, N, D) and of the log-sum-exp (B, T, N)."""
     arrays = HeadMajor.of(spec, chunks, operands)
     moving = _Moving.of(spec, tangents)
     crossed = _Crossed.of(arrays.query, moving.query, arrays.key, moving.key)
-    top, rest, out = (split_heads(spec, x) for x in (_for_weights(top), rest, out))
-    start = None if of_sinks is None else split_heads(spec, of_sinks)
+    top, rest, out, start = jax.tree.map(partial(split_heads, spec), rows)
+    top = _for_weights(top)
 
     def chunk(index: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
         tile = Tile.at(spec, chunks, arrays, index)
-        rows = _Rows.of(tile, top, rest, moving, crossed)
+        scores = _Rows.of(tile, top, rest, moving, crossed)
 
         def step(j: Array, state: _Tangent, *, clear: bool) -> _Tangent:
-            block = rows.at(tile.keys(arrays.key, j, clear=clear), j, clear=clear)
+            block = scores.at(tile.keys(arrays.key, j, clear=clear), j, clear=clear)
             kept = _kept(tile, block.weights, j)
             found = state
             if block.t_logits is not None:
@@ -227,9 +225,7 @@ def backward_tangent(
     spec: AttentionSpec,
     chunks: Chunks,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    rows: MovingRows,
+    rows: BackwardTangentRows,
     tangents: Tangents,
     *,
     wanted: tuple[str, ...],
@@ -241,14 +237,14 @@ def backward_tangent(
     arrays = HeadMajor.of(spec, chunks, operands)
     moving = _Moving.of(spec, tangents)
     crossed = _Crossed.of(arrays.query, moving.query, arrays.key, moving.key)
-    top, rest = (split_heads(spec, x) for x in (_for_weights(top), rest))
     rows = jax.tree.map(partial(split_heads, spec), rows)
+    top = _for_weights(rows.top)
     d_crossed = _Crossed.of(rows.d_out, rows.td_out, arrays.value, moving.value)
 
     def chunk(index: Array, carry: tuple[_Sums, _Sums]) -> tuple[_Sums, _Sums]:
         written, sums = carry
         tile = Tile.at(spec, chunks, arrays, index)
-        scores = _Rows.of(tile, top, rest, moving, crossed)
+        scores = _Rows.of(tile, top, rows.rest, moving, crossed)
 
         def fresh(x: Array) -> Array:
             return tile.fresh_rows(tile.real_rows(tile.rows(x)))
@@ -267,7 +263,7 @@ def backward_tangent(
         def step(j: Array, sums: _Sums, *, clear: bool) -> _Sums:
             return _added(scores, own, values, sums, j, clear=clear)
 
-        sums = tile.visit(step, _of_a_tile(spec, chunks, sums))
+        sums = tile.visit(step, _of_a_tile(sums))
         return _written(tile, written, sums, scaled=moving.scale is not None), sums
 
     written, sums = _empty(spec, chunks, wanted)
@@ -348,7 +344,7 @@ def _added(
     return found
 
 
-def _of_a_tile(spec: AttentionSpec, chunks: Chunks, sums: _Sums) -> _Sums:
+def _of_a_tile(sums: _Sums) -> _Sums:
     """The sums, with those of one tile begun anew."""
 
     def anew(x: Array | None) -> Array | None:

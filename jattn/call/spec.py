@@ -18,7 +18,7 @@ from jattn.call.context import Context
 from jattn.call.rows import Rows
 from jattn.call.sizes import is_known
 
-__all__ = ["AttentionSpec", "MovingRows", "Operands", "Shape4", "Tangents"]
+__all__ = ["AttentionSpec", "Operands", "Shape4", "Tangents"]
 
 type Shape4 = tuple[int, int, int, int]
 
@@ -63,22 +63,6 @@ class Tangents(NamedTuple):
     value: Array | None = None
     bias: Array | None = None
     scale: Array | None = None
-
-
-class MovingRows(NamedTuple):
-    """What the tangent of the gradients needs of each row of the logits, beside the operands.
-
-    d_out (B, T, N, D), the output's gradient, and td_out, its tangent, None if it does not move:
-    both 0 past the query lengths. row_term (B, T, N), rowsum(O dO) less the gradient of the
-    log-sum-exp; t_row_term, its tangent; t_lse, the tangent of the log-sum-exp: in the
-    accumulator's dtype, and 0 of a row that sees no key.
-    """
-
-    d_out: Array
-    row_term: Array
-    t_lse: Array
-    t_row_term: Array
-    td_out: Array | None
 
 
 @dataclass(frozen=True)

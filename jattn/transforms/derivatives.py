@@ -34,13 +34,14 @@ from jax import Array
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms import evaluated, formulas, higher_order, sharding
 from jattn.transforms.calls import Results, bind, primitive
-from jattn.transforms.evaluated import Kernels, Pair, tangents_of
+from jattn.transforms.evaluated import tangents_of
 from jattn.transforms.folding import Arrays
+from jattn.transforms.kernels import Kernels
 from jattn.transforms.per_shard import TANGENTS
 from jattn.transforms.rematerialisation import named
-from jattn.transforms.rows import log_sum_exp, row_term
+from jattn.transforms.rows import log_sum_exp
 
-__all__ = ["Kernels", "Pair", "attend", "row_term"]
+__all__ = ["attend"]
 
 type Primitive = jax.extend.core.Primitive
 type Along = tuple[Results, Sequence[Array | None]]

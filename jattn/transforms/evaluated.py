@@ -9,15 +9,17 @@ and the tangents of all of it.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
+from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.transforms import context, sharding
 from jattn.transforms.folding import Arrays, Kernel
+from jattn.transforms.kernels import Kernels
 from jattn.transforms.per_shard import (
     GRADIENTS,
     RESULTS,
@@ -36,8 +38,6 @@ from jattn.transforms.rows import (
 )
 
 __all__ = [
-    "Kernels",
-    "Pair",
     "backward",
     "backward_tangent",
     "forward",
@@ -45,96 +45,6 @@ __all__ = [
     "tangent",
     "tangents_of",
 ]
-
-
-class Pair(Protocol):
-    """Forward and backward, hashable; `backends.kernels` explains the arguments."""
-
-    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]: ...
-
-    def backward(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        of_output: Array,
-        d_out: Array,
-        /,
-        *,
-        wants_bias: bool,
-        wants_scale: bool,
-    ) -> tuple[Array, ...]: ...
-
-    def unit(self, spec: AttentionSpec) -> float:
-        """What 1 in `top` is of the natural logarithm."""
-
-    @property
-    def can_partition(self) -> bool:
-        """Whether the partitioner may cut a call."""
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether parts of a softmax may be computed, each by a call with an offset of its own."""
-
-    @property
-    def takes_output(self) -> bool:
-        """Whether backward takes the output, and makes the row term, instead of being given it."""
-
-
-class Kernels(Pair, Protocol):
-    """The same with the tangents of both; `backends.query_tangents` has the formulas."""
-
-    def tangent(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        out: Array,
-        tangents: Tangents,
-        of_sinks: Array | None,
-        /,
-    ) -> tuple[Array, Array]:
-        """Tangents of the output (B, T, N, D), and of the log-sum-exp (B, T, N), natural.
-
-        Args:
-          spec: the call.
-          operands: its arrays.
-          top: (B, T, N) float32, what forward gave.
-          rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
-          out: (B, T, N, D), what forward gave.
-          tangents: of the operands that move; one at least.
-          of_sinks: (B, T, N) float32, what moving sinks add to the latter; None if none does.
-        """
-
-    def backward_tangent(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        rows: MovingRows,
-        tangents: Tangents,
-        /,
-        *,
-        wanted: tuple[str, ...],
-    ) -> tuple[Array, ...]:
-        """Tangents of the gradients.
-
-        Args:
-          spec: the call.
-          operands: its arrays.
-          top: as in `tangent`.
-          rest: as there.
-          rows: what else each row has.
-          tangents: of the operands that move; it may be that none does.
-          wanted: of which gradients, some of query, key, value, bias and scale, in that order. What
-            is given of the scale's is a part for each row, (B, T, N) float32.
-        """
-
-    def formula(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
-        """Output and natural log-sum-exp by a function that JAX differentiates, to any order."""
 
 
 def _operands_of(arrays: Arrays) -> Operands:
@@ -178,12 +88,12 @@ def backward(
     """Gradients of the operands that are wanted; d_lse is 0 if it is not among the arrays."""
 
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        top, rest, d_out = (arrays[name] for name in ("top", "rest", "d_out"))
+        rows = BackwardRows(*(arrays[name] for name in ("top", "rest", of_output, "d_out")))
         return context.backward(
             kernels,
             spec,
             _operands_of(arrays),
-            (top, rest, arrays[of_output], d_out),
+            rows,
             wants_bias="bias" in wanted,
             wants_scale="scale" in wanted,
         )
@@ -245,11 +155,9 @@ def tangent(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> tuple[Arra
     """Tangents of the output and of the log-sum-exp along what moves."""
 
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        top, rest, out = (arrays[name] for name in ("top", "rest", "out"))
+        rows = TangentRows(*(arrays.get(name) for name in TangentRows._fields))  # type: ignore[arg-type]
         moving = Tangents(**tangents_of(arrays))
-        own = _operands_of(arrays)
-        saved = (top, rest, out)
-        return context.tangent(kernels, spec, own, saved, moving, arrays.get("of_sinks"))
+        return context.tangent(kernels, spec, _operands_of(arrays), rows, moving)
 
     moving = tangents_of(arrays)
     top, rest = unkept(arrays["top"], arrays["rest"])
@@ -281,10 +189,10 @@ def backward_tangent(
     of_kernel = tuple(name for name in ("query", "key", "value", "bias", "scale") if name in wanted)
 
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        rows = MovingRows(*(arrays.get(name) for name in MovingRows._fields))  # type: ignore[arg-type]
-        moving = Tangents(**tangents_of(arrays))
-        own, saved = _operands_of(arrays), (arrays["top"], arrays["rest"])
-        return context.backward_tangent(kernels, spec, own, saved, rows, moving, wanted=of_kernel)
+        names = BackwardTangentRows._fields
+        rows = BackwardTangentRows(*(arrays.get(name) for name in names))  # type: ignore[arg-type]
+        own, moving = _operands_of(arrays), Tangents(**tangents_of(arrays))
+        return context.backward_tangent(kernels, spec, own, rows, moving, wanted=of_kernel)
 
     operands, moving = _operands_of(arrays), tangents_of(arrays)
     t_sinks = moving.pop("sinks", None)

@@ -16,8 +16,9 @@ from jax import Array
 
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms import context
-from jattn.transforms.evaluated import Kernels, tangents_of
+from jattn.transforms.evaluated import tangents_of
 from jattn.transforms.folding import Arrays
+from jattn.transforms.kernels import Kernels
 
 __all__ = ["backward_tangent", "second_tangent"]
 

@@ -30,6 +30,7 @@ from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import edge_padded, visits
 
 if TYPE_CHECKING:
+    from jattn.call.row_arrays import BackwardRows
     from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["backward", "in_two"]
@@ -38,10 +39,7 @@ __all__ = ["backward", "in_two"]
 def backward(
     spec: AttentionSpec,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    row_term: Array,
-    d_out: Array,
+    rows: BackwardRows,
     *,
     wants_scale: bool = False,
     deterministic: bool = False,
@@ -53,11 +51,7 @@ def backward(
     Args:
       spec: the call; the kernels' `refusals` must be empty for it.
       operands: its arrays.
-      top: (B, T, N) float32, what forward gave.
-      rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
-      row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
-        that see no key.
-      d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
+      rows: what else each row has, of the output the row term.
       wants_scale: the gradient of query is to be dS K in float32, not multiplied by the scale.
       deterministic: results are bitwise the same each time.
       tiles: tile shapes to use instead of the table's.
@@ -69,7 +63,7 @@ def backward(
         query = past_zeroed(query, operands.query_lengths)
     if operands.key_lengths is not None:
         key, value = (past_zeroed(x, operands.key_lengths) for x in (key, value))
-    top, rest, row_term = (jnp.swapaxes(x, 1, 2) for x in (top, rest, row_term))
+    top, rest, row_term = (jnp.swapaxes(x, 1, 2) for x in (rows.top, rows.rest, rows.of_output))
     if spec.dropout_rate > 0:
         row_term = row_term / kept_factor(spec)
     # In whole tiles of every kernel: a copy of one dimension is not cut at the end of a row.
@@ -84,7 +78,7 @@ def backward(
         parts=tiles.shares.queries,
         every=tiles.once,
     )
-    matrices = {"q": query, "k": key, "v": value, "do": d_out}
+    matrices = {"q": query, "k": key, "v": value, "do": rows.d_out}
     inputs = {
         **(matrices if by_rows(spec, tiles) else _whole(matrices)),
         "rows": _by_block(

@@ -54,6 +54,7 @@ from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.warpgroups import run
 
 if TYPE_CHECKING:
+    from jattn.call.row_arrays import TangentRows
     from jattn.call.spec import AttentionSpec, Operands, Tangents
 
 __all__ = ["tangent"]
@@ -66,11 +67,8 @@ HIGH, LOW, OF_SINKS = range(3)  # a query's vectors: its log-sum-exp in two, the
 def tangent(
     spec: AttentionSpec,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    out: Array,
+    rows: TangentRows,
     tangents: Tangents,
-    of_sinks: Array | None,
     *,
     tiles: TangentTiles | None = None,
     interpret: bool = False,
@@ -82,11 +80,8 @@ def tangent(
     Args:
       spec: the call; `limits.tangent_refusals` must be empty for it.
       operands: its arrays; sinks are not looked at.
-      top: (B, T, N) float32, what forward gave, in base 2.
-      rest: (B, T, N) float32, the same, natural, with the sink in its sum if there is one.
-      out: (B, T, N, D), what forward gave.
+      rows: what else each row has, `top` in base 2.
       tangents: of query, key and value, of which one has to be there.
-      of_sinks: (B, T, N) float32, the sinks' part of mu: weight by tangent; None if it is 0.
       tiles: tile shapes to use instead of the table's.
       interpret: run on a CPU, thread by thread.
     """
@@ -101,10 +96,10 @@ def tangent(
         # 0 * NaN is not 0, as hidden logits are.
         "v": _present(operands, operands.value) if _moves_logits(tangents) else None,
         "tv": _present(operands, tangents.value),
-        "out": out,
+        "out": rows.out,
     }
     inputs = {name: in_tiles(x) for name, x in arrays.items() if x is not None}
-    inputs["rows"] = _rows(plan, top, rest, of_sinks)
+    inputs["rows"] = _rows(plan, rows)
     inputs["zero"] = constant(np.zeros(1, np.int32))
     for name in ("query_lengths", "key_lengths", "query_offset", "scale"):
         if getattr(operands, name) is not None:
@@ -126,11 +121,11 @@ def _present(operands: Operands, x: Array | None) -> Array | None:
     return past_zeroed(x, operands.key_lengths)
 
 
-def _rows(plan: Plan, top: Array, rest: Array, of_sinks: Array | None) -> Array:
+def _rows(plan: Plan, rows: TangentRows) -> Array:
     """(B, N, 3, rows of whole tiles) float32: a copy of one dimension is not cut at its end."""
     more = ((0, 0), (0, 0), (0, plan.query_tiles * plan.queries - plan.spec.queries))
-    high, low = in_two(*(jnp.swapaxes(x, 1, 2) for x in (top, rest * LOG2E)))
-    own = jnp.zeros_like(high) if of_sinks is None else jnp.swapaxes(of_sinks, 1, 2)
+    high, low = in_two(*(jnp.swapaxes(x, 1, 2) for x in (rows.top, rows.rest * LOG2E)))
+    own = jnp.zeros_like(high) if rows.of_sinks is None else jnp.swapaxes(rows.of_sinks, 1, 2)
     whole = [jnp.pad(high, more, constant_values=jnp.inf), jnp.pad(low, more), jnp.pad(own, more)]
     return jnp.stack(whole, axis=2)
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jattn.call.masking import hides_some
+from jattn.call.row_arrays import BackwardRows
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.bias_gradient import summed, sums_over_shares, way_of
 from pallas_kernels.portable.columns import Matrix, Sums
@@ -50,7 +51,8 @@ from pallas_kernels.portable.weight_tangents import (
 from pallas_kernels.portable.weights import dropout_factor
 
 if TYPE_CHECKING:
-    from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+    from jattn.call.row_arrays import BackwardTangentRows
+    from jattn.call.spec import AttentionSpec, Operands, Tangents
 
 __all__ = ["backward_tangent"]
 
@@ -61,9 +63,7 @@ type State = dict[str, Sums]  # sums so far by name; those of one column are a s
 def backward_tangent(
     spec: AttentionSpec,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    rows: MovingRows,
+    rows: BackwardTangentRows,
     tangents: Tangents,
     *,
     wanted: tuple[str, ...],
@@ -78,17 +78,15 @@ def backward_tangent(
     Args:
       spec: the call; `refusals` must be empty for it.
       operands: its arrays; sinks are not looked at.
-      top: (B, T, N) float32, what forward gave.
-      rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
-      rows: the gradient of the output, its tangent, and one number a row each: D and tD, which are
-        rowsum(O dO) less the gradient of the log-sum-exp, and mu.
+      rows: what else each row has; in the equations row_term is D, t_lse mu and t_row_term tD.
       tangents: what has one.
       wanted: of "query", "key", "value", "bias" and "scale".
       tiles: tile shapes to use instead of the tables'.
       interpret: run on a CPU.
     """
     tiles = tiles or backward_tangent_tiles(spec)
-    inputs = backward_inputs(spec, operands, top, rest, rows.row_term, rows.d_out)
+    own = BackwardRows(rows.top, rows.rest, rows.row_term, rows.d_out)
+    inputs = backward_inputs(spec, operands, own)
     inputs |= tangent_inputs(spec, tangents)
     inputs["mu"] = jnp.swapaxes(rows.t_lse, 1, 2)
     inputs["t_row_term"] = jnp.swapaxes(rows.t_row_term, 1, 2)

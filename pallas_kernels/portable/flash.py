@@ -13,6 +13,7 @@ from pallas_kernels.portable.inputs import backward_inputs
 from pallas_kernels.portable.tiles import Tiles, bias_tiles, key_tiles, query_tiles
 
 if TYPE_CHECKING:
+    from jattn.call.row_arrays import BackwardRows
     from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["BackwardTiles", "backward", "backward_tiles", "forward"]
@@ -36,10 +37,7 @@ def backward_tiles(spec: AttentionSpec) -> BackwardTiles:
 def backward(
     spec: AttentionSpec,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    row_term: Array,
-    d_out: Array,
+    rows: BackwardRows,
     *,
     wants_bias: bool = True,
     wants_scale: bool = False,
@@ -51,18 +49,14 @@ def backward(
     Args:
       spec: the call; `refusals` must be empty for it.
       operands: its arrays.
-      top: (B, T, N) float32, what forward gave.
-      rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
-      row_term: (B, T, N) float32, rowsum(O dO) less the gradient of the log-sum-exp; 0 of rows
-        that see no key.
-      d_out: (B, T, N, D), gradient of the output; 0 past the query lengths.
+      rows: what else each row has, of the output the row term.
       wants_bias: False leaves out the bias's gradient; without a bias there is none.
       wants_scale: the gradient of query is to be dS K in float32, not multiplied by the scale.
       tiles: tile shapes to use instead of the tables'.
       interpret: run on a CPU.
     """
     tiles = tiles or backward_tiles(spec)
-    inputs = backward_inputs(spec, operands, top, rest, row_term, d_out)
+    inputs = backward_inputs(spec, operands, rows)
     way = way_of(spec) if wants_bias else None
     dk, dv, *sums = key_gradients(
         spec, operands, inputs, tiles.keys, sums_bias=way == "columns", interpret=interpret

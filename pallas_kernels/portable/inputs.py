@@ -13,6 +13,7 @@ from pallas_kernels.portable.reach import in_reach
 from pallas_kernels.portable.triton import LOG2E
 
 if TYPE_CHECKING:
+    from jattn.call.row_arrays import BackwardRows
     from jattn.call.spec import AttentionSpec, Operands, Tangents
 
 __all__ = ["backward_inputs", "forward_inputs", "log_sum_exp_inputs", "tangent_inputs"]
@@ -51,18 +52,13 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
 
 
 def backward_inputs(
-    spec: AttentionSpec,
-    operands: Operands,
-    top: Array,
-    rest: Array,
-    row_term: Array,
-    d_out: Array,
+    spec: AttentionSpec, operands: Operands, rows: BackwardRows
 ) -> dict[str, Array]:
     """The same with d_out, and the rows' numbers by head, (B, N, T)."""
     return (
         forward_inputs(spec, operands)
-        | log_sum_exp_inputs(top, rest)
-        | {"row_term": jnp.swapaxes(row_term, 1, 2), "d_out": factor(spec, d_out)}
+        | log_sum_exp_inputs(rows.top, rows.rest)
+        | {"row_term": jnp.swapaxes(rows.of_output, 1, 2), "d_out": factor(spec, rows.d_out)}
     )
 
 

@@ -46,6 +46,7 @@ from pallas_kernels.portable.weight_tangents import Changes, changes
 from pallas_kernels.portable.weights import dropout_factor
 
 if TYPE_CHECKING:
+    from jattn.call.row_arrays import TangentRows
     from jattn.call.spec import AttentionSpec, Operands, Tangents
 
 __all__ = ["tangent"]
@@ -63,11 +64,8 @@ class State(NamedTuple):
 def tangent(
     spec: AttentionSpec,
     operands: Operands,
-    top: Array,
-    rest: Array,
-    out: Array,
+    rows: TangentRows,
     tangents: Tangents,
-    of_sinks: Array | None,
     *,
     tiles: Tiles | None = None,
     interpret: bool = False,
@@ -79,24 +77,21 @@ def tangent(
     Args:
       spec: the call; `refusals` must be empty for it.
       operands: its arrays; sinks are not looked at.
-      top: (B, T, N) float32, what forward gave.
-      rest: (B, T, N) float32, the same, with the sink in its sum if there is one.
-      out: (B, T, N, D), what forward gave.
+      rows: what else each row has.
       tangents: what has one.
-      of_sinks: (B, T, N) float32, the sinks' part of mu: weight by tangent; None if it is 0.
       tiles: tile shapes to use instead of the table's.
       interpret: run on a CPU.
     """
     tiles = tiles or tangent_tiles(spec)
-    inputs = forward_inputs(spec, operands) | log_sum_exp_inputs(top, rest)
-    inputs |= tangent_inputs(spec, tangents) | {"out": out}
-    if of_sinks is not None:
-        inputs["of_sinks"] = jnp.swapaxes(of_sinks, 1, 2)
+    inputs = forward_inputs(spec, operands) | log_sum_exp_inputs(rows.top, rows.rest)
+    inputs |= tangent_inputs(spec, tangents) | {"out": rows.out}
+    if rows.of_sinks is not None:
+        inputs["of_sinks"] = jnp.swapaxes(rows.of_sinks, 1, 2)
     inputs["ranges"] = key_ranges(spec, operands, queries=tiles.queries, keys=tiles.keys)
-    rows = (spec.batch, spec.queries, spec.heads)
+    sizes = (spec.batch, spec.queries, spec.heads)
     results = [
-        jax.ShapeDtypeStruct((*rows, spec.value_dim), spec.dtype),
-        jax.ShapeDtypeStruct(rows, jnp.float32),
+        jax.ShapeDtypeStruct((*sizes, spec.value_dim), spec.dtype),
+        jax.ShapeDtypeStruct(sizes, jnp.float32),
     ]
     names = [*inputs, "t_out", "mu"]
     grid = grid_of(

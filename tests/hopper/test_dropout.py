@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jattn.call.arguments import attention_call
+from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 from pallas_kernels.hopper.backward import backward
 from pallas_kernels.hopper.forward import forward
@@ -49,10 +50,8 @@ def masks(
     # Each query's gradient is its own unit vector: dV names the queries of a key. All values alike,
     # dQ is the weights that stay.
     alike = operands._replace(value=jnp.ones_like(operands.value))
-    dq, _, dv = backward(
-        spec, alike, top, rest, jnp.zeros_like(top), d_out, deterministic=deterministic,
-        interpret=interpret,
-    )  # fmt: skip
+    rows = BackwardRows(top, rest, jnp.zeros_like(top), d_out)
+    dq, _, dv = backward(spec, alike, rows, deterministic=deterministic, interpret=interpret)
     found["dv"] = np.asarray(dv)[..., :queries].transpose(0, 2, 3, 1) > 0
     found["dq"] = np.asarray(dq).transpose(0, 2, 1, 3) > 0
     return found

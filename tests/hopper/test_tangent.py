@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jattn
+from jattn.call.row_arrays import TangentRows
 from pallas_kernels.hopper.forward import forward
 from pallas_kernels.hopper.limits import tangent_refusals
 from pallas_kernels.hopper.tangent import tangent
@@ -45,7 +46,7 @@ def pushed_by_kernel(
     out, top, rest = forward(spec, own, interpret=interpret)
     own, rest, share = with_sinks(own, top * np.log(2, dtype=np.float32), rest)
     t_out, mu = tangent(
-        spec, own, top, rest, out, tangents_of(case, moving), of_sinks(moving, share),
+        spec, own, TangentRows(top, rest, out, of_sinks(moving, share)), tangents_of(case, moving),
         interpret=interpret,
     )  # fmt: skip
     return {"t_out": t_out, "t_lse": mu}

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jattn.call.arguments import attention_call
-from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from jattn.call.row_arrays import BackwardTangentRows, TangentRows
+from jattn.call.spec import AttentionSpec, Operands, Tangents
 from pallas_kernels.portable.backward_tangent import backward_tangent
 from pallas_kernels.portable.limits import tangent_refusals
 from pallas_kernels.portable.tangent import tangent
@@ -67,10 +68,10 @@ def computed(
     moving = Tangents(**{name: tangents[name] for name in names if name in tangents})
     row = saved["row"]
     if direction == "tangent":
-        return tangent(spec, operands, row, row, saved["out"], moving, None)
+        return tangent(spec, operands, TangentRows(row, row, saved["out"], None), moving)
     wanted = tuple(name for name in names if name in tangents)
-    rows = MovingRows(saved["d_out"], row, row, row, saved["td_out"])
-    return backward_tangent(spec, operands, row, row, rows, moving, wanted=wanted)
+    rows = BackwardTangentRows(row, row, saved["d_out"], row, row, row, saved["td_out"])
+    return backward_tangent(spec, operands, rows, moving, wanted=wanted)
 
 
 def main(device: str, which: str) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 
 from jattn.call.arguments import attention_call
 from jattn.call.masking import past_zeroed
-from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from jattn.call.row_arrays import BackwardTangentRows, TangentRows
+from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.transforms.rows import row_term
 from pallas_kernels.portable import flash
 from pallas_kernels.portable.backward_tangent import backward_tangent
@@ -143,7 +144,7 @@ def pushed_by_kernel(
     """`pushed` by the kernels."""
     spec, own, out, top, rest, share = saved(case, seed, arrays)
     t_out, mu = tangent(
-        spec, own, top, rest, out, tangents_of(case, moving), of_sinks(moving, share),
+        spec, own, TangentRows(top, rest, out, of_sinks(moving, share)), tangents_of(case, moving),
         tiles=tiles, interpret=not ON_GPU,
     )  # fmt: skip
     return {"out": out, "lse": log_sum_exp(spec, top, rest), "t_out": t_out, "t_lse": mu}
@@ -192,7 +193,7 @@ def pulled_by_kernel(
     spec, own, out, top, rest, share = saved(case, seed, arrays)
     tangents = tangents_of(case, moving)
     t_out, mu = tangent(
-        spec, own, top, rest, out, tangents, of_sinks(moving, share),
+        spec, own, TangentRows(top, rest, out, of_sinks(moving, share)), tangents,
         tiles=tiles, interpret=not ON_GPU,
     )  # fmt: skip
     d_out, t_d_out = (gradients.get(name) for name in ("dout", "t_dout"))
@@ -204,9 +205,9 @@ def pulled_by_kernel(
     t_term = row_term(top, t_out, d_out, gradients.get("t_dlse", 0))
     if t_d_out is not None:
         t_term = t_term + row_term(top, out, t_d_out)
-    rows = MovingRows(d_out, term, mu, t_term, t_d_out)
+    rows = BackwardTangentRows(top, rest, d_out, term, mu, t_term, t_d_out)
     found = backward_tangent(
-        spec, own, top, rest, rows, tangents, wanted=wanted,
+        spec, own, rows, tangents, wanted=wanted,
         tiles=None if tiles is None else BackwardTiles(tiles, tiles, tiles),
         interpret=not ON_GPU,
     )  # fmt: skip

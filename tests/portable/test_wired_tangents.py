@@ -11,6 +11,7 @@ import pytest
 
 import jattn
 from jattn.backends.kernels import Kernels, only
+from jattn.call.row_arrays import TangentRows
 from tests import formula
 from tests.backends import quick_jit
 from tests.cases import Case
@@ -35,7 +36,7 @@ def test_a_hopper_kernels_log_sum_exp_is_the_portable_ones() -> None:
     natural = np.array([-3.5, 0.0, 700.25, 1e6, -np.inf])
     top = jnp.asarray(natural / np.log(2), jnp.float32)
     rest = jnp.linspace(0, 2, 5, dtype=jnp.float32)
-    found, more = hopper._in_portable_unit(spec, top, rest)
+    found, more, *_ = hopper._in_portable_unit(spec, TangentRows(top, rest, top, None))
     unit = Kernels("portable", "flash", False, True).unit(spec)
     seen = slice(0, 4)
     expected = np.float64(top[seen]) * np.log(2) + np.float64(rest[seen])

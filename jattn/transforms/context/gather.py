@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jattn.call.context import Context
+from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms.context.deal import Deal
-from jattn.transforms.context.kernels import Backward, Forward, Gradients, Saved
+from jattn.transforms.context.kernels import Backward, Forward, Gradients
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import Keys, Part, context_of, kept_heads
 from jattn.transforms.context.pieces import put
@@ -55,7 +56,7 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
 
 
 def backward(
-    kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, saved: Saved
+    kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, rows: BackwardRows
 ) -> Gradients:
     """The gradients of a device's arrays."""
     context = context_of(spec)
@@ -66,7 +67,7 @@ def backward(
     def compute(held: _Held, between: Callable[[Any], Any]) -> Any:
         def run(part: Part, rows: _Rows) -> tuple[Array, ...]:
             own = part.operands(held.spec, rows.operands(held.operands), held.keys)
-            return kernel.of_all_keys(part.spec(held.spec), own, Saved(*rows.saved))
+            return kernel.of_all_keys(part.spec(held.spec), own, BackwardRows(*rows.saved))
 
         by_run = results.kept(work.each(held, run, between, results.sent))
         nonlocal d_bias
@@ -81,7 +82,7 @@ def backward(
         results.sent.append([work.deal.joined(d_query), *own_keys])
         return by_run, results.whole
 
-    work.done(operands, saved, compute)
+    work.done(operands, rows, compute)
     results.kept([])
     query, key, value = results.whole
     return Gradients(query, key, value, d_bias)

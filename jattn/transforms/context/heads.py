@@ -25,8 +25,9 @@ from jax import Array, lax
 
 from jattn.call.context import Context, Layout
 from jattn.call.dropout import seeds_from_head
+from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
-from jattn.transforms.context.kernels import Backward, Forward, Gradients, Saved
+from jattn.transforms.context.kernels import Backward, Forward, Gradients
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import context_of, device_index
 from jattn.transforms.context.pieces import put
@@ -50,7 +51,7 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
 
 
 def backward(
-    kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, saved: Saved
+    kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, rows: BackwardRows
 ) -> Gradients:
     """The gradients of a device's arrays; that of a bias is of its own heads, and else 0."""
     work = _Work.of(plan, spec, operands)
@@ -61,12 +62,14 @@ def backward(
     ) -> tuple[list[Array], list[Array]]:
         nonlocal d_bias
         query, *others = rows
-        d_query, *of_keys = kernel.of_all_keys(*work.call(piece, query, *keys), Saved(*others))
+        d_query, *of_keys = kernel.of_all_keys(
+            *work.call(piece, query, *keys), BackwardRows(*others)
+        )
         if d_bias is not None:
             d_bias = work.with_bias(d_bias, piece, of_keys[2])
         return [d_query], of_keys[:2]
 
-    given = [operands.query, *saved], [operands.key, operands.value]
+    given = [operands.query, *rows], [operands.key, operands.value]
     (query,), (key, value) = work.done(*given, compute)
     return Gradients(query, key, value, d_bias)
 

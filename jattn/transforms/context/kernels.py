@@ -4,40 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
-from jattn.transforms.context.parts import Part, context_of, device_index, queries_of
-from jattn.transforms.context.runs import Run
+from jattn.transforms.context.parts import Part, context_of, device_index
+from jattn.transforms.kernels import Pair
 
-__all__ = ["Backward", "Forward", "Gradients", "Pair", "Saved", "added_bias"]
-
-
-class Pair(Protocol):
-    """What is asked of a pair of kernels (`transforms.derivatives.Kernels`)."""
-
-    def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]: ...
-
-    def backward(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        of_output: Array,
-        d_out: Array,
-        /,
-        *,
-        wants_bias: bool,
-        wants_scale: bool,
-    ) -> tuple[Array, ...]: ...
-
-    def unit(self, spec: AttentionSpec) -> float:
-        """What 1 in `top` is of the natural logarithm."""
+__all__ = ["Backward", "Forward", "Gradients", "added_bias"]
 
 
 @dataclass(frozen=True)
@@ -51,19 +29,6 @@ class Forward:
     def of(kernels: Pair, spec: AttentionSpec) -> Forward:
         """Lowered once for all parts that are alike."""
         return Forward(jax.jit(kernels.forward, static_argnums=0), kernels.unit(spec))
-
-
-class Saved(NamedTuple):
-    """What backward takes of the rows, each (B, T, N, ...)."""
-
-    top: Array
-    rest: Array
-    row_term: Array
-    d_out: Array
-
-    def of(self, run: Run) -> Saved:
-        """Those of a run of queries."""
-        return Saved(*(queries_of(run, x) for x in self))
 
 
 class Gradients(NamedTuple):
@@ -112,17 +77,17 @@ class Backward:
         return Backward(run, wants_bias, wants_scale)
 
     def of_some_keys(
-        self, spec: AttentionSpec, operands: Operands, saved: Saved
+        self, spec: AttentionSpec, operands: Operands, rows: BackwardRows
     ) -> tuple[Array, ...]:
         """The part's gradients, that of query in float32 and not multiplied by the scale."""
-        return self.run(spec, operands, *saved, wants_bias=self.wants_bias, wants_scale=True)
+        return self.run(spec, operands, rows, wants_bias=self.wants_bias, wants_scale=True)
 
     def of_all_keys(
-        self, spec: AttentionSpec, operands: Operands, saved: Saved
+        self, spec: AttentionSpec, operands: Operands, rows: BackwardRows
     ) -> tuple[Array, ...]:
         """Gradients of a part that has all keys, that of query as it is wanted."""
         wants = {"wants_bias": self.wants_bias, "wants_scale": self.wants_scale}
-        return self.run(spec, operands, *saved, **wants)
+        return self.run(spec, operands, rows, **wants)
 
     def summed(self, spec: AttentionSpec, operands: Operands, d_query: Array) -> Array:
         """The gradient of query as it is wanted, from the sum of its parts."""

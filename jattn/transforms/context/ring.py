@@ -15,14 +15,16 @@ parts of the sums, and are added up.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
-from jattn.transforms.context.kernels import Backward, Forward, Gradients, Saved
+from jattn.transforms.context.kernels import Backward, Forward, Gradients
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import Keys, context_of, queries_of
 from jattn.transforms.context.plan import Plan
@@ -55,7 +57,7 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
 
 
 def backward(
-    kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, saved: Saved
+    kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, rows: BackwardRows
 ) -> Gradients:
     """The gradients of a device's arrays."""
     gradients = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias)
@@ -72,7 +74,9 @@ def backward(
         own = [jnp.zeros(x.shape, spec.accumulator) for x in (operands.key, operands.value)]
         for i, _, part in hop.parts:
             found = kernel.of_some_keys(
-                part.spec(spec), part.operands(spec, operands, held), saved.of(part.queries)
+                part.spec(spec),
+                part.operands(spec, operands, held),
+                jax.tree.map(partial(queries_of, part.queries), rows),
             )
             d_query[i] = d_query[i] + found[0].astype(spec.accumulator)
             own = [_added(x, d, part.keys.first) for x, d in zip(own, found[1:3], strict=True)]

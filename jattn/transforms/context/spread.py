@@ -8,15 +8,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jattn.call import masking
+from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms.context import gather, heads, ring
 from jattn.transforms.context.balance import contiguous, zigzagged
-from jattn.transforms.context.kernels import Backward, Forward, Pair, Saved
+from jattn.transforms.context.kernels import Backward, Forward
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import context_of, device_index, kept_heads, queries_of
 from jattn.transforms.context.pieces import put
 from jattn.transforms.context.plan import Plan, plan_of
 from jattn.transforms.context.runs import runs
+from jattn.transforms.kernels import Pair
 
 __all__ = ["backward", "forward", "past_zeroed"]
 
@@ -58,7 +60,7 @@ def backward(
     kernels: Pair,
     spec: AttentionSpec,
     operands: Operands,
-    saved: tuple[Array, Array, Array, Array],
+    rows: BackwardRows,
     *,
     wants_bias: bool,
     wants_scale: bool,
@@ -66,7 +68,7 @@ def backward(
     """`kernels.backward` likewise."""
     if spec.context is None:
         return kernels.backward(
-            spec, operands, *saved, wants_bias=wants_bias, wants_scale=wants_scale
+            spec, operands, rows, wants_bias=wants_bias, wants_scale=wants_scale
         )
     plan = plan_of(spec)
     kernel = Backward.of(kernels, wants_bias=wants_bias, wants_scale=wants_scale)
@@ -77,14 +79,14 @@ def backward(
     pieces = plan.pieces if plan.schedule == "ring" else 1
     for number in range(pieces):
         of_heads, part = exchange.piece(own, number, pieces)
-        rows = Saved(*(exchange.rows(_of_piece(x, number, pieces)) for x in saved))
-        *gradients, more = _SCHEDULES[plan.schedule].backward(kernel, plan, of_heads, part, rows)
+        its = BackwardRows(*(exchange.rows(_of_piece(x, number, pieces)) for x in rows))
+        *gradients, more = _SCHEDULES[plan.schedule].backward(kernel, plan, of_heads, part, its)
         d_query, *of_keys = (exchange.back(x) for x in gradients)
         results = [d_query, *(x.astype(spec.dtype) for x in of_keys)]
         found = put(found, results, number, pieces) if pieces > 1 else results
         d_bias = _joined(d_bias, more, number, pieces)
         if pieces > 1:
-            found, own, saved = lax.optimization_barrier((found, own, saved))
+            found, own, rows = lax.optimization_barrier((found, own, rows))
     if d_bias is None:
         return tuple(found)
     assert spec.d_bias_shape is not None

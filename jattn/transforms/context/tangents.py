@@ -7,69 +7,39 @@ positions, and the tangents of their gradients are added up over the devices and
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jattn.call.spec import AttentionSpec, MovingRows, Operands, Tangents
+from jattn.call.row_arrays import BackwardTangentRows, TangentRows
+from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.transforms.context.gather import gathered, of_all_keys, scattered
 from jattn.transforms.context.kernels import Gradients, added_bias
 from jattn.transforms.context.parts import Keys, Part, context_of, device_index, queries_of
+from jattn.transforms.kernels import Kernels
 
 __all__ = ["backward_tangent", "formula", "tangent"]
-
-
-class Kernels(Protocol):
-    """What is asked of kernels (`transforms.evaluated.Kernels`)."""
-
-    def tangent(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        out: Array,
-        tangents: Tangents,
-        of_sinks: Array | None,
-        /,
-    ) -> tuple[Array, Array]: ...
-
-    def backward_tangent(
-        self,
-        spec: AttentionSpec,
-        operands: Operands,
-        top: Array,
-        rest: Array,
-        rows: MovingRows,
-        tangents: Tangents,
-        /,
-        *,
-        wanted: tuple[str, ...],
-    ) -> tuple[Array, ...]: ...
-
-    def formula(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]: ...
 
 
 def tangent(
     kernels: Kernels,
     spec: AttentionSpec,
     operands: Operands,
-    saved: tuple[Array, Array, Array],  # top, rest and the output
+    rows: TangentRows,
     tangents: Tangents,
-    of_sinks: Array | None,
 ) -> tuple[Array, Array]:
     """`kernels.tangent` of a call that may be part of a longer one."""
     if spec.context is None:
-        return kernels.tangent(spec, operands, *saved, tangents, of_sinks)
+        return kernels.tangent(spec, operands, rows, tangents)
     keys, t_keys = _keys(spec, operands), _tangents_of_keys(spec, tangents)
     found = []
     for part in of_all_keys(spec):
         own = _own(part, spec, operands, keys)
-        top, rest, out = (queries_of(part.queries, x) for x in saved)
-        starts = None if of_sinks is None else queries_of(part.queries, of_sinks)
-        along = _along(part, spec, tangents, t_keys)
-        found.append(kernels.tangent(*own, top, rest, out, along, starts))
+        its_rows = jax.tree.map(partial(queries_of, part.queries), rows)
+        found.append(kernels.tangent(*own, its_rows, _along(part, spec, tangents, t_keys)))
     t_out, t_lse = (jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
     return t_out, t_lse
 
@@ -78,15 +48,14 @@ def backward_tangent(
     kernels: Kernels,
     spec: AttentionSpec,
     operands: Operands,
-    saved: tuple[Array, Array],  # top and rest
-    rows: MovingRows,
+    rows: BackwardTangentRows,
     tangents: Tangents,
     *,
     wanted: tuple[str, ...],
 ) -> tuple[Array, ...]:
     """`kernels.backward_tangent` likewise."""
     if spec.context is None:
-        return kernels.backward_tangent(spec, operands, *saved, rows, tangents, wanted=wanted)
+        return kernels.backward_tangent(spec, operands, rows, tangents, wanted=wanted)
     context = context_of(spec)
     keys, t_keys = _keys(spec, operands), _tangents_of_keys(spec, tangents)
     by_rows: dict[str, list[Array]] = {"query": [], "scale": []}
@@ -94,12 +63,9 @@ def backward_tangent(
     bias = Gradients.zeros(spec, operands, wants_bias="bias" in wanted).bias
     for part in of_all_keys(spec):
         own = _own(part, spec, operands, keys)
-        top, rest = (queries_of(part.queries, x) for x in saved)
-        moving = MovingRows(
-            *(None if x is None else queries_of(part.queries, x) for x in rows)  # type: ignore[arg-type]
-        )
+        its_rows = jax.tree.map(partial(queries_of, part.queries), rows)
         along = _along(part, spec, tangents, t_keys)
-        found = kernels.backward_tangent(*own, top, rest, moving, along, wanted=wanted)
+        found = kernels.backward_tangent(*own, its_rows, along, wanted=wanted)
         for name, x in zip(wanted, found, strict=True):
             if name in by_rows:
                 by_rows[name].append(x)
