@@ -18,6 +18,8 @@ to what another writes, so that results are bitwise the same each time.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -31,15 +33,16 @@ from pallas_kernels.portable import columns
 from pallas_kernels.portable.bias_gradient import summed, sums_over_shares, way_of
 from pallas_kernels.portable.columns import Matrix, Sums
 from pallas_kernels.portable.elements import Place, placed, scale_of
-from pallas_kernels.portable.grid import Grid, grid_of
+from pallas_kernels.portable.grid import Grid, key_grid, query_grid
 from pallas_kernels.portable.inputs import backward_inputs, tangent_inputs
+from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.precision import factor
 from pallas_kernels.portable.ranges import key_ranges, key_sides, query_ranges, query_sides
-from pallas_kernels.portable.rows import key_limit, past, query_limit
-from pallas_kernels.portable.spans import Span, span, visit
-from pallas_kernels.portable.tangent_tiles import BackwardTiles, backward_tangent_tiles
-from pallas_kernels.portable.tiles import Tiles
-from pallas_kernels.portable.triton import Mask, Ref, call, divided, store
+from pallas_kernels.portable.rows import key_limit, past, present, query_limit
+from pallas_kernels.portable.spans import Span, keys_down, queries_down, span, visit
+from pallas_kernels.portable.tangent_tiles import backward_tangent_tiles
+from pallas_kernels.portable.tiles import BackwardTiles, Tiles
+from pallas_kernels.portable.triton import divided, store
 from pallas_kernels.portable.weight_tangents import (
     Gradients,
     gradients,
@@ -131,21 +134,15 @@ def _by_keys(
         "value": jax.ShapeDtypeStruct((*rows, spec.value_dim), spec.dtype),
         "column_sums": jax.ShapeDtypeStruct((spec.batch, spec.heads, spec.keys), jnp.float32),
     }
-    results = [shapes[name] for name in wanted]
-    grid = grid_of(spec, tiles=-(-spec.keys // tiles.keys), heads=spec.kv_heads, last_first=False)
-
-    def kernel(*refs: Ref) -> None:
-        _key_kernel(spec, tiles, grid, *_named(inputs, wanted, refs))
-
-    found = call(
-        kernel, results, list(inputs.values()), grid=grid.sizes, name="key_gradient_tangents",
-        warps=tiles.warps, stages=tiles.stages, interpret=interpret,
+    grid = key_grid(spec, tiles.keys)
+    return launch(
+        partial(_key_kernel, spec, tiles, grid), inputs, {name: shapes[name] for name in wanted},
+        grid=grid.sizes, tiles=tiles, name="key_gradient_tangents", interpret=interpret,
     )  # fmt: skip
-    return dict(zip(wanted, found, strict=True))
 
 
 def _key_kernel(
-    spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace, results: dict[str, Ref]
+    spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace, results: Results
 ) -> None:
     tile, kv_head, batch = grid.place()
     first = tile * tiles.keys
@@ -155,6 +152,7 @@ def _key_kernel(
     limit = query_limit(spec, refs, batch, tiles.queries)
     # Keys past the length are written, as zeros; those past the array are not.
     exists = span(first, tiles.keys, past(spec.keys, tiles.keys)).exists_down
+    inside = replace(keys, exists_down=exists)
     factor = dropout_factor(spec)
 
     def of_head(g: Array | int, sums: State) -> State:
@@ -163,16 +161,7 @@ def _key_kernel(
         def step(i: Array, state: State, *, masked: bool) -> State:
             queries = span(i * tiles.queries, tiles.queries, limit if masked else None)
             its = query_side(spec, refs, batch, queries.down, head, queries.exists_down)
-            at = Place(
-                batch,
-                head,
-                queries.across,
-                keys.down,
-                first,
-                queries.exists_across,
-                exists,
-                masked,
-            )
+            at = keys_down(batch, head, queries, inside, first, masked=masked)
             numbers = row_numbers(refs, batch, head, queries.across, queries.exists_across)
             found = gradients(spec, refs, at, numbers, own, its)
             state = dict(state)
@@ -192,7 +181,7 @@ def _key_kernel(
         found = visit(refs.ranges, batch, tile, sides, step, start)
         if "column_sums" in results:
             (column,) = found.pop("column_sums")
-            column = _present(column * factor, keys.exists_down)
+            column = present(column * factor, keys.exists_down)
             store(results["column_sums"], (batch, head, keys.down), column, exists)
         return found
 
@@ -201,7 +190,7 @@ def _key_kernel(
     sums = of_head(0, sums) if spec.group == 1 else lax.fori_loop(0, spec.group, of_head, sums)
     for name, x in sums.items():
         scale = factor * _scale_left(spec, refs, batch) if name == "key" else factor
-        whole = tuple(_present(part * scale, keys.exists_down) for part in x)
+        whole = tuple(present(part * scale, keys.exists_down) for part in x)
         columns.write(results[name], sizes[name], (batch,), keys.down, kv_head, whole, exists)
 
 
@@ -224,28 +213,18 @@ def _by_queries(
         "row_sums": (by_head, jnp.float32),
         "bias": (spec.d_bias_shape, spec.bias_dtype),
     }
-    results = [jax.ShapeDtypeStruct(*shapes[name]) for name in wanted]
-    grid = grid_of(
-        spec,
-        tiles=-(-spec.queries // tiles.queries),
-        heads=spec.heads,
-        last_first=spec.band.upper is not None,
-    )
-
-    def kernel(*refs: Ref) -> None:
-        _query_kernel(spec, tiles, grid, *_named(inputs, wanted, refs))
-
-    found = call(
-        kernel, results, list(inputs.values()), grid=grid.sizes, name="query_gradient_tangents",
-        warps=tiles.warps, stages=tiles.stages, interpret=interpret,
+    results = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in wanted}
+    grid = query_grid(spec, tiles.queries)
+    return launch(
+        partial(_query_kernel, spec, tiles, grid), inputs, results, grid=grid.sizes, tiles=tiles,
+        name="query_gradient_tangents", interpret=interpret,
         # Blocks that no program visits stay as they are.
-        zeroed=[wanted.index("bias")] if "bias" in wanted and hides_some(spec) else [],
+        zeroed=["bias"] if "bias" in wanted and hides_some(spec) else [],
     )  # fmt: skip
-    return dict(zip(wanted, found, strict=True))
 
 
 def _query_kernel(
-    spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace, results: dict[str, Ref]
+    spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace, results: Results
 ) -> None:
     tile, head, batch = grid.place()
     kv_head, _ = divided(head, spec.group)
@@ -254,22 +233,13 @@ def _query_kernel(
     exists = span(first, tiles.queries, past(spec.queries, tiles.queries)).exists_down
     own = query_side(spec, refs, batch, queries.down, head, queries.exists_down)
     numbers = row_numbers(refs, batch, head, queries.down, queries.exists_down)
-    present = key_limit(spec, refs, batch, tiles.keys)
+    key_end = key_limit(spec, refs, batch, tiles.keys)
     factor = dropout_factor(spec)
 
     def step(j: Array, state: State, *, masked: bool) -> State:
-        keys = span(j * tiles.keys, tiles.keys, present if masked else None)
+        keys = span(j * tiles.keys, tiles.keys, key_end if masked else None)
         its = key_side(spec, refs, batch, keys.down, kv_head, keys.exists_down)
-        at = Place(
-            batch,
-            head,
-            queries.down,
-            keys.across,
-            j * tiles.keys,
-            queries.exists_down,
-            keys.exists_across,
-            masked,
-        )
+        at = queries_down(batch, head, queries, keys, j * tiles.keys, masked=masked)
         found = gradients(spec, refs, at, numbers, own, its)
         state = dict(state)
         if "query" in state:
@@ -325,7 +295,7 @@ def _scaled(
     spec: AttentionSpec, refs: SimpleNamespace, batch: Array, found: Gradients
 ) -> tuple[Array, Array]:
     """dz and tdz, and where the scale has a tangent their products with it."""
-    t_scale = scale_tangent_of(spec, refs, batch)
+    t_scale = scale_tangent_of(refs, batch)
     if t_scale is None:
         return found.dz, found.t_dz
     scale = scale_of(spec, refs, batch)
@@ -342,15 +312,3 @@ def _plus_products(sums: Sums, pairs: list[tuple[Array, Matrix | None]]) -> Sums
         if of is not None:
             sums = columns.plus(sums, columns.times(weights, of))
     return sums
-
-
-def _present(x: Array, exists: Mask) -> Array:
-    return x if exists is None else jnp.where(exists, x, 0.0)
-
-
-def _named(
-    inputs: Inputs, results: list[str], refs: tuple[Ref, ...]
-) -> tuple[SimpleNamespace, dict[str, Ref]]:
-    given = len(inputs)
-    own = SimpleNamespace(**dict(zip(inputs, refs[:given], strict=True)))
-    return own, dict(zip(results, refs[given:], strict=True))

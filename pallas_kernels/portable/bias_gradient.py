@@ -9,7 +9,7 @@ the other gradients need; a kernel that made dQ as well would hold it of every b
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,10 +21,11 @@ from jattn.call.masking import KeyIntervals, hides_some
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import Place, both
 from pallas_kernels.portable.flash_backward import row_numbers
+from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.rows import key_limit, past, query_limit
-from pallas_kernels.portable.spans import Span, span
+from pallas_kernels.portable.spans import Span, queries_down, span
 from pallas_kernels.portable.tiles import Tiles
-from pallas_kernels.portable.triton import Ref, call, divided, load, place_in, store
+from pallas_kernels.portable.triton import divided, load, place_in, store
 from pallas_kernels.portable.weights import dropout_factor, gradients
 
 if TYPE_CHECKING:
@@ -98,99 +99,122 @@ def sums_over_shares(
     assert spec.d_bias_shape is not None
     assert spec.bias_dtype is not None
     rows, heads, _, _ = spec.d_bias_shape
-    names = [*inputs, "d_bias"]
-
-    def kernel(*refs: Ref) -> None:
-        named = SimpleNamespace(**dict(zip(names, refs, strict=True)))
-        _kernel(spec, tiles, place_in(grid), named, addends)
-
     grid = (-(-spec.keys // tiles.keys), -(-spec.queries // tiles.queries), rows * heads)
-    (d_bias,) = call(
-        kernel, [jax.ShapeDtypeStruct(spec.d_bias_shape, spec.bias_dtype)], list(inputs.values()),
-        grid=grid, name=name, warps=tiles.warps, stages=tiles.stages, interpret=interpret,
-    )  # fmt: skip
-    return d_bias
+
+    def kernel(refs: SimpleNamespace, results: Results) -> None:
+        _kernel(spec, tiles, place_in(grid), addends, refs, results)
+
+    shape = {"d_bias": jax.ShapeDtypeStruct(spec.d_bias_shape, spec.bias_dtype)}
+    found = launch(kernel, inputs, shape, grid=grid, tiles=tiles, name=name, interpret=interpret)
+    return found["d_bias"]
 
 
 def _kernel(
     spec: AttentionSpec,
     tiles: Tiles,
     place: tuple[Array, ...],
-    refs: SimpleNamespace,
     addends: Addends,
+    refs: SimpleNamespace,
+    results: Results,
 ) -> None:
     assert spec.d_bias_shape is not None
-    rows, heads, _, _ = spec.d_bias_shape
     j, i, owner = place
-    own_row, own_head = divided(owner, heads)
-    shared_rows, shared_heads = spec.batch // rows, spec.heads // heads
+    own_row, own_head = divided(owner, spec.d_bias_shape[1])
     first_query, first_key = i * tiles.queries, j * tiles.keys
-
-    def step(n: Array, d_bias: Array, *, masked: bool) -> Array:
-        next_row, next_head = divided(n, shared_heads)
-        batch = spec.rows("d_bias").member(own_row, next_row)
-        head = own_head + next_head
-        limits = (
-            query_limit(spec, refs, batch, tiles.queries),
-            key_limit(spec, refs, batch, tiles.keys),
-        )
-        queries = span(first_query, tiles.queries, limits[0])
-        keys = span(first_key, tiles.keys, limits[1])
-        at = Place(
-            batch,
-            head,
-            queries.down,
-            keys.across,
-            first_key,
-            queries.exists_down,
-            keys.exists_across,
-            masked,
-        )
-        return d_bias + addends(refs, at, queries, keys)
-
-    # Lengths and segments differ by batch row; a band says for all whether the tile is seen.
-    band = KeyIntervals(spec.band, spec.queries, spec.keys)
-    last_query = jnp.minimum(first_query + tiles.queries, spec.queries) - 1
-    last_key = jnp.minimum(first_key + tiles.keys, spec.keys) - 1
-    count = shared_rows * shared_heads
-
-    def is_seen(band: KeyIntervals) -> Array:
-        return (band.end(last_query) > first_key) & (band.start(first_query) <= last_key)
-
-    visited = is_seen(band)
-    clear = (band.start(last_query) <= first_key) & (band.end(first_query) > last_key)
-    varies = spec.has_query_lengths or spec.has_key_lengths or spec.has_segments
-    d_bias = jnp.zeros((tiles.queries, tiles.keys), jnp.float32)
-
-    def run(condition: Array, d_bias: Array, *, masked: bool) -> Array:
-        turns = condition.astype(jnp.int32) * count
-        total: Array = lax.fori_loop(
-            jnp.int32(0), turns, lambda n, x: step(n, x, masked=masked), d_bias
-        )
-        return total
-
-    def of_row(r: Array, d_bias: Array) -> Array:
-        """All heads of a batch row whose offset says whether the tile is seen."""
-        offset = load(refs.query_offset, (spec.rows("d_bias").member(own_row, r),))
-        turns = is_seen(replace(band, offset=offset)).astype(jnp.int32) * shared_heads
-        total: Array = lax.fori_loop(
-            jnp.int32(0), turns, lambda h, x: step(r * shared_heads + h, x, masked=True), d_bias
-        )
-        return total
-
-    if spec.has_query_offset:
-        d_bias = lax.fori_loop(jnp.int32(0), jnp.int32(shared_rows), of_row, d_bias)
-    elif varies or spec.keys % tiles.keys:
-        d_bias = run(visited, d_bias, masked=True)
-    elif hides_some(spec):
-        d_bias = run(visited & ~clear, d_bias, masked=True)
-        d_bias = run(clear, d_bias, masked=False)
-    else:
-        d_bias = run(visited, d_bias, masked=False)
-
+    tile = _Tile(spec, tiles, refs, addends, own_row, own_head, first_query, first_key)
+    d_bias = tile.sum()
     # Those that exist: an element past a length is written too, as the 0 it is.
     queries = span(first_query, tiles.queries, past(spec.queries, tiles.queries))
     keys = span(first_key, tiles.keys, past(spec.keys, tiles.keys))
     inside = both(queries.exists_down, keys.exists_across)
     index = (own_row, own_head, queries.down, keys.across)
-    store(refs.d_bias, index, d_bias * dropout_factor(spec), inside)
+    store(results["d_bias"], index, d_bias * dropout_factor(spec), inside)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of the gradient, and those that share it: batch rows and heads, from its own on."""
+
+    spec: AttentionSpec
+    tiles: Tiles
+    refs: SimpleNamespace
+    addends: Addends
+    own_row: Array
+    own_head: Array
+    first_query: Array
+    first_key: Array
+
+    @property
+    def shared_rows(self) -> int:
+        assert self.spec.d_bias_shape is not None
+        return self.spec.batch // self.spec.d_bias_shape[0]
+
+    @property
+    def shared_heads(self) -> int:
+        assert self.spec.d_bias_shape is not None
+        return self.spec.heads // self.spec.d_bias_shape[1]
+
+    def sum(self) -> Array:
+        """What all of them add, where a query of the tile may see a key of it."""
+        spec, tiles = self.spec, self.tiles
+        first_query, first_key = self.first_query, self.first_key
+        # Lengths and segments differ by batch row; a band says for all whether the tile is seen.
+        band = KeyIntervals(spec.band, spec.queries, spec.keys)
+        last_query = jnp.minimum(first_query + tiles.queries, spec.queries) - 1
+        last_key = jnp.minimum(first_key + tiles.keys, spec.keys) - 1
+
+        def is_seen(band: KeyIntervals) -> Array:
+            return (band.end(last_query) > first_key) & (band.start(first_query) <= last_key)
+
+        visited = is_seen(band)
+        clear = (band.start(last_query) <= first_key) & (band.end(first_query) > last_key)
+        varies = spec.has_query_lengths or spec.has_key_lengths or spec.has_segments
+        d_bias = jnp.zeros((tiles.queries, tiles.keys), jnp.float32)
+
+        def of_row(r: Array, d_bias: Array) -> Array:
+            """All heads of a batch row whose offset says whether the tile is seen."""
+            row = spec.rows("d_bias").member(self.own_row, r)
+            sees = is_seen(replace(band, offset=load(self.refs.query_offset, (row,))))
+            return self._plus(d_bias, self.shared_heads, sees, first=r, masked=True)
+
+        count = self.shared_rows * self.shared_heads
+        if spec.has_query_offset:
+            return lax.fori_loop(jnp.int32(0), jnp.int32(self.shared_rows), of_row, d_bias)
+        if varies or spec.keys % tiles.keys:
+            return self._plus(d_bias, count, visited, masked=True)
+        if hides_some(spec):
+            d_bias = self._plus(d_bias, count, visited & ~clear, masked=True)
+            return self._plus(d_bias, count, clear, masked=False)
+        return self._plus(d_bias, count, visited, masked=False)
+
+    def _plus(
+        self,
+        d_bias: Array,
+        count: int,
+        condition: Array,
+        first: Array | None = None,
+        *,
+        masked: bool,
+    ) -> Array:
+        """The sum so far and that of `count` of them, from batch row `first`, on a condition."""
+
+        def step(n: Array, d_bias: Array) -> Array:
+            n = n if first is None else first * self.shared_heads + n
+            return d_bias + self._addend(n, masked=masked)
+
+        turns = condition.astype(jnp.int32) * count
+        total: Array = lax.fori_loop(jnp.int32(0), turns, step, d_bias)
+        return total
+
+    def _addend(self, n: Array, *, masked: bool) -> Array:
+        """That of the n-th, heads of one batch row after each other."""
+        spec, tiles, refs = self.spec, self.tiles, self.refs
+        next_row, next_head = divided(n, self.shared_heads)
+        batch = spec.rows("d_bias").member(self.own_row, next_row)
+        head = self.own_head + next_head
+        query_end = query_limit(spec, refs, batch, tiles.queries)
+        key_end = key_limit(spec, refs, batch, tiles.keys)
+        queries = span(self.first_query, tiles.queries, query_end)
+        keys = span(self.first_key, tiles.keys, key_end)
+        at = queries_down(batch, head, queries, keys, self.first_key, masked=masked)
+        return self.addends(refs, at, queries, keys)

@@ -23,7 +23,7 @@ from jax import Array
 
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import base, may_hide
-from pallas_kernels.portable.forward_tile import ForwardTile, launch, make_plan
+from pallas_kernels.portable.forward_tile import ForwardTile, make_plan, run
 from pallas_kernels.portable.softmax import APART, Softmax
 from pallas_kernels.portable.tiles import Tiles, chunked_tiles
 from pallas_kernels.portable.triton import exp2
@@ -51,7 +51,7 @@ def forward(
     if operands.sinks is not None:
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
     plan = make_plan(spec, tiles or chunked_tiles(spec), may_split=False)
-    return launch(plan, operands, _kernel, name="chunked_forward", sinks=sinks, interpret=interpret)
+    return run(plan, operands, _kernel, name="chunked_forward", sinks=sinks, interpret=interpret)
 
 
 def _kernel(tile: ForwardTile) -> None:

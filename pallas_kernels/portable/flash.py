@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from jax import Array
 
@@ -10,23 +10,15 @@ from pallas_kernels.portable import flash_forward
 from pallas_kernels.portable.bias_gradient import bias_gradient, summed, way_of
 from pallas_kernels.portable.flash_backward import key_gradients, query_gradients
 from pallas_kernels.portable.inputs import backward_inputs
-from pallas_kernels.portable.tiles import Tiles, bias_tiles, key_tiles, query_tiles
+from pallas_kernels.portable.tiles import BackwardTiles, bias_tiles, key_tiles, query_tiles
 
 if TYPE_CHECKING:
     from jattn.call.row_arrays import BackwardRows
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["BackwardTiles", "backward", "backward_tiles", "forward"]
+__all__ = ["backward", "backward_tiles", "forward"]
 
 forward = flash_forward.forward
-
-
-class BackwardTiles(NamedTuple):
-    """Those of the kernel of keys' gradients, of queries', and of a shared bias's."""
-
-    keys: Tiles
-    queries: Tiles
-    bias: Tiles
 
 
 def backward_tiles(spec: AttentionSpec) -> BackwardTiles:
@@ -58,19 +50,21 @@ def backward(
     tiles = tiles or backward_tiles(spec)
     inputs = backward_inputs(spec, operands, rows)
     way = way_of(spec) if wants_bias else None
-    dk, dv, *sums = key_gradients(
+    by_keys = key_gradients(
         spec, operands, inputs, tiles.keys, sums_bias=way == "columns", interpret=interpret
     )
-    dq, *by_query = query_gradients(
+    by_queries = query_gradients(
         spec, operands, inputs, tiles.queries,
         bias=way if way in ("whole", "rows") else None, unscaled=wants_scale,
         interpret=interpret,
     )  # fmt: skip
+    found = by_queries["dq"], by_keys["dk"], by_keys["dv"]
     if way is None:
-        return dq, dk, dv
+        return found
     if way == "shared":
-        return dq, dk, dv, bias_gradient(spec, inputs, tiles.bias, interpret=interpret)
+        return *found, bias_gradient(spec, inputs, tiles.bias, interpret=interpret)
     if way == "whole":
-        return dq, dk, dv, by_query[0]
-    (partial,) = by_query + sums
-    return dq, dk, dv, summed(spec, partial[..., None] if way == "rows" else partial[:, :, None])
+        return *found, by_queries["d_bias"]
+    if way == "rows":
+        return *found, summed(spec, by_queries["row_sums"][..., None])
+    return *found, summed(spec, by_keys["column_sums"][:, :, None])

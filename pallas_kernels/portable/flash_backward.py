@@ -21,6 +21,8 @@ sum over batch rows or heads is `bias_gradient`'s.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -30,13 +32,14 @@ from jax import Array, lax
 
 from jattn.call.masking import hides_some
 from pallas_kernels.portable import columns
-from pallas_kernels.portable.elements import Place, placed, scale_of
-from pallas_kernels.portable.grid import Grid, grid_of
+from pallas_kernels.portable.elements import placed, scale_of
+from pallas_kernels.portable.grid import Grid, key_grid, query_grid
+from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.ranges import key_ranges, key_sides, query_ranges, query_sides
-from pallas_kernels.portable.rows import key_limit, past, query_limit
-from pallas_kernels.portable.spans import span, visit
+from pallas_kernels.portable.rows import key_limit, past, present, query_limit
+from pallas_kernels.portable.spans import keys_down, queries_down, span, visit
 from pallas_kernels.portable.tiles import Tiles
-from pallas_kernels.portable.triton import Mask, Ref, call, divided, load, store
+from pallas_kernels.portable.triton import Mask, divided, load, store
 from pallas_kernels.portable.weights import Numbers, dropout_factor, gradients
 
 if TYPE_CHECKING:
@@ -58,8 +61,10 @@ def key_gradients(
     *,
     sums_bias: bool,
     interpret: bool,
-) -> list[Array]:
-    """dK and dV in the call's dtype, and with `sums_bias` the bias's over queries, (B, N, S)."""
+) -> dict[str, Array]:
+    """By name dK and dV, "dk" and "dv", in the call's dtype; with `sums_bias` also the bias's
+    gradient summed over queries, "column_sums", (B, N, S) float32.
+    """
     inputs = inputs | {
         "ranges": query_ranges(spec, operands, queries=tiles.queries, keys=tiles.keys)
     }
@@ -71,30 +76,26 @@ def key_gradients(
     if sums_bias:
         shape = (spec.batch, spec.heads, spec.keys)
         results["column_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    grid = grid_of(spec, tiles=-(-spec.keys // tiles.keys), heads=spec.kv_heads, last_first=False)
-
-    def kernel(*refs: Ref) -> None:
-        _key_kernel(spec, tiles, grid, _named([*inputs, *results], refs))
-
-    return list(
-        call(
-            kernel, list(results.values()), list(inputs.values()), grid=grid.sizes,
-            name="key_gradients", warps=tiles.warps, stages=tiles.stages, interpret=interpret,
-        )
+    grid = key_grid(spec, tiles.keys)
+    return launch(
+        partial(_key_kernel, spec, tiles, grid), inputs, results, grid=grid.sizes, tiles=tiles,
+        name="key_gradients", interpret=interpret,
     )  # fmt: skip
 
 
-def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace) -> None:
+def _key_kernel(
+    spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace, results: Results
+) -> None:
     tile, kv_head, batch = grid.place()
-    present = key_limit(spec, refs, batch, tiles.keys)
-    keys = span(tile * tiles.keys, tiles.keys, present)
+    key_end = key_limit(spec, refs, batch, tiles.keys)
+    keys = span(tile * tiles.keys, tiles.keys, key_end)
     k = columns.read(refs.k, spec.head_dim, batch, keys.down, kv_head, keys.exists_down)
     v = columns.read(refs.v, spec.value_dim, batch, keys.down, kv_head, keys.exists_down)
     sides = query_sides(spec, tiles.queries)
     limit = query_limit(spec, refs, batch, tiles.queries)
     # Keys past the length are written, as zeros; those past the array are not.
     exists = span(tile * tiles.keys, tiles.keys, past(spec.keys, tiles.keys)).exists_down
-    refs.column_sums = getattr(refs, "column_sums", None)
+    own = replace(keys, exists_down=exists)
     factor = dropout_factor(spec)
 
     def of_head(g: Array | int, sums: Gradients) -> Gradients:
@@ -106,16 +107,7 @@ def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNames
             rows = (batch, queries.down, head, queries.exists_down)
             q = columns.read(refs.q, spec.head_dim, *rows)
             d_out = columns.read(refs.d_out, spec.value_dim, *rows)
-            at = Place(
-                batch,
-                head,
-                queries.across,
-                keys.down,
-                tile * tiles.keys,
-                queries.exists_across,
-                exists,
-                masked,
-            )
+            at = keys_down(batch, head, queries, own, tile * tiles.keys, masked=masked)
             s = columns.against(k, q)
             dp = columns.against(v, d_out)
             numbers = row_numbers(refs, batch, head, queries.across, queries.exists_across)
@@ -127,13 +119,13 @@ def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNames
             return (dk, dv), column
 
         column = None
-        if refs.column_sums is not None:
+        if "column_sums" in results:
             column = jnp.zeros((tiles.keys, 1), jnp.float32)
         sums, column = visit(refs.ranges, batch, tile, sides, step, (sums, column))
         if column is not None:
             index = (batch, head, keys.down)
-            column = _present(column * factor, keys.exists_down)
-            store(refs.column_sums, index, column, exists)
+            column = present(column * factor, keys.exists_down)
+            store(results["column_sums"], index, column, exists)
         return sums
 
     sums = columns.zeros(tiles.keys, spec.head_dim), columns.zeros(tiles.keys, spec.value_dim)
@@ -142,10 +134,10 @@ def _key_kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNames
     else:
         dk, dv = lax.fori_loop(0, spec.group, of_head, sums)
     for ref, size, x, scale in (
-        (refs.dk, spec.head_dim, dk, scale_of(spec, refs, batch)),
-        (refs.dv, spec.value_dim, dv, 1),
+        (results["dk"], spec.head_dim, dk, scale_of(spec, refs, batch)),
+        (results["dv"], spec.value_dim, dv, 1),
     ):
-        whole = tuple(_present(part * (scale * factor), keys.exists_down) for part in x)
+        whole = tuple(present(part * (scale * factor), keys.exists_down) for part in x)
         columns.write(ref, size, (batch,), keys.down, kv_head, whole, exists)
 
 
@@ -158,10 +150,11 @@ def query_gradients(
     bias: str | None,
     unscaled: bool,
     interpret: bool,
-) -> list[Array]:
-    """dQ in the call's dtype, or unscaled in float32; and of the bias, if that is not None, one of:
+) -> dict[str, Array]:
+    """By name dQ, "dq", in the call's dtype, or unscaled in float32; and of the bias as asked:
 
-    "whole": its gradient, (B, N, T, S) in its dtype; "rows": the sum over keys, (B, N, T) float32.
+    "whole": its gradient, "d_bias", (B, N, T, S) in its dtype;
+    "rows": that summed over keys, "row_sums", (B, N, T) float32.
     """
     inputs = inputs | {"ranges": key_ranges(spec, operands, queries=tiles.queries, keys=tiles.keys)}
     rows = (spec.batch, spec.queries, spec.heads)
@@ -174,27 +167,23 @@ def query_gradients(
     elif bias == "rows":
         shape = (spec.batch, spec.heads, spec.queries)
         results["row_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    grid = grid_of(
-        spec,
-        tiles=-(-spec.queries // tiles.queries),
-        heads=spec.heads,
-        last_first=spec.band.upper is not None,
-    )
-
-    def kernel(*refs: Ref) -> None:
-        _query_kernel(spec, tiles, grid, _named([*inputs, *results], refs), unscaled=unscaled)
-
-    found = call(
-        kernel, list(results.values()), list(inputs.values()), grid=grid.sizes,
-        name="query_gradients", warps=tiles.warps, stages=tiles.stages, interpret=interpret,
+    grid = query_grid(spec, tiles.queries)
+    return launch(
+        partial(_query_kernel, spec, tiles, grid, unscaled=unscaled), inputs, results,
+        grid=grid.sizes, tiles=tiles, name="query_gradients", interpret=interpret,
         # Blocks that no program visits stay as they are.
-        zeroed=[1] if bias == "whole" and hides_some(spec) else [],
+        zeroed=["d_bias"] if bias == "whole" and hides_some(spec) else [],
     )  # fmt: skip
-    return list(found)
 
 
 def _query_kernel(
-    spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace, *, unscaled: bool
+    spec: AttentionSpec,
+    tiles: Tiles,
+    grid: Grid,
+    refs: SimpleNamespace,
+    results: Results,
+    *,
+    unscaled: bool,
 ) -> None:
     tile, head, batch = grid.place()
     kv_head, _ = divided(head, spec.group)
@@ -206,23 +195,14 @@ def _query_kernel(
     q = columns.read(refs.q, spec.head_dim, batch, queries.down, head, queries.exists_down)
     d_out = columns.read(refs.d_out, spec.value_dim, batch, queries.down, head, queries.exists_down)
     numbers = row_numbers(refs, batch, head, queries.down, queries.exists_down)
-    present = key_limit(spec, refs, batch, tiles.keys)
-    d_bias, row_sums = (getattr(refs, name, None) for name in ("d_bias", "row_sums"))
+    key_end = key_limit(spec, refs, batch, tiles.keys)
+    d_bias, row_sums = (results.get(name) for name in ("d_bias", "row_sums"))
     factor = dropout_factor(spec)
 
     def step(j: Array, state: QueryState, *, masked: bool) -> QueryState:
         dq, row = state
-        keys = span(j * tiles.keys, tiles.keys, present if masked else None)
-        at = Place(
-            batch,
-            head,
-            queries.down,
-            keys.across,
-            j * tiles.keys,
-            queries.exists_down,
-            keys.exists_across,
-            masked,
-        )
+        keys = span(j * tiles.keys, tiles.keys, key_end if masked else None)
+        at = queries_down(batch, head, queries, keys, j * tiles.keys, masked=masked)
         k = columns.read(refs.k, spec.head_dim, batch, keys.down, kv_head, keys.exists_down)
         v = columns.read(refs.v, spec.value_dim, batch, keys.down, kv_head, keys.exists_down)
         s = columns.against(q, k)
@@ -242,7 +222,7 @@ def _query_kernel(
     dq, row = visit(refs.ranges, batch, tile, sides, step, state)
     scale = 1 if unscaled else scale_of(spec, refs, batch)
     dq = tuple(part * (scale * factor) for part in dq)
-    columns.write(refs.dq, spec.head_dim, (batch,), queries.down, head, dq, exists)
+    columns.write(results["dq"], spec.head_dim, (batch,), queries.down, head, dq, exists)
     if row is not None:
         store(row_sums, (batch, head, queries.down), row * factor, exists)
 
@@ -254,11 +234,3 @@ def row_numbers(
     index = (batch, head, query)
     top = load(refs.top, index, inside, math.inf)
     return top, load(refs.rest, index, inside), load(refs.row_term, index, inside)
-
-
-def _present(x: Array, exists: Mask) -> Array:
-    return x if exists is None else jnp.where(exists, x, 0.0)
-
-
-def _named(names: list[str], refs: tuple[Ref, ...]) -> SimpleNamespace:
-    return SimpleNamespace(**dict(zip(names, refs, strict=True)))

@@ -25,7 +25,7 @@ from jax import Array
 from pallas_kernels.combine import combine
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import base, may_hide
-from pallas_kernels.portable.forward_tile import ForwardTile, Plan, launch, make_plan
+from pallas_kernels.portable.forward_tile import ForwardTile, Plan, make_plan, run
 from pallas_kernels.portable.softmax import APART, Softmax
 from pallas_kernels.portable.tiles import forward_tiles
 from pallas_kernels.portable.triton import LN2
@@ -57,7 +57,7 @@ def forward(
     if operands.sinks is not None:
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
     whole = plan.splits == 1
-    out, top, rest = launch(
+    out, top, rest = run(
         plan, operands, _kernel,
         name="flash_forward", sinks=sinks if whole else None, interpret=interpret,
     )  # fmt: skip

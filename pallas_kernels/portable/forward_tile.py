@@ -15,17 +15,18 @@ from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import Logits, Place, dropped, logits
 from pallas_kernels.portable.grid import Grid, grid_of
 from pallas_kernels.portable.inputs import forward_inputs
+from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.ranges import key_ranges, key_sides
 from pallas_kernels.portable.rows import Rows, key_limit, rows_of
 from pallas_kernels.portable.softmax import End
 from pallas_kernels.portable.spans import Span, Step, span, visit
 from pallas_kernels.portable.tiles import Tiles
-from pallas_kernels.portable.triton import Ref, call, divided, load, store
+from pallas_kernels.portable.triton import divided, load, store
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["ForwardTile", "Plan", "launch", "make_plan"]
+__all__ = ["ForwardTile", "Plan", "make_plan", "run"]
 
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU: fewer leave some idle
 LEAST_BLOCKS = 4  # of keys, for a share of a split to be worth its joining
@@ -70,9 +71,9 @@ def make_plan(spec: AttentionSpec, tiles: Tiles, *, may_split: bool = True) -> P
 class ForwardTile:
     """The tile of the program that asks: its queries, read once, and its results, written once."""
 
-    def __init__(self, plan: Plan, grid: Grid, refs: SimpleNamespace) -> None:
+    def __init__(self, plan: Plan, grid: Grid, refs: SimpleNamespace, results: Results) -> None:
         spec, tiles = plan.spec, plan.tiles
-        self.plan, self.spec, self.refs = plan, spec, refs
+        self.plan, self.spec, self.refs, self._results = plan, spec, refs, results
         self.share, pack_index, self.batch = grid.place()
         tile, self.split = divided(self.share, plan.splits)
         self.rows: Rows = rows_of(
@@ -145,14 +146,13 @@ class ForwardTile:
         factor = factor * (1 / (1 - spec.dropout_rate))
         out = tuple(part * factor for part in o)
         before = (self.split, self.batch) if splits > 1 else (self.batch,)
-        columns.write(
-            self.refs.out, spec.value_dim, before, rows.query, rows.head, out, rows.exists
-        )
-        for ref, x in ((self.refs.top, end.top), (self.refs.rest, end.rest)):
-            store(ref, (*before, rows.query, rows.head), x, rows.exists)
+        its = self._results
+        columns.write(its["out"], spec.value_dim, before, rows.query, rows.head, out, rows.exists)
+        for name, x in (("top", end.top), ("rest", end.rest)):
+            store(its[name], (*before, rows.query, rows.head), x, rows.exists)
 
 
-def launch(
+def run(
     plan: Plan,
     operands: Operands,
     kernel: Callable[[ForwardTile], None],
@@ -169,27 +169,21 @@ def launch(
     )
     if sinks is not None:
         inputs["sinks"] = sinks
-    names = [*inputs, "out", "top", "rest"]
-
-    def body(*refs: Ref) -> None:
-        kernel(ForwardTile(plan, grid, SimpleNamespace(**dict(zip(names, refs, strict=True)))))
-
     parts = (plan.splits,) if plan.splits > 1 else ()
     rows = (*parts, spec.batch, spec.queries, spec.heads)
-    out, top, rest = call(
-        body,
-        [
-            jax.ShapeDtypeStruct((*rows, spec.value_dim), jnp.float32 if parts else spec.dtype),
-            *[jax.ShapeDtypeStruct(rows, jnp.float32)] * 2,
-        ],
-        list(inputs.values()),
-        grid=grid.sizes,
-        name=name,
-        warps=tiles.warps,
-        stages=tiles.stages,
-        interpret=interpret,
+    number = jax.ShapeDtypeStruct(rows, jnp.float32)
+    dtype = jnp.float32 if parts else spec.dtype
+    results = {
+        "out": jax.ShapeDtypeStruct((*rows, spec.value_dim), dtype), "top": number, "rest": number
+    }  # fmt: skip
+
+    def body(refs: SimpleNamespace, results: Results) -> None:
+        kernel(ForwardTile(plan, grid, refs, results))
+
+    found = launch(
+        body, inputs, results, grid=grid.sizes, tiles=tiles, name=name, interpret=interpret
     )
-    return out, top, rest
+    return found["out"], found["top"], found["rest"]
 
 
 def _power(x: int) -> int:

@@ -12,7 +12,7 @@ from pallas_kernels.portable.triton import place_in
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["Grid", "grid_of"]
+__all__ = ["Grid", "grid_of", "key_grid", "query_grid"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,14 @@ def grid_of(spec: AttentionSpec, *, tiles: int, heads: int, last_first: bool) ->
     order = ("batch", "tile", "head") if shared_bias else ("tile", "head", "batch")
     a, b, c = order
     return Grid((a, b, c), (sizes[a], sizes[b], sizes[c]), last_first)
+
+
+def query_grid(spec: AttentionSpec, queries: int) -> Grid:
+    """A program for each tile of so many queries of a head; causal, the last sees most keys."""
+    tiles = -(-spec.queries // queries)
+    return grid_of(spec, tiles=tiles, heads=spec.heads, last_first=spec.band.upper is not None)
+
+
+def key_grid(spec: AttentionSpec, keys: int) -> Grid:
+    """A program for each tile of so many keys of a key head; causal, the first sees most."""
+    return grid_of(spec, tiles=-(-spec.keys // keys), heads=spec.kv_heads, last_first=False)

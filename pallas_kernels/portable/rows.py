@@ -23,7 +23,7 @@ from pallas_kernels.portable.triton import Mask, divided, load
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["Rows", "key_limit", "past", "query_limit", "rows_of"]
+__all__ = ["Rows", "key_limit", "past", "present", "query_limit", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,8 @@ def query_limit(
 def past(size: int, block: int) -> int | None:
     """The first position that does not exist, if blocks go past it."""
     return size if size % block else None
+
+
+def present(x: Array, exists: Mask) -> Array:
+    """x with zeros in rows that do not exist."""
+    return x if exists is None else jnp.where(exists, x, 0.0)

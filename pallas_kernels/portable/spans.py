@@ -1,4 +1,4 @@
-"""Positions along one axis of a tile of logits, as a column and as a row; and loops over blocks."""
+"""Positions along one axis of a tile of logits, and the place of two; loops over blocks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Protocol, cast
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.portable.elements import Place
 from pallas_kernels.portable.ranges import Sides
 from pallas_kernels.portable.triton import Mask, Ref, load
 
-__all__ = ["Span", "span", "visit"]
+__all__ = ["Span", "keys_down", "queries_down", "span", "visit"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,22 @@ def span(first: Array | int, size: int, limit: Array | int | None = None) -> Spa
     if limit is None:
         return Span(down, across)
     return Span(down, across, down < limit, across < limit)
+
+
+def queries_down(
+    batch: Array, head: Array, queries: Span, keys: Span, first_key: Array, *, masked: bool
+) -> Place:
+    """The place of a tile whose rows are queries and whose columns are keys, from `first_key`."""
+    inside = queries.exists_down, keys.exists_across
+    return Place(batch, head, queries.down, keys.across, first_key, *inside, masked=masked)
+
+
+def keys_down(
+    batch: Array, head: Array, queries: Span, keys: Span, first_key: Array, *, masked: bool
+) -> Place:
+    """The same the other way up."""
+    inside = queries.exists_across, keys.exists_down
+    return Place(batch, head, queries.across, keys.down, first_key, *inside, masked=masked)
 
 
 class Step[State](Protocol):

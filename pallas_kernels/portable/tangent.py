@@ -22,6 +22,7 @@ given.
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,16 +33,17 @@ from jax import Array, lax
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.columns import Matrix, Sums
 from pallas_kernels.portable.elements import Place, dropped
-from pallas_kernels.portable.grid import Grid, grid_of
+from pallas_kernels.portable.grid import Grid, query_grid
 from pallas_kernels.portable.inputs import forward_inputs, log_sum_exp_inputs, tangent_inputs
+from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.ranges import key_ranges, key_sides
 from pallas_kernels.portable.rows import key_limit, past, query_limit
 from pallas_kernels.portable.softmax import APART, apart
-from pallas_kernels.portable.spans import Span, span, visit
+from pallas_kernels.portable.spans import Span, queries_down, span, visit
 from pallas_kernels.portable.tangent_tiles import tangent_tiles
 from pallas_kernels.portable.tiles import Tiles
-from pallas_kernels.portable.triton import Ref, call, divided, load, store
+from pallas_kernels.portable.triton import divided, load, store
 from pallas_kernels.portable.weight_tangents import Changes, changes
 from pallas_kernels.portable.weights import dropout_factor
 
@@ -89,26 +91,16 @@ def tangent(
         inputs["of_sinks"] = jnp.swapaxes(rows.of_sinks, 1, 2)
     inputs["ranges"] = key_ranges(spec, operands, queries=tiles.queries, keys=tiles.keys)
     sizes = (spec.batch, spec.queries, spec.heads)
-    results = [
-        jax.ShapeDtypeStruct((*sizes, spec.value_dim), spec.dtype),
-        jax.ShapeDtypeStruct(sizes, jnp.float32),
-    ]
-    names = [*inputs, "t_out", "mu"]
-    grid = grid_of(
-        spec,
-        tiles=-(-spec.queries // tiles.queries),
-        heads=spec.heads,
-        last_first=spec.band.upper is not None,
-    )
-
-    def kernel(*refs: Ref) -> None:
-        _kernel(spec, tiles, grid, SimpleNamespace(**dict(zip(names, refs, strict=True))))
-
-    t_out, mu = call(
-        kernel, results, list(inputs.values()), grid=grid.sizes, name="tangent",
-        warps=tiles.warps, stages=tiles.stages, interpret=interpret,
+    results = {
+        "t_out": jax.ShapeDtypeStruct((*sizes, spec.value_dim), spec.dtype),
+        "mu": jax.ShapeDtypeStruct(sizes, jnp.float32),
+    }
+    grid = query_grid(spec, tiles.queries)
+    found = launch(
+        partial(_kernel, spec, tiles, grid), inputs, results, grid=grid.sizes, tiles=tiles,
+        name="tangent", interpret=interpret,
     )  # fmt: skip
-    return t_out, mu
+    return found["t_out"], found["mu"]
 
 
 class _Tile:
@@ -143,17 +135,9 @@ class _Tile:
         """Where block j of keys is, and its tile of logits."""
         size = self.tiles.keys
         keys = span(j * size, size, self._present if masked else None)
-        at = Place(
-            self.batch,
-            self.head,
-            self.queries.down,
-            keys.across,
-            j * size,
-            self.queries.exists_down,
-            keys.exists_across,
-            masked,
+        return keys, queries_down(
+            self.batch, self.head, self.queries, keys, j * size, masked=masked
         )
-        return keys, at
 
     def changes(self, keys: Span, at: Place) -> Changes:
         """The weights of a block, and how its logits change."""
@@ -200,7 +184,9 @@ class _Tile:
         return load(self.refs.of_sinks, index, self.queries.exists_down)
 
 
-def _kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace) -> None:
+def _kernel(
+    spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace, results: Results
+) -> None:
     tile = _Tile(spec, tiles, grid, refs)
 
     def step(j: Array, state: State, *, masked: bool) -> State:
@@ -245,6 +231,6 @@ def _kernel(spec: AttentionSpec, tiles: Tiles, grid: Grid, refs: SimpleNamespace
         for a, b in zip(state.t_out, out, strict=True)
     )
     columns.write(
-        refs.t_out, spec.value_dim, (tile.batch,), rows.down, tile.head, t_out, tile.exists
+        results["t_out"], spec.value_dim, (tile.batch,), rows.down, tile.head, t_out, tile.exists
     )
-    store(refs.mu, at, mu + tile.of_sinks, tile.exists)
+    store(results["mu"], at, mu + tile.of_sinks, tile.exists)

@@ -11,20 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jattn.call.target import current_target
 from pallas_kernels.portable.precision import term_count
-from pallas_kernels.portable.tiles import Tiles
+from pallas_kernels.portable.tiles import BackwardTiles, Tiles
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["BackwardTiles", "backward_tangent_tiles", "tangent_tiles"]
-
-
-class BackwardTiles(NamedTuple):
-    """Those of the kernel of keys' gradients, of queries', and of a shared bias's."""
-
-    keys: Tiles
-    queries: Tiles
-    bias: Tiles
+__all__ = ["backward_tangent_tiles", "tangent_tiles"]
 
 
 class Table(NamedTuple):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
 __all__ = [
+    "BackwardTiles",
     "Table",
     "Tiles",
     "bias_tiles",
@@ -37,6 +38,14 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int
+
+
+class BackwardTiles(NamedTuple):
+    """Those of the kernel of keys' gradients, of queries', and of a shared bias's."""
+
+    keys: Tiles
+    queries: Tiles
+    bias: Tiles
 
 
 class Table(NamedTuple):

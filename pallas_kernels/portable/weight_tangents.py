@@ -139,7 +139,7 @@ def row_numbers(
     return Numbers(top, *(load(ref, index, inside) for ref in others))
 
 
-def scale_tangent_of(spec: AttentionSpec, refs: SimpleNamespace, batch: Array) -> Array | None:
+def scale_tangent_of(refs: SimpleNamespace, batch: Array) -> Array | None:
     """The tangent of the scale, a number; None if it has none."""
     if not hasattr(refs, "t_scale"):
         return None
@@ -159,7 +159,7 @@ def changes(
     x, c, tanh = logits(spec, refs, at, s)
     p = exp2(x, c, *log_sum_exp)
     tz = None if ts is None else ts * scale_of(spec, refs, at.batch)
-    t_scale = scale_tangent_of(spec, refs, at.batch)
+    t_scale = scale_tangent_of(refs, at.batch)
     if t_scale is not None:
         tz = s * t_scale if tz is None else tz + s * t_scale
     if tz is not None:
