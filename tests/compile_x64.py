@@ -7,15 +7,13 @@ lengths, offsets and ids that a user makes. A program of its own: see tests/hopp
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-
+from tests.hopper.absent import standard_output  # isort: skip
 from tests.portable.absent import gpus, standard_error  # isort: skip
 
 import jax
@@ -27,6 +25,7 @@ from tests.cases import Case
 from tests.hopper import compile_tiles as hopper
 from tests.portable import compile_calls as portable
 from tests.promotion import be_strict
+from tests.shapes import arguments
 
 KERNEL = {"hopper": "mosaic_gpu_v2", "flash": "xla.gpu.triton", "chunked": "xla.gpu.triton"}
 # A case for each thing that an index is made of: the band, lengths, offsets, ids, heads.
@@ -58,10 +57,10 @@ def call(algorithm: str, case: Case) -> tuple[Any, Any]:
     if algorithm == "hopper":
         function, shapes = hopper.call(case)
     else:
-        *shapes, static = portable.arguments(case)
+        *shapes, static = arguments(case)
 
         def function(floats: Any, rest: Any) -> Any:
-            return portable.ALGORITHMS[algorithm](**floats, **rest, **static)
+            return portable.ALGORITHMS[algorithm](**floats, **rest, **static, return_residual=True)
 
     def attend(floats: Any, rest: Any) -> Any:
         with only("hopper" if algorithm == "hopper" else "portable"):
@@ -78,7 +77,7 @@ def compiled(algorithm: str, case: Case, direction: str, place: NamedSharding) -
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
         )
-        with hopper.standard_output() as out, standard_error() as err:
+        with standard_output() as out, standard_error() as err:
             made = jax.jit(function).lower(*placed).compile()
     said = out() if algorithm == "hopper" else err()
     return {"kernels": made.as_text().count(KERNEL[algorithm]), "spilled": portable.spills(said)}

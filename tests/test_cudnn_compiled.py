@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from tests.hopper.test_compile import VERSIONS, compiled
+from tests.programs import VERSIONS, printed
 
 pytestmark = pytest.mark.compile
 
@@ -25,6 +25,6 @@ RUNS = {
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_cudnn_is_called_once_each_way_and_nothing_is_gathered(version: str) -> None:
-    found = compiled(version, pathlib.Path(__file__).parent / "compile_cudnn.py")
+    found = printed(version, pathlib.Path(__file__).parent / "compile_cudnn.py")
     assert {x["call"]: (x["forward"], x["backward"]) for x in found} == RUNS
     assert not any(x["moves"] for x in found)

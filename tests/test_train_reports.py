@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import train
-from tests.hopper.test_compile import of_a_user
+from tests.programs import of_a_user
 from tests.promotion import of_others
 from tests.tiny_training import OPTIONS
 from training import quiet

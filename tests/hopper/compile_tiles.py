@@ -8,27 +8,24 @@ A program of its own, as it runs with jax's CUDA plugin and ptxas but none of CU
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from tests.hopper.absent import h200s  # isort: skip
+from tests.hopper.absent import h200s, standard_output  # isort: skip
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jattn
 from tests.cases import Case
-from tests.hopper.calls import arguments
+from tests.shapes import arguments
 
 Long = partial(
     Case, batch=1, queries=2048, keys=2048, heads=16, kv_heads=16, head_dim=128, dtype="bfloat16"
@@ -192,27 +189,6 @@ def of_direction(
 
     residuals, cotangents = jax.eval_shape(saved, *shapes), jax.eval_shape(function, *shapes)
     return lambda vjp, cotangents: vjp(cotangents), (residuals, cotangents)
-
-
-@contextmanager
-def standard_output() -> Iterator[Callable[[], str]]:
-    """What is written to it meanwhile, by the plugin's C++ too, held back from this program's."""
-    with tempfile.TemporaryFile() as file:
-        sys.stdout.flush()
-        own = os.dup(1)
-        os.dup2(file.fileno(), 1)
-
-        def said() -> str:
-            file.seek(0)
-            return file.read().decode()
-
-        text: list[str] = []
-        try:
-            yield lambda: text[0]
-        finally:
-            os.dup2(own, 1)
-            os.close(own)
-            text.append(said())
 
 
 def read(said: str) -> dict[str, Any]:

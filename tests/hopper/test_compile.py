@@ -1,25 +1,20 @@
 """For an absent H200: every shape of tiles compiles, spills what is known, lets no product wait.
 
-It runs with jax's CUDA plugin and ptxas, which `make compile` puts in .compilers for each version
-of jax: they do not belong in an environment without CUDA's libraries.
+`tests/programs.py` says what it needs.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
+from tests.programs import VERSIONS, printed
+
 pytestmark = pytest.mark.compile
 
 HERE = pathlib.Path(__file__).parent
-COMPILERS = HERE.parents[1] / ".compilers"
-VERSIONS = (HERE / "jax_versions.txt").read_text().split()
 PARTS = 4
 # Bytes that backward spills all the same. At head dim 64, S and dP of a block of 128 queries take
 # what dK and dV leave of a thread's 240 registers; at 256, dQ leaves little. Where there is a mask
@@ -67,43 +62,10 @@ PADDED = {
 }
 
 
-def environment(version: str) -> dict[str, str]:
-    """That of a process in which jax has this version and compiles for an absent GPU."""
-    if sys.platform != "linux":
-        pytest.skip("jax's CUDA plugin is for Linux")
-    if not (COMPILERS / "ready").exists():
-        missing = "no .compilers, which scripts/compilers.sh makes"
-        pytest.fail(missing) if os.environ.get("JATTN_COMPILERS") else pytest.skip(missing)
-    return of_a_user() | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(COMPILERS / version)}
-
-
-def of_a_user() -> dict[str, str]:
-    """The environment without what conftest.py asks of the tests' own programs on a CPU."""
-    of_the_tests = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
-    return {key: value for key, value in os.environ.items() if key not in of_the_tests}
-
-
-def compiled(version: str, program: str, *arguments: object) -> list[dict[str, Any]]:
-    """The lines that a program of this folder prints."""
-    run = subprocess.run(
-        [sys.executable, HERE / program, *map(str, arguments)],
-        env=environment(version),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert found
-    assert all(call["jax"] == version for call in found)
-    return found
-
-
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("version", VERSIONS)
 def test_nothing_more_spills_or_waits_or_is_moved(version: str, part: int) -> None:
-    found = compiled(version, "compile_tiles.py", part, PARTS)
+    found = printed(version, HERE / "compile_tiles.py", part, PARTS)
     assert len(found) >= 30
     bad = [call for call in found if not is_good(call)]
     assert not bad, "\n".join(map(str, bad))
@@ -122,14 +84,14 @@ def is_good(call: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_sharded_over_rows_and_heads_nothing_is_gathered(version: str) -> None:
-    found = compiled(version, "compile_sharded.py")
+    found = printed(version, HERE / "compile_sharded.py")
     assert [call["call"] for call in found] == ["results", "gradients"]
     assert not any(call["gathers"] for call in found), found
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_keys_and_values_of_the_next_heads_come_while_a_kernel_runs(version: str) -> None:
-    gather, *heads = compiled(version, "compile_context.py")
+    gather, *heads = printed(version, HERE / "compile_context.py")
     steps = gather["steps"]
     started = [at for at, step in enumerate(steps) if step == "all-gather-start"]
     spans = [steps[at : steps.index("all-gather-done", at)] for at in started]
@@ -150,7 +112,7 @@ def test_keys_and_values_of_the_next_heads_come_while_a_kernel_runs(version: str
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_step_of_generation_writes_its_cache_where_it_is(version: str) -> None:
-    (step,) = compiled(version, "compile_decode.py")
+    (step,) = printed(version, HERE / "compile_decode.py")
     assert step["alias"] >= step["cache"]
     assert step["temp"] < step["cache"] / 100
     assert step["copies"] == []

@@ -13,8 +13,9 @@ import jattn
 from jattn.backends.flash import interpreted
 from pallas_kernels.hopper.plan import make_plan
 from tests.cases import Case
-from tests.hopper.calls import Half, arguments, spec_of
+from tests.hopper.calls import Half, spec_of
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+from tests.shapes import arguments
 
 __all__ = ["hopper"]
 

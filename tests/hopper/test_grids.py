@@ -17,9 +17,10 @@ from jattn.backends.flash import interpreted
 from pallas_kernels.hopper import grid, limits
 from tests.cases import Case, thorough
 from tests.hopper import exact
-from tests.hopper.calls import Half, arguments, spec_of
+from tests.hopper.calls import Half, spec_of
 from tests.hopper.exact import hopper  # noqa: F401
 from tests.reference import attention, visible
+from tests.shapes import arguments
 from tests.tolerance import check_against_peer
 
 BIG = [

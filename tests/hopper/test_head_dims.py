@@ -14,8 +14,9 @@ from jattn.backends.flash import interpreted
 from pallas_kernels.hopper.backward_tiles import dq_columns, dq_swizzle
 from pallas_kernels.hopper.plain import piece_columns
 from tests.cases import Case, chosen
-from tests.hopper.calls import Half, arguments
+from tests.hopper.calls import Half
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+from tests.shapes import arguments
 
 __all__ = ["hopper"]
 

@@ -19,8 +19,9 @@ from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.shares import WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.visits import visits
 from tests.cases import Case, chosen, first
-from tests.hopper.calls import Half, arguments, spec_of
+from tests.hopper.calls import Half, spec_of
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+from tests.shapes import arguments
 
 __all__ = ["hopper"]
 

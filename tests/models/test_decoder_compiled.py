@@ -1,20 +1,17 @@
 """For an absent H200: a decoder's prefill runs Hopper's kernels, and holds what one block needs;
 its loss holds the logits of one chunk.
 
-It runs as tests/hopper/test_compile.py does.
+`tests/programs.py` says what it needs.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from tests.hopper.test_compile import VERSIONS, environment
+from tests.programs import VERSIONS, printed
 
 pytestmark = pytest.mark.compile
 
@@ -23,22 +20,13 @@ GIB = 1 << 30
 
 
 @functools.cache
-def printed() -> list[dict[str, int]]:
-    """The lines that it prints."""
-    run = subprocess.run(
-        [sys.executable, pathlib.Path(__file__).parent / "compile_decoder.py"],
-        env=environment(VERSIONS[0]),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines() if line[0] == "{"]
+def lines() -> list[dict[str, int]]:
+    """Those that it prints."""
+    return printed(VERSIONS[0], pathlib.Path(__file__).parent / "compile_decoder.py")
 
 
 def test_a_prefill_holds_one_block_and_copies_no_weight() -> None:
-    two, six, padded, _ = printed()
+    two, six, padded, _ = lines()
     # The feed-forward layer's gate, up and their product in bfloat16, and as much again.
     assert two["held"] < 2 * 3 * LENGTH * INNER * 2
     assert six["held"] < 1.05 * two["held"]
@@ -51,5 +39,5 @@ def test_a_prefill_holds_one_block_and_copies_no_weight() -> None:
 
 def test_a_loss_holds_one_chunk_of_logits() -> None:
     """And the output layer's gradient in float32, to which the chunks add."""
-    *_, loss = printed()
+    *_, loss = lines()
     assert loss["held"] < GIB + 4 * VOCABULARY * WIDTH + 4 * LENGTH * WIDTH

@@ -13,6 +13,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -21,13 +22,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.portable.absent import gpus, standard_error  # isort: skip
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jattn
 from jattn.backends.kernels import only
 from tests.cases import Case
 from tests.hopper.compile_tiles import of_direction
+from tests.shapes import arguments
 
 ALGORITHMS = {"flash": jattn.flash_attention, "chunked": jattn.memory_efficient_attention}
 
@@ -72,41 +73,6 @@ CALLS = {
 }
 
 
-def arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Floating arrays, other arrays, and what is static, of jattn's functions."""
-    b, t, s, dtype = case.batch, case.queries, case.keys, jnp.dtype(case.dtype)
-    of = jax.ShapeDtypeStruct
-    floats = {
-        "query": of((b, t, case.heads, case.head_dim), dtype),
-        "key": of((b, s, case.kv_heads, case.head_dim), dtype),
-        "value": of((b, s, case.kv_heads, case.value_dim or case.head_dim), dtype),
-    }
-    rest: dict[str, Any] = {}
-    if case.bias:
-        floats["bias"] = of(case.shape_of(case.bias), jnp.dtype(case.bias_dtype or dtype))
-    if case.sinks:
-        floats["sinks"] = of((case.heads,), dtype)
-    if case.mask:
-        rest["mask"] = of(case.shape_of(case.mask), jnp.bool_)
-    if case.query_lengths:
-        rest["query_seq_lengths"] = rest["key_value_seq_lengths"] = of((b,), jnp.int32)
-    if case.offset:
-        rest["query_offset"] = of((b,), jnp.int32)
-    if case.segments:
-        rest["query_segment_ids"] = of((b, t), jnp.int32)
-        rest["key_value_segment_ids"] = of((b, s), jnp.int32)
-    if case.dropout:
-        rest["dropout_rng"] = of((2,), jnp.uint32)
-    static = {
-        "is_causal": case.causal,
-        "local_window_size": case.window,
-        "logits_soft_cap": case.soft_cap,
-        "dropout_rate": case.dropout,
-        "return_residual": True,
-    }
-    return floats, rest, static
-
-
 def compiled(
     case: Case, direction: str, algorithm: str, place: Callable[[str, Any], NamedSharding]
 ) -> Any:
@@ -115,13 +81,13 @@ def compiled(
 
     def attend(floats: Any, rest: Any) -> Any:
         with only("portable"):
-            return ALGORITHMS[algorithm](**floats, **rest, **static)
+            return ALGORITHMS[algorithm](**floats, **rest, **static, return_residual=True)
 
     def placed(path: Any, x: Any) -> jax.ShapeDtypeStruct:
         name = path[-1].key if path and hasattr(path[-1], "key") else ""
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name, x))
 
-    with jax.default_matmul_precision("tensorfloat32" if "tf32" in case.name else None):
+    with precision_of(case):
         function, shapes = of_direction(direction, attend, (floats, rest))
         return jax.jit(function).lower(*jax.tree_util.tree_map_with_path(placed, shapes)).compile()
 
@@ -131,29 +97,41 @@ def spills(said: str) -> int:
     return sum(map(int, re.findall(r"frame, (\d+) bytes spill stores", said)))
 
 
+def precision_of(case: Case) -> AbstractContextManager[None]:
+    """That of float32 products, by the case's name."""
+    return jax.default_matmul_precision("tensorfloat32" if "tf32" in case.name else None)
+
+
+def report(call: dict[str, str], compile_it: Callable[[], Any]) -> None:
+    """Prints a line: spilled bytes, and bytes held beside arguments and results; or the error."""
+    found: dict[str, Any] = {"jax": jax.__version__} | call
+    try:
+        with standard_error() as said:
+            made = compile_it()
+    except Exception as error:  # the others are still to be seen
+        found["error"] = f"{type(error).__name__}: {error}"[:400]
+    else:
+        sizes = made.memory_analysis()
+        found |= {
+            "spilled": spills(said()),
+            "kernels": made.as_text().count("xla.gpu.triton"),
+            "operands": sizes.argument_size_in_bytes + sizes.output_size_in_bytes,
+            "temporary": sizes.temp_size_in_bytes,
+        }
+    print(json.dumps(found), flush=True)
+
+
 def main(device: str, which: str) -> None:
-    """One line for each call: spilled bytes, and bytes held beside arguments and results."""
+    """A line for each call."""
     with gpus(device, 1) as mesh:
         everywhere = NamedSharding(mesh, PartitionSpec())
         for case, direction, algorithm in CALLS[which]:
-            if case.name in REFUSED.get(device, ()):
-                continue
-            found = {"jax": jax.__version__, "call": case.name, "direction": direction}
-            found |= {"device": device, "algorithm": algorithm}
-            try:
-                with standard_error() as said:
-                    made = compiled(case, direction, algorithm, lambda name, x: everywhere)
-            except Exception as error:  # the others are still to be seen
-                found["error"] = f"{type(error).__name__}: {error}"[:400]
-            else:
-                sizes = made.memory_analysis()
-                operands = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-                found |= {
-                    "spilled": spills(said()),
-                    "kernels": made.as_text().count("xla.gpu.triton"),
-                }
-                found |= {"operands": operands, "temporary": sizes.temp_size_in_bytes}
-            print(json.dumps(found), flush=True)
+            if case.name not in REFUSED.get(device, ()):
+                call = {"call": case.name, "direction": direction}
+                report(
+                    call | {"device": device, "algorithm": algorithm},
+                    partial(compiled, case, direction, algorithm, lambda name, x: everywhere),
+                )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.portable.compile_calls import ALGORITHMS, Long, arguments
+from tests.portable.compile_calls import ALGORITHMS, Long
+from tests.shapes import arguments
 
 GATHER = re.compile(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(")
 CASE = Long(
@@ -52,7 +53,7 @@ def main() -> None:
 
             def attend(floats: Any, rest: Any, attention: Any = attention) -> Any:
                 # Only portable kernels take a bias.
-                return attention(**floats, **rest, **static)[0]
+                return attention(**floats, **rest, **static)
 
             manual = jax.shard_map(attend, in_specs=tuple(specs), out_specs=ROWS_AND_HEADS)
             for how, function in {"partitioner": attend, "shard_map": manual}.items():

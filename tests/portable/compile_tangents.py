@@ -5,7 +5,6 @@ compile_tangents.py DEVICE WHICH
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from tests.portable.absent import gpus, standard_error  # isort: skip
+from tests.portable.absent import gpus  # isort: skip
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,8 @@ from pallas_kernels.portable.backward_tangent import backward_tangent
 from pallas_kernels.portable.limits import tangent_refusals
 from pallas_kernels.portable.tangent import tangent
 from tests.cases import Case
-from tests.portable.compile_calls import FEATURES, REFUSED, WIDTHS, Long, arguments, spills
+from tests.portable.compile_calls import FEATURES, REFUSED, WIDTHS, Long, precision_of, report
+from tests.shapes import arguments
 
 CASES = {
     "widths": [Long("causal_32", head_dim=32, causal=True), *WIDTHS],
@@ -74,41 +74,30 @@ def computed(
     return backward_tangent(spec, operands, rows, moving, wanted=wanted)
 
 
+def compiled(case: Case, direction: str, place: NamedSharding) -> Any:
+    """The executable of one direction of a call."""
+    floats, rest = (
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in part.items()}
+        for part in arguments(case)[:2]
+    )
+    shapes = (floats, rest, floats, shapes_of(case, place))
+    with precision_of(case):
+        return jax.jit(partial(computed, case, direction)).lower(*shapes).compile()
+
+
 def main(device: str, which: str) -> None:
-    """One line for each call: spilled bytes, and bytes held beside arguments and results."""
+    """A line for each call."""
     with gpus(device, 1) as mesh:
         everywhere = NamedSharding(mesh, PartitionSpec())
         for case in CASES[which]:
             if case.name in REFUSED.get(device, ()) + TANGENTS_REFUSED.get(device, ()):
                 continue
-            floats, rest, _ = jax.tree.map(
-                lambda x: (
-                    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
-                    if isinstance(x, jax.ShapeDtypeStruct)
-                    else x
-                ),
-                arguments(case),
-            )
             for direction in DIRECTIONS:
-                found = {"jax": jax.__version__, "call": case.name, "direction": direction}
-                found |= {"device": device, "algorithm": "flash"}
-                function = partial(computed, case, direction)
-                precision = "tensorfloat32" if "tf32" in case.name else None
-                try:
-                    with standard_error() as said, jax.default_matmul_precision(precision):
-                        shapes = (floats, rest, floats, shapes_of(case, everywhere))
-                        made = jax.jit(function).lower(*shapes).compile()
-                except Exception as error:  # the others are still to be seen
-                    found["error"] = f"{type(error).__name__}: {error}"[:400]
-                else:
-                    sizes = made.memory_analysis()
-                    operands = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-                    found |= {
-                        "spilled": spills(said()),
-                        "kernels": made.as_text().count("xla.gpu.triton"),
-                    }
-                    found |= {"operands": operands, "temporary": sizes.temp_size_in_bytes}
-                print(json.dumps(found), flush=True)
+                call = {"call": case.name, "direction": direction}
+                report(
+                    call | {"device": device, "algorithm": "flash"},
+                    partial(compiled, case, direction, everywhere),
+                )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """For absent GPUs, H200, A100, L4, B200: every block of the table compiles, nothing more spills.
 
-It runs as tests/hopper/test_compile.py does. What does not fit in shared memory does not compile.
+`tests/programs.py` says what it needs. What does not fit in shared memory does not compile.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.hopper.test_compile import VERSIONS, environment
+from tests.programs import VERSIONS, printed
 
 pytestmark = pytest.mark.compile
 
@@ -74,22 +71,6 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
 }
 
 
-def compiled(version: str, program: str, *arguments: object) -> list[dict[str, Any]]:
-    """The lines that a program of this folder prints."""
-    run = subprocess.run(
-        [sys.executable, HERE / program, *map(str, arguments)],
-        env=environment(version),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert all(call["jax"] == version for call in found)
-    return found
-
-
 def check(found: list[dict[str, Any]]) -> None:
     """Every call compiled, spills no more than is known, and holds no scores."""
     assert len(found) >= 20
@@ -120,32 +101,32 @@ def is_good(call: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("device", ["a100", "b200", "h200", "l4"])
 def test_every_row_of_the_tables_compiles(device: str) -> None:
-    check(compiled(VERSIONS[0], "compile_calls.py", device, "widths"))
+    check(printed(VERSIONS[0], HERE / "compile_calls.py", device, "widths"))
 
 
 @pytest.mark.parametrize("device", ["a100", "b200", "h200", "l4"])
 def test_every_row_of_the_tables_of_tangents_compiles(device: str) -> None:
-    check_tangents(compiled(VERSIONS[0], "compile_tangents.py", device, "widths"))
+    check_tangents(printed(VERSIONS[0], HERE / "compile_tangents.py", device, "widths"))
 
 
 @pytest.mark.parametrize(("device", "version"), [("a100", VERSIONS[-1]), ("h200", VERSIONS[0])])
 def test_every_feature_of_tangents_compiles(device: str, version: str) -> None:
-    check_tangents(compiled(version, "compile_tangents.py", device, "features"))
+    check_tangents(printed(version, HERE / "compile_tangents.py", device, "features"))
 
 
 @pytest.mark.parametrize(("device", "version"), [("a100", VERSIONS[0]), ("h200", VERSIONS[-1])])
 def test_every_feature_compiles(device: str, version: str) -> None:
-    check(compiled(version, "compile_calls.py", device, "features"))
+    check(printed(version, HERE / "compile_calls.py", device, "features"))
 
 
 def test_a_spill_would_be_seen() -> None:
-    (found,) = compiled(VERSIONS[0], "compile_spill.py")
+    (found,) = printed(VERSIONS[0], HERE / "compile_spill.py")
     assert found["spilled"] > 100
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_sharded_over_rows_and_heads_nothing_is_gathered(version: str) -> None:
-    found = compiled(version, "compile_sharded.py")
+    found = printed(version, HERE / "compile_sharded.py")
     assert {(call["algorithm"], call["by"]) for call in found} == {
         (algorithm, by) for algorithm in ("flash", "chunked") for by in ("partitioner", "shard_map")
     }
