@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen_preset(asked: argparse.Namespace, on_gpu: bool) -> tuple[str, Preset]:
+def chosen_preset(asked: argparse.Namespace, *, on_gpu: bool) -> tuple[str, Preset]:
     """The preset by name, else a grid if a shape is given, else the device's own."""
     names = [name.strip("-").replace("-", "_") for name in SHAPE_OPTIONS]
     shape = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
@@ -94,7 +94,9 @@ def chosen_preset(asked: argparse.Namespace, on_gpu: bool) -> tuple[str, Preset]
         _fail(str(error))
 
 
-def plan(preset: Preset, asked: argparse.Namespace, run: Run, on_gpu: bool) -> dict[str, list[Job]]:
+def plan(
+    preset: Preset, asked: argparse.Namespace, run: Run, *, on_gpu: bool
+) -> dict[str, list[Job]]:
     """Jobs by family of peers; peers that the preset leaves out of a cell go into the run so."""
     every = (*preset.peers, *(p for p in _known_peers() if asked.peers and p not in preset.peers))
     named = [p for p in every if report.matches(p, asked.peers)]
@@ -110,8 +112,7 @@ def plan(preset: Preset, asked: argparse.Namespace, run: Run, on_gpu: bool) -> d
             continue
         peers = [p for p in named if asked.peers or p in plan.peers]
         for peer, which in product(named, plan.passes):
-            left_out = LEFT_OUT
-            reason = NOT_REACHED if peer in peers else left_out
+            reason = NOT_REACHED if peer in peers else LEFT_OUT
             if not run.settled(plan.cell.name, peer, which):
                 run.add(plan.cell, Measurement(peer, which, reason=reason))
         peers = [
@@ -122,7 +123,14 @@ def plan(preset: Preset, asked: argparse.Namespace, run: Run, on_gpu: bool) -> d
             own = tuple(p for p in peers if p.startswith("torch/") == (family == TORCH))
             # On a CPU the peers of a cell take turns in one job.
             for together in [(p,) for p in own] if on_gpu else [own] if own else []:
-                job = Job(plan.cell, together, plan.passes, plan.timed, repeats, on_gpu)
+                job = Job(
+                    plan.cell,
+                    together,
+                    plan.passes,
+                    timed=plan.timed,
+                    repeats=repeats,
+                    on_gpu=on_gpu,
+                )
                 jobs.setdefault(family, []).append(job)
     if not jobs and not (asked.resume and run.cells):
         _fail(f"no cell and peer match --cells {asked.cells} --peers {asked.peers}")
@@ -159,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenFamilyError as error:
             _fail(f"jax cannot be used: {error}")
         on_gpu = worker.facts["platform"] == "gpu"
-        name, preset = chosen_preset(asked, on_gpu)
+        name, preset = chosen_preset(asked, on_gpu=on_gpu)
         run = Run(
             preset=name,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -180,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run = merge.merged([Run.load(path), run])
             except ValueError as error:
                 _fail(f"cannot resume {path}: {error}")
-        jobs = plan(preset, asked, run, on_gpu)
+        jobs = plan(preset, asked, run, on_gpu=on_gpu)
 
         def keep(cell: Cell, measurement: Measurement) -> None:
             run.add(cell, measurement)

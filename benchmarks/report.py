@@ -61,7 +61,9 @@ def time_table(
         if not matches(name, cells) or not any(m and (m.timer or m.reason) for m in found):
             continue
         in_ms = run.machine["platform"] == "cpu"
-        rows.append([title(cell), *(_time(cell, m, in_ms) for m in found), _lead(run, name, which)])
+        rows.append(
+            [title(cell), *(_time(cell, m, in_ms=in_ms) for m in found), _lead(run, name, which)]
+        )
     if not rows:
         return ""
     unit = "ms" if run.machine["platform"] == "cpu" else "TFLOP/s"
@@ -122,7 +124,7 @@ def title(cell: Cell) -> str:
     return ", ".join([f"{head}, T {length_text(cell.queries)}{keys}", *extras])
 
 
-def _time(cell: Cell, measurement: Measurement | None, in_ms: bool) -> str:
+def _time(cell: Cell, measurement: Measurement | None, *, in_ms: bool) -> str:
     if measurement is None or measurement.ms is None:
         return "-"
     if in_ms:

@@ -11,6 +11,14 @@ from benchmarks.results import Run, Verdict
 __all__ = ["Growth", "Memory", "More", "Pace", "Rate", "Speed", "Target", "Time", "verdicts"]
 
 
+class _OfOneCell:
+    cell: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.cell,)
+
+
 @dataclass(frozen=True)
 class Speed:
     """`peer` is at least this many times as fast as the best of `against`.
@@ -38,11 +46,11 @@ class Speed:
         where = f" in {self.against_cell}" if self.against_cell else ""
         others = " or ".join(self.against)
         text = f"{self.cell} {self.which}: speed of {self.peer} over {others}{where}"
-        return Verdict(text, self.at_least, ratio, ratio is not None and ratio >= self.at_least)
+        return _at_least(self.at_least, ratio, text)
 
 
 @dataclass(frozen=True)
-class Rate:
+class Rate(_OfOneCell):
     """`peer` does at least so many TFLOP/s, as `Cell.flops` counts them."""
 
     cell: str
@@ -50,21 +58,17 @@ class Rate:
     peer: str
     at_least: float
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return (self.cell,)
-
     def verdict(self, run: Run) -> Verdict:
         own = run.get(self.cell, self.peer, self.which)
         rate = None
         if own is not None and own.ms:
             rate = run.cells[self.cell].flops(self.which) / own.ms / 1e9
         text = f"{self.cell} {self.which}: TFLOP/s of {self.peer}"
-        return Verdict(text, self.at_least, rate, rate is not None and rate >= self.at_least)
+        return _at_least(self.at_least, rate, text)
 
 
 @dataclass(frozen=True)
-class Time:
+class Time(_OfOneCell):
     """`peer` takes at most so many milliseconds."""
 
     cell: str
@@ -72,19 +76,15 @@ class Time:
     peer: str
     at_most_ms: float
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return (self.cell,)
-
     def verdict(self, run: Run) -> Verdict:
         own = run.get(self.cell, self.peer, self.which)
         ms = None if own is None else own.ms
         text = f"{self.cell} {self.which}: milliseconds of {self.peer}, at most"
-        return Verdict(text, self.at_most_ms, ms, ms is not None and ms <= self.at_most_ms)
+        return _at_most(self.at_most_ms, ms, text)
 
 
 @dataclass(frozen=True)
-class More:
+class More(_OfOneCell):
     """A pass of `peer` takes at most so many milliseconds more than another, which it includes."""
 
     cell: str
@@ -93,19 +93,15 @@ class More:
     peer: str
     at_most_ms: float
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return (self.cell,)
-
     def verdict(self, run: Run) -> Verdict:
         more = _more(run, self)
         text = f"{self.cell} {self.which}: milliseconds of {self.peer} more than {self.than}"
         text += "'s, at most"
-        return Verdict(text, self.at_most_ms, more, more is not None and more <= self.at_most_ms)
+        return _at_most(self.at_most_ms, more, text)
 
 
 @dataclass(frozen=True)
-class Pace:
+class Pace(_OfOneCell):
     """What a pass of `peer` does beside another runs at least at this share of the other's rate."""
 
     cell: str
@@ -113,10 +109,6 @@ class Pace:
     than: Pass
     peer: str
     at_least: float
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return (self.cell,)
 
     def verdict(self, run: Run) -> Verdict:
         share, more = None, _more(run, self)
@@ -126,11 +118,11 @@ class Pace:
             rate = (of_cell(self.which) - of_cell(self.than)) / more
             share = rate / (of_cell(self.than) / base.ms)
         text = f"{self.cell} {self.which}: rate of {self.peer} beside {self.than}, over that of it"
-        return Verdict(text, self.at_least, share, share is not None and share >= self.at_least)
+        return _at_least(self.at_least, share, text)
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(_OfOneCell):
     """The compiled pass of `peer` takes at most so much temporary memory."""
 
     cell: str
@@ -138,15 +130,11 @@ class Memory:
     peer: str
     at_most_mib: float
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return (self.cell,)
-
     def verdict(self, run: Run) -> Verdict:
         taken = _temp_bytes(run, self.cell, self.peer, self.which)
         mib = None if taken is None else taken / 2**20
         text = f"{self.cell} {self.which}: temporary MiB of {self.peer}, at most"
-        return Verdict(text, self.at_most_mib, mib, mib is not None and mib <= self.at_most_mib)
+        return _at_most(self.at_most_mib, mib, text)
 
 
 @dataclass(frozen=True)
@@ -168,7 +156,7 @@ class Growth:
         small = _temp_bytes(run, self.smaller, self.peer, self.which)
         growth = large / small if large is not None and small else None
         text = f"{self.cell} {self.which}: memory of {self.peer} over {self.smaller}'s, at most"
-        return Verdict(text, self.at_most, growth, growth is not None and growth <= self.at_most)
+        return _at_most(self.at_most, growth, text)
 
 
 type Target = Speed | Rate | Time | More | Pace | Memory | Growth
@@ -178,6 +166,14 @@ def verdicts(targets: Iterable[Target], run: Run, cells: Iterable[str]) -> list[
     """The verdicts on those targets whose cells the run was asked for."""
     asked = set(cells)
     return [target.verdict(run) for target in targets if asked.issuperset(target.cells)]
+
+
+def _at_least(bound: float, measured: float | None, text: str) -> Verdict:
+    return Verdict(text, bound, measured, measured is not None and measured >= bound)
+
+
+def _at_most(bound: float, measured: float | None, text: str) -> Verdict:
+    return Verdict(text, bound, measured, measured is not None and measured <= bound)
 
 
 def _more(run: Run, of: More | Pace) -> float | None:

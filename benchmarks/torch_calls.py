@@ -50,18 +50,18 @@ class Ready:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         gradient = which == "gradient"
-        self._query = self._random(cell.queries, cell.heads, cell.head_dim, gradient)
-        self._key = self._random(cell.keys, cell.kv_heads, cell.head_dim, gradient)
-        self._value = self._random(cell.keys, cell.kv_heads, cell.values, gradient)
-        self._cotangent = self._random(cell.queries, cell.heads, cell.values, False)
-        self._mask = self._additive_mask(gradient)
+        self._query = self._random(cell.queries, cell.heads, cell.head_dim, gradient=gradient)
+        self._key = self._random(cell.keys, cell.kv_heads, cell.head_dim, gradient=gradient)
+        self._value = self._random(cell.keys, cell.kv_heads, cell.values, gradient=gradient)
+        self._cotangent = self._random(cell.queries, cell.heads, cell.values, gradient=False)
+        self._mask = self._additive_mask(gradient=gradient)
 
-    def _random(self, length: int, heads: int, width: int, gradient: bool) -> Any:
+    def _random(self, length: int, heads: int, width: int, *, gradient: bool) -> Any:
         shape = (self._cell.batch, length, heads, width)
         made = torch.randn(shape, dtype=getattr(torch, self._cell.dtype), device=self._device)
         return made.transpose(1, 2).requires_grad_(gradient)
 
-    def _additive_mask(self, gradient: bool) -> Any:
+    def _additive_mask(self, *, gradient: bool) -> Any:
         """Bias and whatever `is_causal` cannot say; None where it says all."""
         cell, dtype = self._cell, getattr(torch, self._cell.dtype)
         if not cell.bias and cell.mask.kind in ("full", "causal"):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jattn
 from tests import tolerance
-from tests.backends import EAGER, Backend, Results, kept, quick_jit, results
+from tests.backends import EAGER, Results, kept, quick_jit, results
 from tests.cases import Case, operands
 
 Options = dict[str, Any]
@@ -141,10 +141,6 @@ def check(found: Results, case: Case) -> None:
         tolerance.check_against_peer(
             name, np.asarray(found[name]), peer[name], value, magnitudes[name], case.dtype
         )
-
-
-def check_through(backend: Backend, case: Case, devices: int, **context: Any) -> None:
-    check(through(backend, case, mesh_of(devices), **context), case)
 
 
 def sharded(attention: Callable[..., Any], case: Case, mesh: Mesh) -> Results:

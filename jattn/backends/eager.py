@@ -28,7 +28,7 @@ __all__ = ["attend", "gradient_bytes"]
 @partial(jax.jit, static_argnums=0)
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """Output (B, T, N, D) and log-sum-exp (B, T, N), 0 where nobody asks for it."""
-    query, key, value = (x.astype(spec.accumulator) for x in _without_padding(spec, operands))
+    query, key, value = (x.astype(spec.accumulator) for x in _without_padding(operands))
     query = query.reshape(spec.batch, spec.queries, spec.kv_heads, spec.group, spec.head_dim)
     logits = jnp.einsum("btkgh,bskh->bkgts", query, key, precision=spec.precision)
     seen = None
@@ -110,7 +110,7 @@ def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     return 4 * spec.batch * spec.heads * spec.queries * spec.keys * spec.accumulator.itemsize
 
 
-def _without_padding(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
+def _without_padding(operands: Operands) -> tuple[Array, Array, Array]:
     """Query, key and value with zeros past the lengths: a weight of 0 does not stop a NaN."""
     return (
         _past_zeroed(operands.query, operands.query_lengths),

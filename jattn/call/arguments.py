@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, get_args
 
 import jax
@@ -13,7 +13,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jattn.call import dropout, positions
-from jattn.call.context import not_dealt, own_context
+from jattn.call.band import Band
+from jattn.call.context import Context, not_dealt, own_context
 from jattn.call.spec import AttentionSpec, Operands, Shape4
 
 __all__ = ["Alignment", "AttentionCall", "AttentionOptions", "Window", "attention_call"]
@@ -83,8 +84,8 @@ def attention_call(
 ) -> AttentionCall:
     """The call that these arguments describe; ValueError or TypeError names what is wrong."""
     q, k, v, has_batch = _query_key_value(query, key, value)
-    batch, queries, heads, head_dim = q.shape
-    _, keys, kv_heads, value_dim = v.shape
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
     context = own_context(queries, keys)
     all_queries, all_keys = (queries, keys) if context is None else (context.queries, context.keys)
     logits_shape = (batch, heads, queries, all_keys)
@@ -116,14 +117,8 @@ def attention_call(
         dropout_seeds=_dropout_seeds(rate, dropout_rng, batch, shared=broadcast_dropout),
         scale=_array_scale(scale, q.dtype),
     )
-    if (operands.query_segments is None) != (operands.key_segments is None):
-        raise ValueError("query_segment_ids and key_value_segment_ids must be given together")
-    if context is not None and context.schedule == "heads":
-        shapes = (_shape4(operands.bias), _shape4(operands.mask))
-        reason = not_dealt(context, queries, kv_heads, shapes)
-        if reason is not None:
-            raise ValueError(f"schedule 'heads' does not apply: {reason}")
-    offset = positions.query_offset(query_offset, batch, has_batch=has_batch)
+    _check_together(operands, context)
+    offset = positions.query_offset(query_offset, batch)
     if causal_alignment == "bottom_right":
         offset = positions.bottom_right(offset, operands, all_queries, all_keys)
     band, offset = positions.band_and_offset(
@@ -135,7 +130,36 @@ def attention_call(
         in_parts=context is not None,
     )
     operands = operands._replace(query_offset=offset)
-    spec = AttentionSpec(
+    spec = replace(
+        _spec_of(operands),
+        scale=None if operands.scale is not None else _static_scale(scale, q.shape[3]),
+        band=band,
+        logits_soft_cap=_soft_cap(logits_soft_cap),
+        dropout_rate=rate,
+        broadcast_dropout=broadcast_dropout,
+        wants_residual=return_residual,
+        context=context,
+    )
+    return AttentionCall(spec, operands, has_batch)
+
+
+def _check_together(operands: Operands, context: Context | None) -> None:
+    """What no argument shows alone."""
+    if (operands.query_segments is None) != (operands.key_segments is None):
+        raise ValueError("query_segment_ids and key_value_segment_ids must be given together")
+    if context is not None and context.schedule == "heads":
+        queries, kv_heads = operands.query.shape[1], operands.key.shape[2]
+        shapes = (_shape4(operands.bias), _shape4(operands.mask))
+        reason = not_dealt(context, queries, kv_heads, shapes)
+        if reason is not None:
+            raise ValueError(f"schedule 'heads' does not apply: {reason}")
+
+
+def _spec_of(operands: Operands) -> AttentionSpec:
+    """What the arrays say of a call."""
+    batch, queries, heads, head_dim = operands.query.shape
+    _, keys, kv_heads, value_dim = operands.value.shape
+    return AttentionSpec(
         batch=batch,
         queries=queries,
         keys=keys,
@@ -143,13 +167,10 @@ def attention_call(
         kv_heads=kv_heads,
         head_dim=head_dim,
         value_dim=value_dim,
-        dtype=np.dtype(q.dtype),
-        precision=_precision(q),
-        scale=None if operands.scale is not None else _static_scale(scale, head_dim),
-        band=band,
-        logits_soft_cap=_soft_cap(logits_soft_cap),
-        dropout_rate=rate,
-        broadcast_dropout=broadcast_dropout,
+        dtype=np.dtype(operands.query.dtype),
+        precision=_precision(operands.query),
+        scale=None,
+        band=Band(),
         bias_shape=_shape4(operands.bias),
         bias_dtype=None if operands.bias is None else np.dtype(operands.bias.dtype),
         mask_shape=_shape4(operands.mask),
@@ -158,10 +179,7 @@ def attention_call(
         has_segments=operands.query_segments is not None,
         has_query_offset=operands.query_offset is not None,
         has_sinks=operands.sinks is not None,
-        wants_residual=return_residual,
-        context=context,
     )
-    return AttentionCall(spec, operands, has_batch)
 
 
 def _array(x: ArrayLike) -> Array:

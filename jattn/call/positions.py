@@ -73,7 +73,7 @@ def as_ids(name: str, x: Array | np.ndarray) -> Array:
     return jnp.asarray(x.astype(np.int32))
 
 
-def query_offset(given: ArrayLike | None, batch: int, *, has_batch: bool) -> Offset | None:
+def query_offset(given: ArrayLike | None, batch: int) -> Offset | None:
     """An int, as it is or from NumPy, or an array (B,) of integers."""
     if given is None:
         return None

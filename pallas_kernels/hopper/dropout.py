@@ -39,8 +39,6 @@ __all__ = [
     "words_of_rows",
 ]
 
-KEYS_APART = dropout.KEYS_A_HASH // 2
-
 
 class Words(NamedTuple):
     """What the mask needs of a query, uint32: (64,) where queries lie down, else (64, queries)."""

@@ -179,7 +179,9 @@ class _Tile:
 
         count = self.shared_rows * self.shared_heads
         if spec.has_query_offset:
-            return lax.fori_loop(jnp.int32(0), jnp.int32(self.shared_rows), of_row, d_bias)
+            rows = jnp.int32(self.shared_rows)
+            total: Array = lax.fori_loop(jnp.int32(0), rows, of_row, d_bias)
+            return total
         if varies or spec.keys % tiles.keys:
             return self._plus(d_bias, count, visited, masked=True)
         if hides_some(spec):
