@@ -171,7 +171,9 @@ def test_a_run_goes_on_where_its_file_ended(
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     path, peer = tmp_path / "run.json", "jattn/memory_efficient"
     options = [*TINY, "--peers", peer, "--repeats", "1", "--out", str(path)]
-    cells = [plan.cell for plan in attention.chosen_preset(attention.parse(TINY), False)[1].plans]
+    cells = [
+        plan.cell for plan in attention.chosen_preset(attention.parse(TINY), on_gpu=False)[1].plans
+    ]
     done, out_of_time, missing = [c for c in cells if c.dtype == "float32" and c.queries == 64]
     chip = attention.machine({"platform": "cpu", "chip": ""})["chip"]
     run = Run("cpu", "2026-01-01", {"platform": "cpu", "chip": chip}, {}, {})
