@@ -92,12 +92,8 @@ def launch(
     if dq is not None:
         inputs = inputs | {"dq": dq}
     scratch = _scratch(spec, tiles, head, value, makes_dq=not tiles.apart)
-    if interpret:
-        for name, shape in {
-            "s": (ROWS, queries), "dp": (ROWS, queries), "dq": (ROWS, head),
-            "dk": (ROWS, head), "dv": (ROWS, value),
-        }.items():  # fmt: skip
-            scratch[f"{name}_stand_in"] = plgpu.SMEM((w, *shape), jnp.float32)
+    widths = {"s": queries, "dp": queries, "dq": head, "dk": head, "dv": value}
+    scratch |= seam.stand_ins({name: (w, ROWS, columns) for name, columns in widths.items()})
     out_type = key_gradients(spec, tiles, inputs)
     if tiles.once:
         out_type.append(jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype))

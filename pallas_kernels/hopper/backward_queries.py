@@ -50,7 +50,7 @@ from pallas_kernels.hopper.dropout import (
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
-from pallas_kernels.hopper.seam import Ref, Seam, transforms
+from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import across, logits, scale_of
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY, Tiles
@@ -97,11 +97,9 @@ def launch(
     if operands.scale is not None:
         inputs["scale"] = operands.scale
     inputs |= dropout_inputs(spec, operands)
+    widths = {"s": tiles.keys, "dp": tiles.keys, "dq": head}
     scratch = _scratch(plan, tiles, head, value)
-    if interpret:
-        for name, columns in {"s": tiles.keys, "dp": tiles.keys, "dq": head}.items():
-            shape = (tiles.warpgroups, ROWS, columns)
-            scratch[f"{name}_stand_in"] = plgpu.SMEM(shape, jnp.float32)
+    scratch |= seam.stand_ins({x: (tiles.warpgroups, ROWS, size) for x, size in widths.items()})
     names = [*inputs, "dq", *scratch]
     assert tiles.registers is not None
     most, least = tiles.registers
@@ -178,20 +176,14 @@ def plan_of(spec: AttentionSpec, tiles: QueryTiles) -> Plan:
 
 
 def _scratch(plan: Plan, tiles: QueryTiles, head: int, value: int) -> dict[str, Any]:
-    spec = plan.spec
+    spec, dtype = plan.spec, plan.spec.dtype
     w, stages, key_slots = tiles.warpgroups, tiles.stages, tiles.key_slots
 
-    def matrix(*shape: int) -> Any:
-        return plgpu.SMEM(shape, spec.dtype, transforms=transforms(shape[-1], spec.dtype))
-
-    def ring(slots: int, arrivals: int) -> Any:
-        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
-
     scratch = {
-        "q_smem": matrix(w, ROWS, head),
-        "do_smem": matrix(w, ROWS, value),
-        "k_smem": matrix(key_slots, tiles.keys, head),
-        "v_smem": matrix(stages, tiles.keys, value),
+        "q_smem": matrix(dtype, w, ROWS, head),
+        "do_smem": matrix(dtype, w, ROWS, value),
+        "k_smem": matrix(dtype, key_slots, tiles.keys, head),
+        "v_smem": matrix(dtype, stages, tiles.keys, value),
         "rows_smem": plgpu.SMEM((w, 3, ROWS), jnp.float32),
         "rows_full": ring(w, 3 + spec.has_segments),
         "k_full": ring(key_slots, 1 + spec.has_segments),

@@ -46,7 +46,7 @@ from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
-from pallas_kernels.hopper.seam import Ref, Seam, transforms
+from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.softmax import logits
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import Visits
@@ -69,10 +69,9 @@ def launch(
     head, value = inputs["k"].shape[3], inputs["v"].shape[3]
     if banded(spec):
         inputs = inputs | {"index": jnp.arange(ROWS, dtype=jnp.int32)}
+    widths = {"s": ROWS, "dp": ROWS, "dk": head, "dv": value}
     scratch = _scratch(spec, tiles, head, value)
-    if interpret:
-        for name, columns in {"s": ROWS, "dp": ROWS, "dk": head, "dv": value}.items():
-            scratch[f"{name}_stand_in"] = plgpu.SMEM((ROWS, columns), jnp.float32)
+    scratch |= seam.stand_ins({name: (ROWS, columns) for name, columns in widths.items()})
     names = [*inputs, "dk", "dv", *scratch]
     grid = grid_of(spec, tiles)
 
@@ -110,22 +109,16 @@ def launch(
 
 
 def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -> dict[str, Any]:
-    q_slots, do_slots = 2, tiles.stages
-
-    def matrix(*shape: int) -> Any:
-        return plgpu.SMEM(shape, spec.dtype, transforms=transforms(shape[-1], spec.dtype))
-
-    def ring(slots: int, arrivals: int) -> Any:
-        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
+    dtype, q_slots, do_slots = spec.dtype, 2, tiles.stages
 
     scratch = {
-        "k_smem": matrix(ROWS, head),
-        "v_smem": matrix(ROWS, value),
-        "q_smem": matrix(q_slots, ROWS, head),
-        "do_smem": matrix(do_slots, ROWS, value),
+        "k_smem": matrix(dtype, ROWS, head),
+        "v_smem": matrix(dtype, ROWS, value),
+        "q_smem": matrix(dtype, q_slots, ROWS, head),
+        "do_smem": matrix(dtype, do_slots, ROWS, value),
         "lse_smem": plgpu.SMEM((q_slots, 2, ROWS), jnp.float32),
         "row_term_smem": plgpu.SMEM((do_slots, ROWS), jnp.float32),
-        "p_smem": matrix(RING, ROWS, ROWS),
+        "p_smem": matrix(dtype, RING, ROWS, ROWS),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
         "q_full": ring(q_slots, 2 + spec.has_segments + (spec.dropout_rate > 0)),
         "q_free": ring(q_slots, 2),

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.hopper import assembly, instructions
 from pallas_kernels.hopper.copies import copyable
 
-__all__ = ["Ref", "Seam", "copyable", "swizzle_of", "transforms"]
+__all__ = ["Ref", "Seam", "copyable", "matrix", "ring", "swizzle_of", "transforms"]
 
 type Ref = Any
 
@@ -47,6 +47,12 @@ class Seam:
         """Waits until at most `in_flight` products are running."""
         if not self.interpret:
             plgpu.wgmma_wait(in_flight)
+
+    def stand_ins(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Shared memory that stands for accumulators, by name; none on a GPU."""
+        if not self.interpret:
+            return {}
+        return {f"{x}_stand_in": plgpu.SMEM(shape, jnp.float32) for x, shape in shapes.items()}
 
     def with_accumulator(
         self, body: Callable[[Ref], Any], shape: tuple[int, int], stand_in: Ref
@@ -114,6 +120,16 @@ class Seam:
     def layout(self, x: Array, layout: Any) -> Array:
         """The array in this register layout."""
         return x if self.interpret else plgpu.layout_cast(x, layout)
+
+
+def matrix(dtype: Any, *shape: int, swizzle: int | None = None) -> Any:
+    """A matrix in shared memory, or several; the last axis is of columns of an array."""
+    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype, swizzle))
+
+
+def ring(slots: int, arrivals: int) -> Any:
+    """A barrier for each slot of a ring."""
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
 
 
 def transforms(columns: int, dtype: Any, swizzle: int | None = None) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ from pallas_kernels.hopper.indices import for_each, remainder
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
-from pallas_kernels.hopper.seam import Ref, Seam, transforms
+from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import LOG2E, across, logits, scale_of
 from pallas_kernels.hopper.tangent_tiles import TangentTiles, choose_tangent_tiles
@@ -134,12 +134,9 @@ def _launch(
     plan: Plan, tiles: TangentTiles, inputs: dict[str, Array], *, interpret: bool
 ) -> tuple[Array, Array]:
     spec, seam = plan.spec, Seam(interpret)
+    widths = {"s": tiles.keys, "ts": tiles.keys, "o": padded_width(spec.value_dim)}
     scratch = _scratch(plan, tiles, inputs)
-    if interpret:
-        columns = {"s": tiles.keys, "ts": tiles.keys, "o": padded_width(spec.value_dim)}
-        for name, size in columns.items():
-            shape = (tiles.warpgroups, ROWS, size)
-            scratch[f"{name}_stand_in"] = plgpu.SMEM(shape, jnp.float32)
+    scratch |= seam.stand_ins({x: (tiles.warpgroups, ROWS, size) for x, size in widths.items()})
     names = [*inputs, "t_out", "mu", *scratch]
 
     def kernel(*args: Ref) -> None:
@@ -182,13 +179,8 @@ def _launch(
 
 def _scratch(plan: Plan, tiles: TangentTiles, inputs: dict[str, Array]) -> dict[str, Any]:
     spec, w, stages = plan.spec, tiles.warpgroups, tiles.stages
+    dtype = spec.dtype
     head, value = padded_width(spec.head_dim), padded_width(spec.value_dim)
-
-    def matrix(*shape: int) -> Any:
-        return plgpu.SMEM(shape, spec.dtype, transforms=transforms(shape[-1], spec.dtype))
-
-    def ring(slots: int, arrivals: int) -> Any:
-        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
 
     shapes = {
         "q": (w, ROWS, head),
@@ -198,7 +190,7 @@ def _scratch(plan: Plan, tiles: TangentTiles, inputs: dict[str, Array]) -> dict[
         "v": (stages, tiles.keys, value),
         "tv": (stages, tiles.keys, value),
     }
-    scratch = {f"{name}_smem": matrix(*shapes[name]) for name in shapes if name in inputs}
+    scratch = {f"{name}_smem": matrix(dtype, *shapes[name]) for name in shapes if name in inputs}
     scratch |= {
         "rows_smem": plgpu.SMEM((w, 3, ROWS), jnp.float32),
         "mu_smem": plgpu.SMEM((w, ROWS), jnp.float32),
@@ -210,7 +202,7 @@ def _scratch(plan: Plan, tiles: TangentTiles, inputs: dict[str, Array]) -> dict[
         "o_full": ring(w, 1),
     }
     if tiles.own_staging:
-        scratch["o_smem"] = matrix(w, ROWS, value)
+        scratch["o_smem"] = matrix(dtype, w, ROWS, value)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((w, ROWS), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((stages, tiles.keys), jnp.int32)

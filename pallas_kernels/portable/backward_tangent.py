@@ -33,12 +33,12 @@ from pallas_kernels.portable import columns
 from pallas_kernels.portable.bias_gradient import summed, sums_over_shares, way_of
 from pallas_kernels.portable.columns import Matrix, Sums
 from pallas_kernels.portable.elements import Place, placed, scale_of
+from pallas_kernels.portable.ends import key_limit, past, present, query_limit
 from pallas_kernels.portable.grid import Grid, key_grid, query_grid
 from pallas_kernels.portable.inputs import backward_inputs, tangent_inputs
 from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.precision import factor
 from pallas_kernels.portable.ranges import key_ranges, key_sides, query_ranges, query_sides
-from pallas_kernels.portable.rows import key_limit, past, present, query_limit
 from pallas_kernels.portable.spans import Span, keys_down, queries_down, span, visit
 from pallas_kernels.portable.tangent_tiles import backward_tangent_tiles
 from pallas_kernels.portable.tiles import BackwardTiles, Tiles

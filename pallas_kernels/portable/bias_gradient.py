@@ -20,9 +20,9 @@ from jax import Array, lax
 from jattn.call.masking import KeyIntervals, hides_some
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import Place, both
+from pallas_kernels.portable.ends import key_limit, past, query_limit
 from pallas_kernels.portable.flash_backward import row_numbers
 from pallas_kernels.portable.launch import Results, launch
-from pallas_kernels.portable.rows import key_limit, past, query_limit
 from pallas_kernels.portable.spans import Span, queries_down, span
 from pallas_kernels.portable.tiles import Tiles
 from pallas_kernels.portable.triton import divided, load, place_in, store

@@ -3,6 +3,9 @@
     S = Q Kᵀ     P = exp(S - lse)     dV = Pᵀ dO     dP = dO Vᵀ     dS = P (dP - D)
                                       dK = dSᵀ Q scale              dQ = dS K scale
 
+D being the row term, rowsum(O dO) less the gradient of the log-sum-exp. Under a soft cap dz is dS
+times its slope, and what stands for dS in dK and dQ (`weights`); dx is dS itself.
+
 (Dao et al., 2022, algorithm 4; Dao, 2023, section 3.2.) No program adds to what another writes, so
 results are bitwise the same each time, at the price of computing S and dP twice:
 
@@ -33,10 +36,10 @@ from jax import Array, lax
 from jattn.call.masking import hides_some
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import placed, scale_of
+from pallas_kernels.portable.ends import key_limit, past, present, query_limit
 from pallas_kernels.portable.grid import Grid, key_grid, query_grid
 from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.ranges import key_ranges, key_sides, query_ranges, query_sides
-from pallas_kernels.portable.rows import key_limit, past, present, query_limit
 from pallas_kernels.portable.spans import keys_down, queries_down, span, visit
 from pallas_kernels.portable.tiles import Tiles
 from pallas_kernels.portable.triton import Mask, divided, load, store
@@ -108,12 +111,12 @@ def _key_kernel(
             q = columns.read(refs.q, spec.head_dim, *rows)
             d_out = columns.read(refs.d_out, spec.value_dim, *rows)
             at = keys_down(batch, head, queries, own, tile * tiles.keys, masked=masked)
-            s = columns.against(k, q)
-            dp = columns.against(v, d_out)
+            s = columns.against(k, q)  # Sᵀ = K Qᵀ
+            dp = columns.against(v, d_out)  # dPᵀ = V dOᵀ
             numbers = row_numbers(refs, batch, head, queries.across, queries.exists_across)
             p, dx, dz = gradients(spec, refs, at, numbers, s, dp)
-            dv = columns.plus(dv, columns.times(p, d_out))
-            dk = columns.plus(dk, columns.times(dz, q))
+            dv = columns.plus(dv, columns.times(p, d_out))  # dV += Pᵀ dO
+            dk = columns.plus(dk, columns.times(dz, q))  # dK += dSᵀ Q
             if column is not None:
                 column = column + dx.sum(axis=1, keepdims=True)
             return (dk, dv), column
@@ -205,10 +208,10 @@ def _query_kernel(
         at = queries_down(batch, head, queries, keys, j * tiles.keys, masked=masked)
         k = columns.read(refs.k, spec.head_dim, batch, keys.down, kv_head, keys.exists_down)
         v = columns.read(refs.v, spec.value_dim, batch, keys.down, kv_head, keys.exists_down)
-        s = columns.against(q, k)
-        dp = columns.against(d_out, v)
+        s = columns.against(q, k)  # S = Q Kᵀ
+        dp = columns.against(d_out, v)  # dP = dO Vᵀ
         _, dx, dz = gradients(spec, refs, at, numbers, s, dp)
-        dq = columns.plus(dq, columns.times(dz, k))
+        dq = columns.plus(dq, columns.times(dz, k))  # dQ += dS K
         if d_bias is not None:
             index, inside = placed(spec, "d_bias", d_bias.shape, at)
             store(d_bias, index, dx * factor, inside)

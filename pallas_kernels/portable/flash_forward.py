@@ -70,9 +70,9 @@ def _kernel(tile: ForwardTile) -> None:
     def step(j: Array, state: State, *, masked: bool) -> State:
         softmax, o = state
         keys, at = tile.block(j, masked=masked)
-        s = tile.logits(keys, at)
+        s = tile.logits(keys, at)  # S = Q K_jᵀ scale + bias
         p, softmax, correction = softmax.update(s, may_hide=masked or may_hide(tile.spec))
-        added = tile.values(p, keys, at)
+        added = tile.values(p, keys, at)  # P V_j
         return softmax, tuple(a * correction + b for a, b in zip(o, added, strict=True))
 
     rows = tile.plan.tiles.queries

@@ -13,11 +13,12 @@ from jax import Array
 
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import Logits, Place, dropped, logits
+from pallas_kernels.portable.ends import key_limit
 from pallas_kernels.portable.grid import Grid, grid_of
 from pallas_kernels.portable.inputs import forward_inputs
 from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.ranges import key_ranges, key_sides
-from pallas_kernels.portable.rows import Rows, key_limit, rows_of
+from pallas_kernels.portable.rows import Rows, rows_of
 from pallas_kernels.portable.softmax import End
 from pallas_kernels.portable.spans import Span, Step, span, visit
 from pallas_kernels.portable.tiles import Tiles

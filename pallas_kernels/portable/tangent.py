@@ -33,12 +33,12 @@ from jax import Array, lax
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.columns import Matrix, Sums
 from pallas_kernels.portable.elements import Place, dropped
+from pallas_kernels.portable.ends import key_limit, past, query_limit
 from pallas_kernels.portable.grid import Grid, query_grid
 from pallas_kernels.portable.inputs import forward_inputs, log_sum_exp_inputs, tangent_inputs
 from pallas_kernels.portable.launch import Results, launch
 from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.ranges import key_ranges, key_sides
-from pallas_kernels.portable.rows import key_limit, past, query_limit
 from pallas_kernels.portable.softmax import APART, apart
 from pallas_kernels.portable.spans import Span, queries_down, span, visit
 from pallas_kernels.portable.tangent_tiles import tangent_tiles
