@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jattn import dot_product_attention
 from models.implementations import JATTN_NAMES, AttnImplementation
+from models.positions import RotaryTable, document_positions, rotate, table_of
 from models.rematerialisation import (
     GATES,
     HEADS,
@@ -31,8 +32,6 @@ from models.rematerialisation import (
 )
 
 VOCABULARY = 256  # one token per byte value
-
-RotaryTable = tuple[jax.Array, jax.Array]  # two of (B or 1, T, 1, 2, H / 2), float32: see `rotate`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,24 +127,8 @@ class TransformerConfig:
         )
 
 
-def document_positions(segment_ids: jax.Array) -> jax.Array:
-    """Position of each token inside its document, counted from 0.
-
-    Args:
-        segment_ids: int32 (B, T); a document is a run of equal ids.
-
-    Returns:
-        int32 (B, T).
-    """
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
-    starts = jnp.pad(
-        segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True
-    )
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
 def rotary_table(positions: jax.Array, config: TransformerConfig) -> RotaryTable:
-    """(cos, cos) and (-sin, sin) of RoFormer (Su et al. 2021), section 3.2.
+    """The cosines and sines of RoFormer (Su et al. 2021), section 3.2.
 
     Args:
         positions: int32 (B or 1, T).
@@ -156,20 +139,7 @@ def rotary_table(positions: jax.Array, config: TransformerConfig) -> RotaryTable
     """
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     angles = positions[..., None].astype(jnp.float32) * (config.rope_theta**-exponents)[None, None]
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    return (
-        jnp.stack((cosine, cosine), axis=-2)[:, :, None],
-        jnp.stack((-sine, sine), axis=-2)[:, :, None],
-    )
-
-
-def rotate(x: jax.Array, table: RotaryTable) -> jax.Array:
-    """Turns each pair (x[i], x[i + H / 2]) of (B, T, heads, H) by its position's angle."""
-    straight, crossed = table
-    # The halves swapped by reversal: XLA then makes one pass of it, both ways.
-    halves = x.reshape(*x.shape[:-1], 2, -1).astype(jnp.float32)
-    turned = halves * straight + jnp.flip(halves, axis=-2) * crossed
-    return turned.astype(x.dtype).reshape(x.shape)
+    return table_of(jnp.cos(angles), jnp.sin(angles))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -14,7 +14,8 @@ from flax import nnx
 
 from jattn import UnsupportedAttentionError
 from models import TransformerConfig, TransformerLM
-from models.transformer import document_positions, rotary_table, rotate
+from models.positions import document_positions, rotate
+from models.transformer import rotary_table
 from tests.promotion import of_others
 
 TINY = TransformerConfig(

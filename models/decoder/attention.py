@@ -15,10 +15,9 @@ from jax.typing import DTypeLike
 from jattn import dot_product_attention
 from models.decoder.config import DecoderConfig
 from models.decoder.layers import Linear, RMSNorm
-from models.decoder.rope import RotaryTable
 from models.implementations import JATTN_NAMES, AttnImplementation
+from models.positions import RotaryTable, rotate
 from models.rematerialisation import HEADS
-from models.transformer import rotate
 
 __all__ = ["AttentionCall", "Cache", "CacheStep", "Context", "SelfAttention", "padding_segments"]
 

@@ -23,8 +23,8 @@ from models.decoder.cross_entropy import mean_cross_entropy
 from models.decoder.layers import MLP, Embedding, Linear, RMSNorm, product
 from models.decoder.rope import rotary_table
 from models.implementations import AttnImplementation
+from models.positions import document_positions
 from models.rematerialisation import Rematerialize, rematerialized
-from models.transformer import document_positions
 
 __all__ = ["Block", "Decoder"]
 

@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["KINDS", "Dynamic", "Rope", "RotaryTable", "rotary_table"]
+from models.positions import RotaryTable, table_of
 
-RotaryTable = tuple[jax.Array, jax.Array]
-"""(cos, cos) and (-sin, sin), float32 (B or 1, T, 1, 2, H / 2): see `models.transformer.rotate`."""
+__all__ = ["KINDS", "Dynamic", "Rope", "rotary_table"]
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -68,10 +67,7 @@ def rotary_table(positions: jax.Array, rope: Rope) -> RotaryTable:
         frequencies /= _growth(rope.dynamic, positions, len(rope.frequencies))
     angles = positions[..., None].astype(jnp.float32) * frequencies
     cosine, sine = (f(angles) * rope.attention_factor for f in (jnp.cos, jnp.sin))
-    return (
-        jnp.stack((cosine, cosine), axis=-2)[:, :, None],
-        jnp.stack((-sine, sine), axis=-2)[:, :, None],
-    )
+    return table_of(cosine, sine)
 
 
 def _growth(dynamic: Dynamic, positions: jax.Array, pairs: int) -> jax.Array:

@@ -14,7 +14,7 @@ import pytest
 from models.decoder import decoder_config
 from models.decoder import rope as module
 from models.decoder.rope import Rope
-from models.transformer import rotate
+from models.positions import rotate
 
 rotary_table = jax.jit(module.rotary_table, static_argnums=1)
 
