@@ -36,7 +36,7 @@ def test_a_commit_is_compared_with_a_checkout_of_another(
     assert "RuntimeError: of before" in capsys.readouterr().out
 
 
-def test_it_says_what_it_lacks() -> None:
+def test_a_checkout_that_is_not_named_is_asked_for() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "commits.py")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2

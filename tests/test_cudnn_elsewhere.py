@@ -48,7 +48,7 @@ def test_run_on_a_cpu_it_is_as_exact(name: str, seed: int) -> None:
     cudnn_calls.check(CUDNN, BY_NAME[name], seed)
 
 
-def test_it_is_what_runs_where_none_is_named(seed: int) -> None:
+def test_cudnn_runs_where_no_backend_is_named(seed: int) -> None:
     """On an A100 in 16 bits."""
     plain = For("NVIDIA A100", jattn.dot_product_attention)
     text = jax.jit(lambda x: plain(x, x, x)).trace(drawn(seed)).lower(lowering_platforms=("cuda",))

@@ -65,18 +65,20 @@ def test_nothing_is_made_that_is_not_finite(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", XLA, ids=str)
-def test_nor_under_jit(backend: Backend) -> None:
+def test_nothing_is_made_that_is_not_finite_under_jit(backend: Backend) -> None:
     jax.jit(gradient(backend, NO_KEYS))(*arrays())
 
 
-def test_nor_in_kernels() -> None:
+def test_kernels_make_nothing_that_is_not_finite() -> None:
     portable.FLASH(*arrays(), **LENGTHS)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("options", [LENGTHS, NO_KEYS], ids=["some", "none"])
 @pytest.mark.parametrize("backend", [*portable.BOTH, hopper.INTERPRETED], ids=str)
-def test_nor_in_their_gradients(backend: Backend, options: Any) -> None:
+def test_gradients_of_kernels_make_nothing_that_is_not_finite(
+    backend: Backend, options: Any
+) -> None:
     dtype = jnp.bfloat16 if backend is hopper.INTERPRETED else jnp.float32
     gradient(backend, options)(*arrays(dtype))
 
@@ -119,7 +121,7 @@ ON_A_GPU = {
 @pytest.mark.gpu
 @pytest.mark.skipif(not portable.ON_GPU, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("name", ON_A_GPU)
-def test_nor_on_a_gpu(name: str) -> None:
+def test_nothing_is_made_that_is_not_finite_on_a_gpu(name: str) -> None:
     """Outside `jit`, where every part is looked at, and inside."""
     backend, options = ON_A_GPU[name]
     qkv = tuple(x[:, : x.shape[1] // 2 * 2] if options is EVEN else x for x in arrays(jnp.bfloat16))

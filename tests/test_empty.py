@@ -132,7 +132,7 @@ def test_a_mapped_axis_of_size_0_on_a_gpu(implementation: str | None) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(2, 0), (0, 2)], ids=str)
-def test_so_in_nested_maps(sizes: tuple[int, int]) -> None:
+def test_gradients_in_nested_maps_of_size_0_are_empty(sizes: tuple[int, int]) -> None:
     x = jnp.ones((*sizes, 1, 5, 2, 8))
     bias = jnp.ones((1, 2, 5, 5))
 
@@ -144,7 +144,7 @@ def test_so_in_nested_maps(sizes: tuple[int, int]) -> None:
     assert d_bias.shape == (*sizes, *bias.shape)
 
 
-def test_without_a_batch_axis_and_in_chunks() -> None:
+def test_no_keys_give_zeros_without_a_batch_axis_and_in_chunks() -> None:
     query, key = jnp.ones((3, 2, 8), jnp.bfloat16), jnp.ones((0, 2, 8), jnp.bfloat16)
     out = jattn.memory_efficient_attention(query, key, key, query_chunk_size=2)
     assert out.shape == query.shape
@@ -152,19 +152,19 @@ def test_without_a_batch_axis_and_in_chunks() -> None:
     assert not out.any()
 
 
-def test_what_is_refused_otherwise_is_refused() -> None:
+def test_a_backend_that_cannot_run_refuses_empty_arrays_too() -> None:
     x = jnp.ones((0, 4, 2, 8))
     with pytest.raises(jattn.UnsupportedAttentionError, match="float32"):
         jattn.dot_product_attention(x, x, x, implementation="cudnn")
 
 
-def test_explain_takes_them() -> None:
+def test_explain_takes_empty_arrays() -> None:
     for b, t, s in EMPTY.values():
         query, key = jnp.ones((b, t, 4, 8)), jnp.ones((b, s, 2, 8))
         assert jattn.explain(query, key, key).chosen == "memory_efficient"
 
 
-def test_heads_and_head_dims_must_be() -> None:
+def test_no_heads_and_no_head_dim_are_refused() -> None:
     x = jnp.ones((1, 4, 0, 8))
     with pytest.raises(ValueError, match=r"query must have heads and a head dim above 0"):
         jattn.dot_product_attention(x, x, x)

@@ -169,13 +169,13 @@ ALWAYS = (
     ],
     ids=str,
 )
-def test_it_is_the_formulas(backend: Backend, way: str) -> None:
+def test_every_derivative_is_the_formulas(backend: Backend, way: str) -> None:
     assert_close(run(backend, way), expected(way))
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("way", ["mean_flow", "forward_over_reverse", "reverse_over_reverse"])
-def test_of_hopper_kernels_it_is_the_formulas(way: str) -> None:
+def test_derivatives_of_hopper_kernels_are_the_formulas(way: str) -> None:
     """In bfloat16, of a head dim that they take."""
     shapes = ((1, 40, 2, 64), (1, 40, 1, 64), (1, 40, 1, 64))
     x, t = (

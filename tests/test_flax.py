@@ -134,7 +134,7 @@ both = pytest.mark.parametrize("flavour", RUN)
     ],
     ids=str,
 )
-def test_it_equals_flax(flavour: str, batch: tuple[int, ...], mask: str) -> None:
+def test_values_and_gradients_equal_flax(flavour: str, batch: tuple[int, ...], mask: str) -> None:
     run, helpers = RUN[flavour], HELPERS[flavour]
     keys = T if mask == "causal" else S
     x, y = normal("x", *batch, T, FEATURES), normal("y", *batch, keys, FEATURES)

@@ -47,8 +47,10 @@ def test_equal_options_make_equal_functions(make: Any) -> None:
 def test_one_option_has_one_form() -> None:
     assert attention_fn(is_causal=False, scale=None, query_seq_lengths=None) == attention_fn()
     assert attention_fn(is_causal=np.True_) == attention_fn(is_causal=True)
+    assert repr(attention_fn(is_causal=np.True_)) == repr(attention_fn(is_causal=True))
     windows = [(np.int64(3), 0), [3, 0], (3, np.int32(0))]
-    assert len({attention_fn(local_window_size=window) for window in windows}) == 1  # type: ignore[arg-type]
+    made = [attention_fn(local_window_size=window) for window in windows]  # type: ignore[arg-type]
+    assert len(set(made)) == len(set(map(repr, made))) == 1
     assert attention_fn(implementation=["eager"]) == attention_fn(implementation=("eager",))
     assert repr(attention_fn(is_causal=True, scale=0.5)) == (
         "attention_fn(is_causal=True, scale=0.5)"

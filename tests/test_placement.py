@@ -85,7 +85,7 @@ def test_a_gpu_backend_refuses_what_is_on_the_cpu() -> None:
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
-def test_on_a_machine_with_a_gpu(name: str, dtype: Any) -> None:
+def test_arrays_on_the_cpu_of_a_machine_with_a_gpu_run_there(name: str, dtype: Any) -> None:
     cpu = jax.devices("cpu")[0]
     x = on_cpu().astype(dtype)
     expected = formula.expected(partial(by_formula, name), x)

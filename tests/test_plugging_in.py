@@ -39,7 +39,9 @@ def test_cudnn_calls_jax_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("implementation", [None, "memory_efficient", "eager"])
-def test_in_the_place_of_jaxs(implementation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_the_place_of_jaxs_function_it_is_the_formula(
+    implementation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = formula.expected(lambda of, x: {"out": of(x, x, x, is_causal=True)}, X)
     monkeypatch.setattr(jax.nn, "dot_product_attention", jattn.dot_product_attention)
     found = jax.nn.dot_product_attention(X, X, X, is_causal=True, implementation=implementation)
@@ -51,7 +53,7 @@ def test_in_the_place_of_jaxs(implementation: str | None, monkeypatch: pytest.Mo
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("implementation", [None, "flash", "cudnn"])
-def test_in_the_place_of_jaxs_on_a_gpu(
+def test_in_the_place_of_jaxs_function_it_is_the_formula_on_a_gpu(
     implementation: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 128, 4, 64), jnp.bfloat16)

@@ -164,7 +164,7 @@ def test_value_and_gradient_are_those_of_the_formula(way: Way, call: str) -> Non
     ],
     ids=str,
 )
-def test_in_kernels_on_a_gpu(way: Way, call: str) -> None:
+def test_value_and_gradient_of_kernels_on_a_gpu(way: Way, call: str) -> None:
     if way in (ON_HOPPER, APART_ON_HOPPER) and lacks("hopper", current_target()):
         pytest.skip("the GPU is not a Hopper one")
     check(way, call)

@@ -60,13 +60,13 @@ def test_from_what_a_kernel_saved_it_is_as_exact(backend: Backend, case: Case, s
 @pytest.mark.usefixtures("ampere")
 @pytest.mark.parametrize("backend", [portable.FLASH, portable.CHUNKED], ids=str)
 @pytest.mark.parametrize("name", ["everything", "everything-bfloat16", "odd_causal-float16"])
-def test_on_a_gpu_it_is_as_exact(backend: Backend, name: str, seed: int) -> None:
+def test_second_derivatives_on_a_gpu_are_as_exact(backend: Backend, name: str, seed: int) -> None:
     check(backend, BY_NAME[name], seed)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("backend", [CHUNKED, EAGER], ids=str)
-def test_in_float64_it_is_finite_differences(backend: Backend, seed: int) -> None:
+def test_second_derivatives_in_float64_are_finite_differences(backend: Backend, seed: int) -> None:
     """Of all operands, and an array as scale, in both modes and twice in each order."""
     with jax.enable_x64(True):
         d = directions(SMALL, seed)["x"]

@@ -152,7 +152,7 @@ def test_the_values_are_those_of_one_device(name: str, ways: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("ampere")
 @pytest.mark.parametrize("heads", [False, True], ids=["batch of 3", "whole keys"])
-def test_on_two_gpus(heads: bool) -> None:
+def test_uneven_shards_on_two_gpus_are_as_exact(heads: bool) -> None:
     """Three rows of a batch, or query heads over both and keys whole, by the GPU kernels."""
     if jax.device_count() < 2:
         pytest.skip("needs 2 GPUs")

@@ -23,7 +23,7 @@ def test_weights_are_the_model_s(name: str) -> None:
     assert decode.Work(config).step_bytes(1, 0) == 2 * matrices
 
 
-def test_it_runs_and_keeps_what_it_measured(
+def test_the_benchmark_runs_and_keeps_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "decode.json"

@@ -73,7 +73,7 @@ def corpus_of(folder: Path, text: Path, **data: Any) -> tuple[TokenCorpus, Train
     return tokenized(load_corpus(config.data), config), config
 
 
-def test_it_learns_and_saves_what_loads_again(whole: Path, folder: Path) -> None:
+def test_a_run_learns_and_saves_what_loads_again(whole: Path, folder: Path) -> None:
     held_out = [r["held_out_bits_per_byte"] for r in rows(whole) if "held_out_bits_per_byte" in r]
     assert len(held_out) == 3
     assert held_out[-1] < held_out[0] - 0.3

@@ -42,7 +42,7 @@ def run(*arguments: Any) -> int:
     return command.main([str(x) for x in arguments])
 
 
-def test_it_prints_what_the_tokens_say(
+def test_the_command_prints_what_the_tokens_say(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from models import load_tokenizer

@@ -46,5 +46,5 @@ def test_greedy_tokens_are_the_reference_s(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["sdpa", "flash", "memory_efficient"])
 @pytest.mark.parametrize("name", NAMES)
-def test_on_a_gpu_they_are_too(name: str, implementation: str) -> None:
+def test_greedy_tokens_on_a_gpu_are_the_reference_s(name: str, implementation: str) -> None:
     check(name, attn_implementation=implementation)

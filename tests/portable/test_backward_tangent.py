@@ -49,7 +49,7 @@ def test_what_has_no_tangent_adds_nothing(names: str, seed: int) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("names", SETS)
-def test_of_gradients_that_do_not_change(names: str, seed: int) -> None:
+def test_tangents_of_gradients_whose_cotangents_do_not_move(names: str, seed: int) -> None:
     check_backward_tangent(EVERYTHING_HALF, seed, names, moves_gradients=False)
 
 
