@@ -385,7 +385,9 @@ class Rows:
             w = None
             if ts_acc is not None:
                 ts = seam.layout(seam.wait(ts_acc, in_flight=late), WGMMA) * self.scale
-                w, moved = self.change(p, ts if slope is None else ts * slope, sums, i, masked)
+                w, moved = self.change(
+                    p, ts if slope is None else ts * slope, sums, i, masked=masked
+                )
             else:
                 moved = sums
             plgpu.barrier_arrive(refs.k_free.at[slot])
@@ -429,7 +431,7 @@ class Rows:
         return jnp.exp2(x * c - across(high, x.shape[1])), slope
 
     def change(
-        self, p: Array, tx: Array, sums: Sums, i: Array | int, masked: bool
+        self, p: Array, tx: Array, sums: Sums, i: Array | int, *, masked: bool
     ) -> tuple[Array, Sums]:
         """W of a block, whose logits change by tx, and the rows' sums with it."""
         hidden = p == 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import jax
+import jax.experimental.pallas.triton as plgpu
+import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
 from pallas_kernels.portable.tiles import Tiles
-from pallas_kernels.portable.triton import Ref, call
+from pallas_kernels.portable.triton import Ref, interpreting
 
 __all__ = ["Results", "launch"]
 
@@ -29,24 +33,29 @@ def launch(
 ) -> dict[str, Array]:
     """Runs `kernel(refs of the inputs, refs of the results)` on every point of the grid.
 
-    grid, zeroed: as `triton.call` has them, results by name.
+    A ref is a whole array.
+
+    grid: its first axis changes fastest. It is launched as one axis, the only one that CUDA lets
+      grow over 65,535: a batch into which `jax.vmap` is folded may.
+    zeroed: the results that are full of zeros before; the rest is undefined.
     """
-    given = len(inputs)
+    zeros = {name: jnp.zeros(results[name].shape, results[name].dtype) for name in zeroed}
+    given, order = len(inputs), list(results)
 
-    def named(*refs: Ref) -> None:
+    def body(*refs: Ref) -> None:
         own = SimpleNamespace(**dict(zip(inputs, refs[:given], strict=True)))
-        kernel(own, dict(zip(results, refs[given:], strict=True)))
+        made = dict(zip(results, refs[given + len(zeros) :], strict=True))
+        with interpreting(interpret):
+            kernel(own, made)
 
-    order = list(results)
-    found = call(
-        named,
-        list(results.values()),
-        list(inputs.values()),
-        grid=grid,
-        name=name,
-        warps=tiles.warps,
-        stages=tiles.stages,
+    body.__name__ = name
+    found: Sequence[Array] = pl.pallas_call(
+        body,
+        out_shape=list(results.values()),
+        grid=(math.prod(grid),),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        input_output_aliases={given + i: order.index(name) for i, name in enumerate(zeros)},
         interpret=interpret,
-        zeroed=[order.index(x) for x in zeroed],
-    )
+        name=name,
+    )(*inputs.values(), *zeros.values())
     return dict(zip(results, found, strict=True))

@@ -9,7 +9,7 @@ import jax
 
 from jattn.call.target import current_target
 from pallas_kernels.portable.precision import term_count
-from pallas_kernels.portable.tiles import shared_kib
+from pallas_kernels.portable.shared_memory import shared_kib
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec

@@ -25,7 +25,6 @@ __all__ = [
     "forward_tiles",
     "key_tiles",
     "query_tiles",
-    "shared_kib",
     "table_of",
     "tables",
 ]
@@ -133,16 +132,6 @@ OTHERS_TWO_TERMS = {
     256: _table(*[(16, 16, 8, 1)] * 7),
     512: _table(*[(16, 16, 8, 1)] * 7),
 }
-
-
-def shared_kib(capability: tuple[int, int] | None) -> int:
-    """KiB of shared memory that a program may use, by compute capability; None: the most.
-
-    CUDA C++ Programming Guide, "Technical specifications per compute capability".
-    """
-    if capability is None or capability in ((9, 0), (10, 0), (10, 3)):
-        return 227
-    return 163 if capability in ((8, 0), (8, 7)) else 99
 
 
 def tables(spec: AttentionSpec, capability: tuple[int, int] | None) -> dict[int, Table]:

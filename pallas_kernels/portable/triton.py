@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,9 +27,9 @@ __all__ = [
     "Index",
     "Mask",
     "Ref",
-    "call",
     "divided",
     "exp2",
+    "interpreting",
     "load",
     "multiply_add",
     "place_in",
@@ -45,13 +46,22 @@ type Factor = tuple[Array, ...]  # a matrix as the sum of these
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
-# Whether the kernel that is being traced is to run on a CPU.
 _interpreting = ContextVar("interpreting", default=False)
 
 # Known; a jax without the lowering is refused.
 warnings.filterwarnings(
     "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
 )
+
+
+@contextmanager
+def interpreting(is_so: bool) -> Generator[None]:
+    """Says of the kernel that is traced inside whether it is to run on a CPU."""
+    token = _interpreting.set(is_so)
+    try:
+        yield
+    finally:
+        _interpreting.reset(token)
 
 
 def load(ref: Ref, index: Index, mask: Mask = None, other: float = 0) -> Array:
@@ -142,7 +152,7 @@ def divided(x: Array, by: int) -> tuple[Array, Array]:
 
 
 def place_in(grid: tuple[int, ...]) -> tuple[Array, ...]:
-    """Where in `call`'s grid the program is that asks."""
+    """Where in a launch's grid the program is that asks."""
     rest = pl.program_id(0)
     found = []
     for size in grid[:-1]:
@@ -164,44 +174,3 @@ def product(a: Factor, b: Factor) -> Array:
             total = one if total is None else total + one
     assert total is not None
     return total
-
-
-def call(
-    kernel: Callable[..., None],
-    results: Sequence[jax.ShapeDtypeStruct],
-    inputs: Sequence[Array],
-    *,
-    grid: tuple[int, ...],
-    name: str,
-    warps: int,
-    stages: int,
-    interpret: bool,
-    zeroed: Sequence[int] = (),
-) -> tuple[Array, ...]:
-    """Runs `kernel(*input refs, *result refs)`, each ref a whole array, on every point of the grid.
-
-    grid: its first axis changes fastest. It is launched as one axis, the only one that CUDA lets
-      grow over 65,535: a batch into which `jax.vmap` is folded may.
-    zeroed: the results that are full of zeros before; the rest is undefined.
-    """
-    zeros = [jnp.zeros(results[i].shape, results[i].dtype) for i in zeroed]
-    given = len(inputs)
-
-    def body(*refs: Ref) -> None:
-        token = _interpreting.set(interpret)
-        try:
-            kernel(*refs[:given], *refs[given + len(zeros) :])
-        finally:
-            _interpreting.reset(token)
-
-    body.__name__ = name
-    found: Sequence[Array] = pl.pallas_call(
-        body,
-        out_shape=list(results),
-        grid=(math.prod(grid),),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
-        input_output_aliases={given + slot: i for slot, i in enumerate(zeroed)},
-        interpret=interpret,
-        name=name,
-    )(*inputs, *zeros)
-    return tuple(found)

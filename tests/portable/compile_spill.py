@@ -16,21 +16,25 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.portable import triton
+from pallas_kernels.portable.launch import launch
+from pallas_kernels.portable.tiles import Tiles
 from tests.portable.compile_calls import spills
 
 
 def main() -> None:
     """A tile of 128 x 128 sums for one warp's 32 threads: 512 registers."""
 
-    def kernel(x: Any, y: Any) -> None:
+    def kernel(refs: Any, results: Any) -> None:
         rows, columns = jnp.arange(128)[:, None], jnp.arange(128)[None]
-        tile = triton.load(x, (rows, columns))
+        tile = triton.load(refs.x, (rows, columns))
         product = triton.product((tile,), (tile.T,))
-        triton.store(y, (rows, columns), tile + product.sum(axis=1, keepdims=True))
+        triton.store(results["y"], (rows, columns), tile + product.sum(axis=1, keepdims=True))
 
     def call(x: Any) -> Any:
-        return triton.call(
-            kernel, [x], [x], grid=(1,), name="spills", warps=1, stages=1, interpret=False
+        tiles = Tiles(queries=128, keys=128, warps=1, stages=1)
+        shape = {"y": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+        return launch(
+            kernel, {"x": x}, shape, grid=(1,), tiles=tiles, name="spills", interpret=False
         )
 
     with gpus("a100", 1) as mesh, standard_error() as said:

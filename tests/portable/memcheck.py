@@ -16,6 +16,8 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from pallas_kernels.portable import triton
+from pallas_kernels.portable.launch import launch
+from pallas_kernels.portable.tiles import Tiles
 from tests.cases import Case
 from tests.portable.calls import Bottom, Half
 from tests.portable.exact import BOTH, compute
@@ -40,15 +42,15 @@ def calls() -> None:
 def overrun() -> None:
     """Writes 256 MiB past the end of an array of 512 bytes."""
 
-    def kernel(out: Any) -> None:
+    def kernel(refs: Any, results: Any) -> None:
         index = jnp.arange(128, dtype=jnp.int32)
-        triton.store(out, (index + (triton.place_in((2,))[0] << 26),), index.astype(jnp.float32))
+        place = index + (triton.place_in((2,))[0] << 26)
+        triton.store(results["out"], (place,), index.astype(jnp.float32))
 
-    result = jax.ShapeDtypeStruct((128,), jnp.float32)
+    result = {"out": jax.ShapeDtypeStruct((128,), jnp.float32)}
+    tiles = Tiles(queries=128, keys=1, warps=4, stages=1)
     write = jax.jit(
-        lambda: triton.call(
-            kernel, [result], [], grid=(2,), name="overrun", warps=4, stages=1, interpret=False
-        )
+        lambda: launch(kernel, {}, result, grid=(2,), tiles=tiles, name="overrun", interpret=False)
     )
     jax.block_until_ready(write())
 
