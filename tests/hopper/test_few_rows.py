@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import pytest
 
 import jattn
-from jattn.backends.flash import interpreted
 from pallas_kernels.hopper.plan import make_plan
 from tests.cases import Case
 from tests.hopper.calls import Half, spec_of
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
-from tests.shapes import arguments
+from tests.hopper.padding import pads
 
 __all__ = ["hopper"]
 
@@ -55,20 +49,8 @@ def test_lengths_of_vision_on_a_gpu(length: int, head_dim: int, seed: int) -> No
     check(FLASH, Half("", 7, length, length, 5, 5, head_dim), seed)
 
 
-def test_no_operand_is_padded() -> None:
-    """Of what is traced of the gradient; vectors of one number a row are."""
-    floats, rest, static = arguments(Half("", 2, 197, 197, 2, 2, 64))
-
-    def gradient(floats: Any) -> Any:
-        def total(floats: Any) -> Any:
-            with interpreted():
-                out = jattn.flash_attention(**floats, **rest, **static)
-            return out.astype(jnp.float32).sum()
-
-        return jax.grad(total)(floats)
-
-    text = str(jax.make_jaxpr(gradient)(floats))
-    assert re.findall(r"bf16\[[\d,]*\] = pad\[", text) == []
+def test_the_gradient_pads_no_operand() -> None:
+    assert pads(Half("", 2, 197, 197, 2, 2, 64), gradient=True) == []
 
 
 def test_tiles_of_short_sequences_are_not_mostly_past_the_end() -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import pytest
 
 import jattn
-from jattn.backends.flash import interpreted
 from pallas_kernels.hopper.backward_tiles import dq_columns, dq_swizzle
 from pallas_kernels.hopper.plain import piece_columns
 from tests.cases import Case, chosen
 from tests.hopper.calls import Half
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
-from tests.shapes import arguments
+from tests.hopper.padding import pads
 
 __all__ = ["hopper"]
 
@@ -68,19 +62,6 @@ def test_every_head_dim_on_a_gpu(head_dim: int, length: int, seed: int) -> None:
     check(FLASH, Half("", 3, length, length, 4, 2, head_dim, causal=True), seed)
 
 
-def pads(case: Case, *, gradient: bool) -> list[str]:
-    """Operands that are padded in what is traced of a call."""
-    floats, rest, static = arguments(case)
-
-    def total(floats: Any) -> Any:
-        with interpreted():
-            out = jattn.flash_attention(**floats, **rest, **static)
-        return out.astype(jnp.float32).sum()
-
-    text = str(jax.make_jaxpr(jax.grad(total) if gradient else total)(floats))
-    return re.findall(r"bf16\[[\d,]*\] = pad\[", text)
-
-
 @pytest.mark.parametrize("head_dim", [40, 72, 80, 128, 176])
 def test_forward_pads_no_operand(head_dim: int) -> None:
     assert pads(Half("", 40, 197, 203, 2, 2, head_dim), gradient=False) == []
@@ -89,6 +70,10 @@ def test_forward_pads_no_operand(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [80, 96, 160])
 def test_backward_pads_no_operand_of_sixteens(head_dim: int) -> None:
     assert pads(Half("", 2, 200, 200, 2, 2, head_dim), gradient=True) == []
+
+
+def test_backward_pads_heads_under_64_and_it_is_seen() -> None:
+    assert pads(Half("", 2, 200, 200, 2, 2, 40), gradient=True) != []
 
 
 def test_pieces_hold_all_columns_and_few_more() -> None:
