@@ -10,7 +10,7 @@ two halves of 12 bits, whose products are not rounded, so that a compiler may jo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -45,8 +45,8 @@ def kernels_anywhere(family: Family, algorithm: Literal["flash", "chunked"]) -> 
 class SomeTangents(TangentPair, Protocol):
     """Kernels of the tangents, for the calls that they have them for."""
 
-    def own_tangents(self, spec: AttentionSpec, names: frozenset[str]) -> bool:
-        """Whether they do a call where these operands move, or their gradients are wanted."""
+    def own_tangents(self, spec: AttentionSpec) -> bool:
+        """Whether they do a call, whichever of its operands move."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class WithLoops:
         rows: TangentRows,
         tangents: Tangents,
     ) -> tuple[Array, Array]:
-        kernel, loops = self._tangents(spec, _names(tangents), "tangent")
+        kernel, loops = self._tangents(spec, "tangent")
         t_out, t_lse = self._run(kernel, loops, operands, rows, tangents)
         return t_out, t_lse
 
@@ -118,8 +118,7 @@ class WithLoops:
         *,
         wanted: tuple[str, ...],
     ) -> tuple[Array, ...]:
-        names = _names(tangents) | set(wanted)
-        both = self._tangents(spec, names, "backward_tangent")
+        both = self._tangents(spec, "backward_tangent")
         kernel, loops = (partial(of, wanted=wanted) for of in both)
         return self._run(kernel, loops, operands, rows, tangents)
 
@@ -132,19 +131,15 @@ class WithLoops:
         )
         return found
 
-    def _tangents(self, spec: AttentionSpec, names: Set[str], which: str) -> tuple[Any, Any]:
+    def _tangents(self, spec: AttentionSpec, which: str) -> tuple[Any, Any]:
         """What runs on NVIDIA's GPUs, and what runs elsewhere."""
         unit = self.unit(spec)
         loops = partial(_from_saved, getattr(_LOOPS, which), unit, spec)
-        if self.tangents is not None and self.tangents.own_tangents(spec, frozenset(names)):
+        if self.tangents is not None and self.tangents.own_tangents(spec):
             return partial(getattr(self.tangents, which), spec), loops
         if self.interpret:
             return loops, loops
         return partial(_from_saved, getattr(_LOOPS_ON_GPU, which), unit, spec), loops
-
-
-def _names(tangents: Tangents) -> set[str]:
-    return {name for name, x in tangents._asdict().items() if x is not None}
 
 
 def _from_saved[Rows: (TangentRows, BackwardTangentRows)](

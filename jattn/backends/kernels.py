@@ -126,7 +126,7 @@ class Kernels:
         )
         return found
 
-    def own_tangents(self, spec: AttentionSpec, names: frozenset[str]) -> bool:
+    def own_tangents(self, spec: AttentionSpec) -> bool:
         """Whether there are kernels of a call's tangents, whichever of its operands move.
 
         They are the portable ones, of both families, but where Hopper has one of its own.

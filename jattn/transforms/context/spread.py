@@ -84,7 +84,7 @@ def backward(
         d_query, *of_keys = (exchange.back(x) for x in gradients)
         results = [d_query, *(x.astype(spec.dtype) for x in of_keys)]
         found = put(found, results, number, pieces) if pieces > 1 else results
-        d_bias = _joined(d_bias, more, number, pieces)
+        d_bias = _joined(d_bias, more)
         if pieces > 1:
             found, own, rows = lax.optimization_barrier((found, own, rows))
     if d_bias is None:
@@ -93,7 +93,7 @@ def backward(
     return (*found, d_bias[..., : spec.d_bias_shape[3]].astype(spec.bias_dtype))
 
 
-def _joined(d_bias: Array | None, more: Array | None, number: int, pieces: int) -> Array | None:
+def _joined(d_bias: Array | None, more: Array | None) -> Array | None:
     """The gradient of a bias with that of a piece of its heads, or of the one for all of them."""
     if d_bias is None or more is None:
         return more
