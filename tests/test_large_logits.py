@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import product
 from typing import Any
 
@@ -14,9 +13,11 @@ import pytest
 
 import jattn
 from tests import extremes
-from tests.backends import EAGER, Backend, Results, quick_jit
+from tests.backends import EAGER, Backend, Results
 from tests.cases import first
-from tests.hopper import exact as hopper
+
+# In one process, whose compiled functions they share.
+pytestmark = pytest.mark.xdist_group("large_logits")
 
 LEAST = float(np.finfo(np.float32).min)
 KERNELS = extremes.EVERY[2]
@@ -67,29 +68,18 @@ CASES: dict[str, Callable[..., Results]] = {
 def weight_sums(backend: Backend, arrays: Results, **options: Any) -> Any:
     """What backward's weights of each row add up to, (B, T, N): dV summed over keys.
 
-    With values as wide as there are queries, the gradient of row t's output being 1 in column t.
+    With values at least as wide as there are queries, the gradient of row t's output being 1 in
+    column t. Where they are as wide as the values given, what is compiled is what `extremes.check`
+    runs.
     """
     b, t, n, _ = arrays["query"].shape
     dtype = arrays["query"].dtype
-    width = -(-t // 8) * 8
+    width = max(-(-t // 8) * 8, arrays["value"].shape[3])
     value = np.zeros((b, arrays["key"].shape[1], n, width), dtype)
     d_out = np.broadcast_to(np.eye(t, width, dtype=dtype)[None, :, None], (b, t, n, width))
-
-    rest = {name: x for name, x in arrays.items() if name != "value"}
-    run = _sums(backend, tuple(sorted(options.items())))
-    found = run(*jax.tree.map(jnp.asarray, (rest, value, d_out)))
-    return np.asarray(found)[..., :t].swapaxes(1, 2)
-
-
-@cache
-def _sums(backend: Backend, options: tuple[tuple[str, Any], ...]) -> Any:
-    """Compiled once for each backend, options and shapes."""
-
-    def sums(rest: Results, value: jax.Array, d_out: jax.Array) -> jax.Array:
-        _, vjp = jax.vjp(lambda value: backend(value=value, **rest, **dict(options)), value)
-        return vjp(d_out)[0].astype(jnp.float32).sum(axis=1)
-
-    return sums if backend is hopper.INTERPRETED else quick_jit(sums)
+    cotangents = d_out, np.zeros((b, t, n), np.float32)
+    found = extremes.compute(backend, arrays | {"value": value}, cotangents, **options)["value"]
+    return np.asarray(found, np.float32).sum(axis=1)[..., :t].swapaxes(1, 2)
 
 
 def check_sums(backend: Backend, arrays: Results) -> None:

@@ -20,6 +20,7 @@ import jattn
 from jattn.backends.kernels import only
 from tests import formula
 from tests.backends import Backend, arrays_in, quick_jit
+from tests.cases import thorough
 from tests.portable.exact import CHUNKED, FLASH
 
 XLA = Backend(
@@ -82,7 +83,10 @@ def total(backend: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     ("backend", "name"),
-    [(XLA, "one for all"), (XLA, "by outer"), (XLA, "by inner"), (FLASH, "by outer and batch")],
+    [
+        *((XLA, name) for name in ("one for all", "by outer", "by inner")),
+        *thorough((FLASH, "by outer and batch")),
+    ],
 )
 def test_gradients_of_nested_vmaps_are_exact(backend: Backend, name: str) -> None:
     floats, rest = arrays(name)

@@ -15,7 +15,7 @@ from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wi
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.plan import make_plan
-from tests.cases import Case, first
+from tests.cases import Case, thorough
 from tests.hopper.calls import Half, spec_of
 
 
@@ -62,11 +62,14 @@ def shared_bytes(scratch: dict[str, Any]) -> int:
     )
 
 
+# Few tiles, which are shared out, and so many that to choose shares takes no time.
 @pytest.mark.parametrize("segments", [None, "sorted"])
-@pytest.mark.parametrize("queries", first(2, [5, 2048, 100]))
-def test_every_pair_of_head_dims_fits_shared_memory(queries: int, segments: str | None) -> None:
+@pytest.mark.parametrize(("batch", "queries"), [(2, 5), (64, 2048), *thorough((2, 100), (2, 2048))])
+def test_every_pair_of_head_dims_fits_shared_memory(
+    batch: int, queries: int, segments: str | None
+) -> None:
     def spec_with(head: int, value: int) -> AttentionSpec:
-        sizes = 2, queries, queries, 12, 3, head, value
+        sizes = batch, queries, queries, 12, 3, head, value
         return spec_of(Case("", *sizes, "bfloat16", causal=True, segments=segments))
 
     spec = spec_with(64, 64)

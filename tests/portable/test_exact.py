@@ -12,15 +12,16 @@ import pytest
 from pallas_kernels.portable import limits
 from tests import tolerance
 from tests.backends import EAGER, Backend, Results, call, quick_jit
-from tests.cases import CASES, Case, chosen, first, operands
+from tests.cases import CASES, EVERYTHING, Case, chosen, first, operands
 from tests.portable.calls import INTERPRETED, LARGE, SMALL
 from tests.portable.exact import BOTH, CHUNKED, FLASH, ampere, check, compute, spec_of
+from tests.test_padding import planted
+from tests.test_semantics import check_found
 
 __all__ = ["ampere"]
 
 # All arguments at once are tried under vmap, in test_transforms.py.
 FLASH_ORDINARY = "packed one_query_offsets wide_float32"
-CHUNKED_ORDINARY = "everything"
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.usefixtures("ampere")]
 
@@ -35,9 +36,18 @@ def test_flash_interpreted_is_as_exact_as_the_formula(case: Case, seed: int) -> 
     check(FLASH, case, seed)
 
 
-@pytest.mark.parametrize("case", chosen(INTERPRETED + SMALL, CHUNKED_ORDINARY), ids=str)
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", INTERPRETED + SMALL, ids=str)
 def test_chunked_interpreted_is_as_exact_as_the_formula(case: Case, seed: int) -> None:
     check(CHUNKED, case, seed)
+
+
+def test_chunked_forward_is_as_exact_with_all_arguments(seed: int) -> None:
+    """Its backward is that of the flash kernels."""
+    drawn = operands(EVERYTHING, seed)
+    arrays = {name: jnp.asarray(x) for name, x in planted(EVERYTHING, seed, np.nan).items()}
+    out, lse = quick_jit(lambda x: call(CHUNKED, drawn, x, return_residual=True))(arrays)
+    check_found({"out": out, "lse": lse}, CHUNKED, EVERYTHING, seed)
 
 
 @pytest.mark.parametrize("backend", first(1, BOTH), ids=str)
