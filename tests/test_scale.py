@@ -15,6 +15,7 @@ import pytest
 
 import jattn
 from jattn.backends.kernels import lacks, only
+from jattn.call.arguments import attention_call
 from jattn.call.target import current_target
 from jattn.flash_attention import interpreted
 from tests import formula, reference, tolerance
@@ -269,10 +270,18 @@ def test_what_is_no_real_number_is_refused(dtype: Any) -> None:
         jattn.eager_attention(x, x, x, scale=jnp.ones((), dtype))
 
 
-def test_one_for_each_head_is_refused_with_a_way_out() -> None:
+@pytest.mark.parametrize("of", [jnp, np], ids=["jax", "numpy"])
+def test_one_for_each_head_is_refused_with_a_way_out(of: Any) -> None:
     x = arrays(jnp.float32)["q"]
     with pytest.raises(ValueError, match=r"scale must be one number, got shape \(4,\).*query"):
-        jattn.dot_product_attention(x, x, x, scale=jnp.ones(N))
+        jattn.dot_product_attention(x, x, x, scale=of.ones(N))
+
+
+def test_numpys_arrays_of_one_are_numbers() -> None:
+    def scale(given: Any) -> Any:
+        return attention_call(*(jnp.ones((1, 2, 1, 8)),) * 3, scale=given).spec.scale
+
+    assert [scale(np.full(shape, 0.25)) for shape in ((), (1,), (1, 1))] == [0.25] * 3
 
 
 def test_explain_takes_one_by_shape() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from jax import Array
 
 from jattn.backends import any_order, query_chunks, query_tangents
@@ -92,8 +93,8 @@ def choose_chunks(
         most_keys = min(most_keys, max(128, 2 ** round(math.log2(max(spec.band.width, 1)))))
     while spec.heads * most_queries * most_keys > budget and most_keys > 64:
         most_queries, most_keys = sorted((most_queries, most_keys // 2))
-    queries = smaller(most_queries if queries is None else queries, spec.queries)
-    keys = smaller(most_keys if keys is None else keys, spec.keys)
+    queries = smaller(most_queries if queries is None else int(queries), spec.queries)
+    keys = smaller(most_keys if keys is None else int(keys), spec.keys)
     if spec.is_empty or not is_known(spec.batch, queries, keys):
         return Chunks(1, queries, keys)
     rows = max(1, budget // (spec.heads * queries * keys))
@@ -104,6 +105,7 @@ def choose_chunks(
 
 
 def _check_chunk_size(name: str, size: object) -> None:
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 1):
+    is_int = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    if size is None or (is_int and int(size) >= 1):  # type: ignore[call-overload]
         return
     raise ValueError(f"{name} must be an int of at least 1, got {size!r}")

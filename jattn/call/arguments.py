@@ -358,20 +358,22 @@ def _flag(name: str, x: object) -> bool:
 
 
 def _array_scale(scale: ArrayLike | None, dtype: np.dtype[np.generic]) -> Array | None:
-    """Scale as an operand (1,), if it is a JAX array; a number of Python's or NumPy's is not."""
-    if not isinstance(scale, Array):
-        return None
-    if scale.size != 1:
+    """Scale as an operand (1,), if it is a JAX array; numbers of Python's or NumPy's are not."""
+    if isinstance(scale, np.ndarray | Array) and scale.size != 1:
         raise ValueError(
             f"scale must be one number, got shape {scale.shape}; multiply query by one that differs"
         )
+    if not isinstance(scale, Array):
+        return None
     if not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
         raise TypeError(f"scale must be a real number, got {scale.dtype}")
     return scale.reshape(1).astype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _static_scale(scale: object, head_dim: int) -> float:
-    return 1 / math.sqrt(head_dim) if scale is None else _number("scale", scale)
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    return _number("scale", scale.reshape(()) if isinstance(scale, np.ndarray) else scale)
 
 
 def _soft_cap(cap: float | None) -> float | None:
