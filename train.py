@@ -28,7 +28,7 @@ from models import FolderError
 from training import cli, compiler, fine_tuning, kernel_text, plots, run_folder, start
 from training.ahead import Programs
 from training.checkpoints import Checkpoints
-from training.data import Corpus, load_corpus
+from training.data import Corpus, first_long_step, load_corpus
 from training.devices import Devices, check_count, check_lengths
 from training.errors import TrainingError, one_line
 from training.interrupt import stop_on_signals
@@ -110,7 +110,9 @@ def run(request: cli.Request, console: Console) -> int:
             )
 
     rows, done = read_metrics(folder.metrics), int(state.step)
-    plots.plot_loss(folder.loss_plot, rows, corpus.held_out_compressed, title)
+    longer = f"from here {config.data.sequence_length:,} {corpus.unit} a sequence"
+    events = {first_long_step(config.data, config.optimizer.steps): longer}
+    plots.plot_loss(folder.loss_plot, rows, corpus.held_out_compressed, title, events)
     if stop.signal is not None and done < config.optimizer.steps:
         say(console, f"{stop.signal.name}: saved after step {done}; to go on:")
         say(console, f"    {resume_command(folder)}")

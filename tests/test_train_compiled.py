@@ -43,6 +43,15 @@ def test_programs_for_a_gpu_are_kept_in_one_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_kernels_are_left_out_only_of_what_does_not_run() -> None:
+    left_out = "xla_gpu_mock_custom_calls"
+    only_analysed, runs = (compiler.options(is_gpu=True, runs=runs) for runs in (False, True))
+    assert only_analysed is not None
+    assert only_analysed[left_out] is True
+    assert runs is not None
+    assert left_out not in runs
+
+
 @pytest.mark.compile
 def test_a_kernel_of_two_programs_is_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "_run_serde_pass", core._run_serde_pass)  # restored afterwards

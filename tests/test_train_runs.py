@@ -264,6 +264,8 @@ def _refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--name", "../elsewhere"], "--name must be a plain folder name, got '../elsewhere'"),
         (["--memory-implementations", "fast"], "invalid choice 'fast'"),
         (["--memory-lengths", "0"], "memory_lengths must be positive"),
+        (["--step-lengths", "0"], "error: step_lengths must be positive, got (0,)"),
+        (["--model", ""], "error: model must name a folder, got an empty name"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_no_folder(

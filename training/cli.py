@@ -93,7 +93,7 @@ class Request:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """Its configuration."""
 
-    step_report: Annotated[StepReportConfig, tyro.conf.arg(name="")]
+    step_report: StepReportConfig
     """What a report on whole steps measures."""
 
 
@@ -199,7 +199,7 @@ def _parse_over(
 
 def _one_line(box: str) -> str:
     """Tyro's message, without the names of our sections."""
-    message = message_of(box).removeprefix("Error parsing step_report: ")
-    for section in ("run", "model", "fine_tune", "data", "optimizer", "record", "memory"):
+    message = message_of(box).removeprefix("Error parsing step-report: ")
+    for section in ("run", "model", "fine-tune", "data", "optimizer", "record", "memory"):
         message = message.removeprefix(f"Error parsing config.{section}: ")
     return f"{message} (see train.py --help)"

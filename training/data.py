@@ -115,10 +115,14 @@ class Corpus:
     def __str__(self) -> str:
         unreadable = f", {self.unreadable} unreadable left out" if self.unreadable else ""
         return (
-            f"{self.source}: {len(self.train.data):,} bytes of {len(self.train_files)} files to"
-            f" learn from, {len(self.held_out.data):,} of {len(self.held_out_files)} held"
+            f"{self.source}: {len(self.train.data):,} bytes of {_files(self.train_files)} to learn"
+            f" from, {len(self.held_out.data):,} of {_files(self.held_out_files)} held"
             f" out{unreadable}"
         )
+
+
+def _files(names: Sequence[str]) -> str:
+    return "1 file" if len(names) == 1 else f"{len(names)} files"
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -185,9 +189,14 @@ def training_batch(
     draw = np.random.default_rng([seed, step])
     length, rows = config.sequence_length, config.batch_size
     short = min(length, config.short_sequence_length)
-    if steps is not None and step <= config.short_share * steps:
+    if steps is not None and step < first_long_step(config, steps):
         length, rows = short, rows * (length // short)
     return _batch(text, draw.integers(len(text.data) - length, size=rows), length, config)
+
+
+def first_long_step(config: DataConfig, steps: int) -> int:
+    """The first step of a run that takes sequences of full length, counted from 1."""
+    return int(config.short_share * steps) + 1
 
 
 def evaluation_batches(text: Text, config: DataConfig, windows: int) -> Iterator[Batch]:

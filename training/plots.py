@@ -2,7 +2,7 @@
 
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,21 @@ from training.reports.cells import Cell
 from training.units import bytes_text, length_text
 
 _COLORS = ("#d1495b", "#00798c", "#edae49", "#66518f", "#2e933c")
+_OVER_CURVES: dict[str, Any] = {
+    "color": "0.25",
+    "fontsize": 9,
+    "zorder": 4,
+    "bbox": {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
+}
 _SERIES_INSIDE = 4  # names that find room above the curves
 
 
 def plot_loss(
-    path: Path, rows: Sequence[dict[str, Any]], references: dict[str, float], title: str
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    references: dict[str, float],
+    title: str,
+    events: Mapping[int, str],
 ) -> None:
     """Training and held-out bits per byte over the steps, and what compressors reach.
 
@@ -23,6 +33,7 @@ def plot_loss(
         rows: those of metrics.jsonl.
         references: bits per byte of the held-out text by name of the compressor.
         title: what was trained on what.
+        events: what begins at which step.
     """
     figure, axes = _figure(8.5, 5.0)
     trained = [row for row in rows if "bits_per_byte" in row]
@@ -45,7 +56,12 @@ def plot_loss(
     for name, value in references.items():
         axes.axhline(value, color="0.35", linestyle=(0, (5, 3)), linewidth=1)
         label = f"held-out text under {name}: {value:.2f}"
-        axes.text(0.99 * last, value, label, color="0.35", fontsize=9, va="bottom", ha="right")
+        axes.text(0.01 * last, value, label, va="bottom", ha="left", **_OVER_CURVES)
+    for step, what in events.items():
+        if 1 < step <= last:
+            axes.axvline(step, color="0.35", linestyle=":", linewidth=1)
+            above = {"transform": axes.get_xaxis_transform(), "va": "top"}
+            axes.text(step, 0.99, f"{what} ", ha="right", **above, **_OVER_CURVES)
     values = [
         *losses,
         *references.values(),
@@ -60,7 +76,7 @@ def plot_loss(
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte (log scale, lower is better)")
     axes.set_title(title, loc="left")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="lower left")
     figure.savefig(path)
 
 

@@ -13,6 +13,7 @@ from training import compiler
 from training.errors import one_line
 from training.program_memory import Memory, memory_of
 from training.reports.place import Place
+from training.reports.without_kernels import leave_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Built:
 
 def build(lower: Callable[[], jax.stages.Lowered], place: Place) -> Built:
     """Lowers and compiles one program."""
-    return _compiled(_lowered(lower), place)
+    return _compiled(_lowered(lower, place), place)
 
 
 def build_all(
@@ -42,7 +43,7 @@ def build_all(
         waiting: dict[concurrent.futures.Future[Built], int] = {}
         try:
             for number, lower in enumerate(lowers):
-                waiting[pool.submit(_compiled, _lowered(lower), place)] = number
+                waiting[pool.submit(_compiled, _lowered(lower, place), place)] = number
                 yield from _finished(waiting, wait=False)
             while waiting:
                 yield from _finished(waiting, wait=True)
@@ -68,11 +69,12 @@ def _finished(
         yield waiting.pop(future), future.result()
 
 
-def _lowered(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Lowered | Built:
+def _lowered(lower: Callable[[], jax.stages.Lowered], place: Place) -> jax.stages.Lowered | Built:
     try:
-        return lower()
+        lowered = lower()
     except UnsupportedAttentionError as error:
         return Built(None, None, refusal=one_line(error))
+    return lowered if place.can_run else leave_out(lowered)
 
 
 def _compiled(lowered: jax.stages.Lowered | Built, place: Place) -> Built:
