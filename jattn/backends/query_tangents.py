@@ -155,11 +155,31 @@ class _Rows:
         return t_products, t_scaled
 
 
+class _Apart(NamedTuple):
+    """What keeps P tS V and mu o, both rounded to two bytes, from cancelling.
+
+    c, (rows, K, G, queries), is taken off tS: its mean over the first block in which a row sees a
+    key. The sum of P so far tells whether that has come; o is made again, in the accumulator.
+    """
+
+    centre: Array
+    total: Array
+    out: Array
+
+    def with_block(self, weights: Array, t_logits: Array) -> _Apart:
+        """c and the sum with those of a block."""
+        total = weights.sum(axis=-1)
+        mean = (weights * t_logits).sum(axis=-1) / jnp.where(total == 0, 1, total)
+        centre = jnp.where(self.total == 0, mean, self.centre)
+        return self._replace(centre=centre, total=self.total + total)
+
+
 class _Tangent(NamedTuple):
     """The tangent of a tile's output, (rows, K, G, queries, D), and mu, as they grow."""
 
     out: Array
     mean: Array
+    apart: _Apart | None
 
 
 def tangent(
@@ -175,6 +195,8 @@ def tangent(
     crossed = _Crossed.of(arrays.query, moving.query, arrays.key, moving.key)
     top, rest, out, start = jax.tree.map(partial(split_heads, spec), rows)
     top = _for_weights(top)
+    moves_logits = any(x is not None for x in (crossed, moving.bias, moving.scale))
+    is_rounded = moves_logits and spec.dtype != spec.accumulator
 
     def chunk(index: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
         tile = Tile.at(spec, chunks, arrays, index)
@@ -186,11 +208,14 @@ def tangent(
             found = state
             if block.t_logits is not None:
                 value = tile.keys(arrays.value, j, clear=clear)
-                moved = block.weights * block.t_logits
-                found = _Tangent(
-                    found.out + times_keys(spec, kept * block.t_logits, value),
-                    found.mean + moved.sum(axis=-1),
-                )
+                mean = found.mean + (block.weights * block.t_logits).sum(axis=-1)
+                t_logits, apart = block.t_logits, found.apart
+                if apart is not None:
+                    apart = apart.with_block(block.weights, t_logits)
+                    t_logits = t_logits - apart.centre[..., None]
+                    apart = apart._replace(out=apart.out + times_keys(spec, kept, value))
+                moved = found.out + times_keys(spec, kept * t_logits, value)
+                found = _Tangent(moved, mean, apart)
             if moving.value is not None:
                 t_value = tile.keys(moving.value, j, clear=clear)
                 found = found._replace(out=found.out + times_keys(spec, kept, t_value))
@@ -199,9 +224,13 @@ def tangent(
         sizes = (chunks.rows, spec.kv_heads, spec.group, chunks.queries)
         mean = jnp.zeros(sizes, spec.accumulator) if start is None else tile.rows(start)
         zeros = jnp.zeros((*sizes, spec.value_dim), spec.accumulator)
-        found = tile.visit(step, _Tangent(zeros, mean))
-        own = tile.rows(out).astype(zeros.dtype)
-        t_out = found.out - found.mean[..., None] * own
+        nothing = jnp.zeros(sizes, spec.accumulator)
+        apart = _Apart(nothing, nothing, zeros) if is_rounded else None
+        found = tile.visit(step, _Tangent(zeros, mean, apart))
+        own, of_own = tile.rows(out).astype(zeros.dtype), found.mean
+        if found.apart is not None:
+            own, of_own = found.apart.out, found.mean - found.apart.centre
+        t_out = found.out - of_own[..., None] * own
         return tile.write(written[0], t_out), tile.write(written[1], found.mean)
 
     sizes = (spec.batch, spec.kv_heads, spec.group, spec.queries)

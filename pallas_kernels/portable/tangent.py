@@ -5,14 +5,14 @@
 
 (the derivative of softmax, as in `weight_tangents`; the log-sum-exp's is mu). As lse is known, no
 sum is ever scaled anew: five products and one accumulator. A program has a tile of query rows and
-goes over the blocks of keys that some of them see, the first of them twice:
+goes over the blocks of keys that some of them see, one of them twice:
 
-    Q tQ (rows, H)   | K_0 tK_0 | K_0 tK_0 V_0 tV_0 | K_1 tK_1 V_1 tV_1 | ...
+    Q tQ (rows, H)   | K_c tK_c | K_0 tK_0 V_0 tV_0 | K_1 tK_1 V_1 tV_1 | ...
     c (rows, 1)      |  centre  |                   |                   |
     tO (rows, D)     |          |        sum        |        sum        |
 
-What a row's tS have in common gives nothing to tO: c, their mean over the first block, is taken
-off, so that P tS V and mu O do not cancel, each of them rounded, where keys have a large mean. And
+What a row's tS have in common gives nothing to tO: c, their mean over a block, is taken off, so
+that P tS V and mu O do not cancel, each of them rounded, where keys have a large mean. And
 what is multiplied by O is the sum of P (tS - c) as the product with V had them, rounded. mu is no
 sum of c and theirs: P have the sum 1 but for roundings, and c may be of one key, far from mu.
 
@@ -159,21 +159,30 @@ class _Tile:
         return columns.read(ref, size, self.batch, keys.down, self.kv_head, keys.exists_down)
 
     def centre(self) -> Array:
-        """The mean of the logits' tangents over the first block, by its weights, (rows, 1)."""
-        row = self.batch if self.refs.ranges.shape[0] > 1 else 0
-        first, stop = (load(self.refs.ranges, (row, self.tile, i)) for i in (0, 3))
+        """The mean of the logits' tangents over some keys of each row, by its weights, (rows, 1).
 
-        def weighted(j: Array, before: Array) -> Array:
+        Of a block that all rows see whole, if there is one: a single key's may be far from the
+        mean. Else of as many blocks as the last row's keys may begin after the first row's, and one
+        more.
+        """
+        row = self.batch if self.refs.ranges.shape[0] > 1 else 0
+        ranges = (load(self.refs.ranges, (row, self.tile, i)) for i in range(4))
+        first, clear_first, clear_stop, stop = ranges
+        is_clear = clear_first < clear_stop
+        most = first + 2 + (self.tiles.queries - 1) // self.tiles.keys
+        first = jnp.where(is_clear, clear_first, first)
+        stop = jnp.minimum(stop, jnp.where(is_clear, first + 1, most))
+
+        def weighted(j: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             p, tx, *_ = self.changes(*self.block(j, masked=True))
             assert tx is not None
-            total = p.sum(axis=1, keepdims=True)
-            sees_none = total == 0.0
-            mean = (p * tx).sum(axis=1, keepdims=True) / jnp.where(sees_none, 1.0, total)
-            return jnp.where(sees_none, before, mean)
+            added = (x.sum(axis=1, keepdims=True) for x in (p, p * tx))
+            total, moved = (a + b for a, b in zip(sums, added, strict=True))
+            return total, moved
 
         none = jnp.zeros((self.tiles.queries, 1), jnp.float32)
-        found: Array = lax.fori_loop(first, jnp.minimum(first + 1, stop), weighted, none)
-        return found
+        total, moved = lax.fori_loop(first, stop, weighted, (none, none))
+        return jnp.where(total == 0.0, 0.0, moved / jnp.where(total == 0.0, 1.0, total))
 
     @property
     def of_sinks(self) -> Array | float:

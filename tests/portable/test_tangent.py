@@ -58,6 +58,17 @@ def test_what_all_keys_of_a_row_have_in_common_cancels(seed: int) -> None:
     check_tangent(case, seed, arrays=arrays, moving=moving)
 
 
+def test_a_tangent_of_one_key_is_not_taken_off_all(seed: int) -> None:
+    """A row that sees one key of its tile's first block: what that moves by is far from mu."""
+    case = Half("one_key", queries=40, keys=70, causal=True, alignment="bottom_right", window=49)
+    arrays = {name: np.array(x) for name, x in operands(case, seed).differentiable.items()}
+    moving = {name: np.array(x) for name, x in directions(case, seed, "k").items()}
+    arrays["q"] /= np.asarray(8, arrays["q"].dtype)
+    arrays["v"] += np.asarray(3, arrays["v"].dtype)
+    moving["k"][:, 15] *= np.asarray(40, moving["k"].dtype)
+    check_tangent(case, seed, arrays=arrays, moving=moving)
+
+
 @pytest.mark.thorough
 def test_what_lies_past_a_length_changes_no_bit(seed: int) -> None:
     lengths = {"query_lengths": (13, 24), "key_lengths": (21, 0)}
