@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from jax import Array
 
 from jattn.backends import any_order, query_chunks, query_tangents
+from jattn.backends.directions import Directions
 from jattn.backends.tiles import Chunks
 from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
 from jattn.call.sizes import is_known, smaller
@@ -33,6 +37,7 @@ class Loops:
     can_partition = True
     takes_output = False
     takes_parts = True
+    adds_tangents = True
 
     def chunks(self, spec: AttentionSpec) -> Chunks:
         return choose_chunks(spec, self.target, self.queries, self.keys)
@@ -62,7 +67,10 @@ class Loops:
         rows: TangentRows,
         tangents: Tangents,
     ) -> tuple[Array, Array]:
-        return query_tangents.tangent(spec, self.chunks(spec), operands, rows, tangents)
+        directions = Directions.of(spec, tangents)
+        found = self._along(directions, query_tangents.tangent, spec, operands, (rows, tangents))
+        t_out, t_lse = found
+        return t_out, t_lse
 
     def backward_tangent(
         self,
@@ -73,9 +81,27 @@ class Loops:
         *,
         wanted: tuple[str, ...],
     ) -> tuple[Array, ...]:
-        return query_tangents.backward_tangent(
-            spec, self.chunks(spec), operands, rows, tangents, wanted=wanted
-        )
+        of = partial(query_tangents.backward_tangent, wanted=wanted)
+        directions = Directions.of(spec, tangents, wanted)
+        return self._along(directions, of, spec, operands, (rows, tangents))
+
+    def _along(
+        self,
+        directions: Directions | None,
+        of: Callable[..., tuple[Array, ...]],
+        spec: AttentionSpec,
+        operands: Operands,
+        own: tuple[Any, ...],
+    ) -> tuple[Array, ...]:
+        """One of the loops of tangents, along all directions that the batch may be of."""
+        if directions is None:
+            return of(spec, self.chunks(spec), operands, *own)
+        chunks, one = self.chunks(directions.step), directions.one
+
+        def run(operands: Operands, own: tuple[Any, ...]) -> tuple[Array, ...]:
+            return of(one, chunks, operands, *own)
+
+        return directions.each(run, operands, own)
 
     def formula(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         return any_order.attend(spec, operands)

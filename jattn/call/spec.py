@@ -71,6 +71,8 @@ class AttentionSpec:
 
     scale: None if it is an array, which the operands then have.
     context: the longer call that this is a device's part of.
+    directions: the batch is so many times the same rows, one after another: operands and what
+      forward saved are alike in all of them, tangents and gradients need not be.
     dropout_from: whether dropout counts from `Operands.dropout_start`, and whether keys there begin
       where its pairs of keys do.
     """
@@ -101,6 +103,7 @@ class AttentionSpec:
     wants_residual: bool = False
     context: Context | None = None
     dropout_from: Literal["zero", "pairs", "anywhere"] = "zero"
+    directions: int = 1
 
     @property
     def group(self) -> int:

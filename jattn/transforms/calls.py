@@ -3,7 +3,8 @@
 What JAX asks of each is one rule here, and what the map itself has to say to it is its own:
 
     jax.vmap        one call of a larger batch, before anything is differentiated: a bias for all
-                    rows stays one, and its gradient is summed over them where it is made
+                    rows stays one, and its gradient is summed over them where it is made; over
+                    tangents alone, a batch that says so
     derivatives     see which arrays move, under every transformation, and are again such maps
     lowering        evaluates the map where the call was made: devices and meshes are read while it
                     is traced. A map whose types are known without is traced only then, so that one
@@ -22,11 +23,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad, batching, mlir
 
-from jattn.call.spec import AttentionSpec
+from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms.folding import Arrays, batched_call
 from jattn.transforms.per_shard import partitioned_call
 
-__all__ = ["Map", "Results", "bind", "primitive"]
+__all__ = ["SAVED", "Map", "Results", "bind", "primitive"]
+
+SAVED = ("out", "top", "rest")  # what forward leaves beside its operands
 
 type Results = tuple[Array, ...]
 type Cotangents = list[Array | None]
@@ -133,6 +136,7 @@ def _batched(held: Any, dims: Any, *, of: Any, spec: Any, names: Any, **_: Any) 
         for name, x, dim in zip(names, held, dims, strict=True)
     }
     size = next(x.shape[0] for name, x in arrays.items() if is_batched[name])
+    moves = any(is_batched[name] for name in names if name in (*Operands._fields, *SAVED))
     own = {
         name: arrays[name].shape[1:] if is_batched[name] else arrays[name].shape
         for name in ("sinks", "scale")
@@ -143,7 +147,10 @@ def _batched(held: Any, dims: Any, *, of: Any, spec: Any, names: Any, **_: Any) 
             arrays[name] = jnp.broadcast_to(arrays[name], (size, *shape))
             is_batched[name] = True
     folded = partial(bind, of)
-    found = batched_call(folded, spec, size, arrays, is_batched, sums_bias="bias" in of.results)
+    found = batched_call(
+        folded, spec, size, arrays, is_batched, sums_bias="bias" in of.results,
+        directions=1 if moves else size * spec.directions,
+    )  # fmt: skip
     summed = [
         _over_batch(x, own[name]) if name in own else x
         for name, x in zip(of.results, found, strict=True)
@@ -179,5 +186,24 @@ def _transposed(cotangents: Any, *held: Any, of: Linear, spec: Any, names: Any, 
     given = [None if isinstance(x, ad.Zero) else x for x in cotangents]
     found: Arrays = {}
     if any(x is not None for x in given):
-        found = of.transposed(spec, known, asked, given)
+        avals: dict[str, Any] = {name: zero.aval for name, zero in zeros.items()}
+        shapes = {name: aval.shape for name, aval in avals.items()}
+        found = of.transposed(spec, _with_rows_of(known, shapes), asked, given)
+        found = {name: _summed_to(shapes[name], x) for name, x in found.items()}
     return [found.get(name, zeros.get(name)) for name in names]
+
+
+def _with_rows_of(known: Arrays, shapes: dict[str, tuple[int, ...]]) -> Arrays:
+    """The arrays, sinks and a scale with a row for each of the batch if a tangent of theirs has."""
+    found = dict(known)
+    for name in ("sinks", "scale"):
+        for way in ("t_", "u_"):
+            if name in found and way + name in shapes:
+                more = jnp.broadcast_shapes(found[name].shape, shapes[way + name])
+                found[name] = jnp.broadcast_to(found[name], more)
+    return found
+
+
+def _summed_to(shape: tuple[int, ...], x: Array) -> Array:
+    """x summed over the rows of the batch where one of this shape has them all."""
+    return x if x.shape == shape else x.sum(axis=0).reshape(shape)

@@ -33,7 +33,7 @@ from jax import Array
 
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms import evaluated, formulas, higher_order, sharding
-from jattn.transforms.calls import Results, bind, primitive
+from jattn.transforms.calls import SAVED, Results, bind, primitive
 from jattn.transforms.evaluated import tangents_of
 from jattn.transforms.folding import Arrays
 from jattn.transforms.kernels import Kernels
@@ -45,9 +45,8 @@ __all__ = ["attend"]
 
 type Primitive = jax.extend.core.Primitive
 type Along = tuple[Results, Sequence[Array | None]]
-_SAVED = ("out", "top", "rest")
 _COTANGENTS = ("d_out", "d_lse")
-_OF_OPERANDS = (*_SAVED, "t_out", "t_lse", "u_out", "u_lse")  # functions of those that have them
+_OF_OPERANDS = (*SAVED, "t_out", "t_lse", "u_out", "u_lse")  # functions of those that have them
 
 
 def attend(kernels: Kernels, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
@@ -84,7 +83,7 @@ class _Attention:
         out, _, *sums = bind(self, spec, arrays)
         out, (top, rest) = named(out, sums)
         lse = log_sum_exp(self.kernels.unit(spec), spec, top, rest)
-        saved = dict(zip(_SAVED, (out, top, rest), strict=True))
+        saved = dict(zip(SAVED, (out, top, rest), strict=True))
         t_out, t_lse = _tangent(self.kernels, spec, arrays | saved, tangents)
         return (out, lse, top, rest), (t_out, t_lse, None, t_lse)
 
@@ -93,7 +92,7 @@ def _tangent(
     kernels: Kernels, spec: AttentionSpec, arrays: Arrays, tangents: Arrays
 ) -> tuple[Array, Array]:
     """J(x) t, of arrays among which are the operands and what is saved."""
-    own = {name: x for name, x in arrays.items() if name in (*Operands._fields, *_SAVED)}
+    own = {name: x for name, x in arrays.items() if name in (*Operands._fields, *SAVED)}
     t_out, t_lse = bind(_Tangent(kernels), spec, own | _prefixed("t_", tangents))
     return t_out, t_lse
 
@@ -168,7 +167,7 @@ def _backward(
     kernels: Kernels, spec: AttentionSpec, wanted: tuple[str, ...], arrays: Arrays
 ) -> Results:
     """J(x)ᵀ d, of arrays among which are operands, what is saved, and cotangents."""
-    own = _of(arrays, (*Operands._fields, *_SAVED, *_COTANGENTS))
+    own = _of(arrays, (*Operands._fields, *SAVED, *_COTANGENTS))
     if "d_out" not in own:
         own["d_out"] = jnp.zeros_like(own["out"])
     return bind(_Backward(kernels, wanted), spec, own)
@@ -265,7 +264,7 @@ class _BackwardTangent:
         swapped = spec.with_rows(t_bias="d_bias", d_bias="t_bias")
         t_out, t_lse = _tangent(self.kernels, swapped, arrays, c)
         found = {"td_out": t_out, "td_lse": t_lse}
-        own = _of(arrays, (*Operands._fields, *_SAVED, *_COTANGENTS))
+        own = _of(arrays, (*Operands._fields, *SAVED, *_COTANGENTS))
         c = _prefixed("t_", c | {"out": t_out, "lse": t_lse})
         found |= _gradients_along(self.kernels, swapped, own | c, linear)
         return _of(found, linear)

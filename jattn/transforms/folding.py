@@ -28,6 +28,7 @@ def batched_call(
     is_batched: dict[str, bool],
     *,
     sums_bias: bool = False,
+    directions: int = 1,
 ) -> tuple[Array, ...]:
     """`jax.vmap` of a call along the first axis of those arrays that are batched, of this size.
 
@@ -35,6 +36,8 @@ def batched_call(
 
     - sinks: those may be (N,), for all rows of the batch, and become (B, N) only where mapped;
     - a bias or mask, which is read where it is: `AttentionSpec.rows` says which row of it.
+
+    directions: those of the larger call.
     """
     if size == 0:
         return _of_no_calls(kernel, spec, arrays, is_batched)
@@ -52,7 +55,10 @@ def batched_call(
     shapes: dict[str, Any] = {
         f"{name}_shape": folded[name].shape for name in ("bias", "mask") if name in folded
     }
-    larger = replace(spec, batch=size * spec.batch, mapped_rows=tuple(rows.items()), **shapes)
+    larger = replace(
+        spec, batch=size * spec.batch, directions=directions, mapped_rows=tuple(rows.items()),
+        **shapes,
+    )  # fmt: skip
     return tuple(x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in kernel(larger, folded))
 
 

@@ -266,6 +266,7 @@ def _on_a_device(
         heads=heads,
         kv_heads=kv_heads,
         mapped_rows=rows,
+        directions=spec.directions if batch == spec.batch else 1,
         context=_context(spec, kept),
         **shapes,
     )
