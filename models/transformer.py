@@ -80,8 +80,8 @@ class TransformerConfig:
 
     scan_blocks: bool = True
     """Compile one block and loop over the layers, instead of compiling each layer by itself, which
-    takes longer and, of long sequences, more memory: train.py loops where that alone fits. The loop
-    copies what a layer keeps for backward, 3 to 5% of a step on an H100."""
+    takes longer and somewhat more memory: train.py loops where that alone fits. The loop copies
+    what a layer keeps for backward, 3 to 5% of a step on an H100."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of activations and matrix products; sums inside norms and logits stay float32."""

@@ -1,8 +1,8 @@
 """A new run's programs and its state before the first step.
 
-Layers compiled apart are faster than a loop over one, and may take several times its memory: XLA
-orders all of them as one piece. How much is known once the update is compiled, so that is when a
-run whose update does not fit takes the loop instead:
+Layers compiled apart are faster than a loop over one, and take more memory, as XLA orders all of
+them as one piece. How much is known once the update is compiled, so that is when a run whose update
+fits in a loop alone takes the loop instead:
 
     compile    loss of held-out text, update      only then: both, in a loop
     run            the first measurement    fits?               the first measurement
@@ -55,7 +55,7 @@ def begin(config: TrainConfig, corpus: Corpus, devices: Devices) -> Start:
     looped = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_blocks=True))
     in_a_loop = _prepared(looped, corpus, devices)
     memory = in_a_loop.memory_of_update(batch)
-    if memory.added >= apart.added:
+    if not _fits(memory, free):  # the error of what then runs says what else takes less
         in_a_loop.close()
         return Start(config, programs, state, loss)
     programs.close()
