@@ -251,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         versions={"python": sys.version.split()[0], **here["versions"]},
         protocol={
             "time": "median of calls by the host's clock, after untimed ones; all compiled before",
+            "order": "all cells of one device, then those of several",
             "peers": "number of devices / schedule; one device has the whole sequence",
         },
     )
@@ -261,6 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for which in asked.passes
         for how in [(None, "auto", 1), *product([mesh], asked.schedule, asked.overlap)]
     ]
+    # One device's come first, while the others are cool and nothing links them.
+    jobs.sort(key=lambda job: job.mesh is not None)
     with ThreadPoolExecutor(asked.threads) as pool:
         programs = [pool.submit(job.compiled, job.lowered()) for job in jobs]
         wait(programs)  # what still compiles would take the host's time from what is timed
