@@ -45,7 +45,7 @@ import jattn
 from jattn.transforms.context import plan
 
 plan.LEAST_ROWS = 1
-mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Auto,))
 place = NamedSharding(mesh, P(None, "x"))
 x = jax.ShapeDtypeStruct((1, 512, 8, 16), jnp.bfloat16, sharding=place)
 ids = jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=place)
@@ -66,12 +66,13 @@ def sent(function):
     kinds = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
     return Counter(re.findall(rf" ({kinds})(?:-start)?\\(", text))
 
-# Four pieces, of which the first comes and the last goes home alone. Ids are gathered, those of
-# queries and of keys.
-found = sent(attend)
-assert found.pop("all-gather") <= 2 and found == {"all-to-all": 6}, found
-found = sent(gradients)
-assert found.pop("all-gather") <= 4 and found == {"all-to-all": 12}, found
+# One exchange for each piece, but that the first one comes and the last one goes home alone. Ids
+# are gathered, those of queries and of keys.
+kind = "collective-permute" if DEVICES == 2 else "all-to-all"
+exchanges = 8 // DEVICES + 2
+for function, passes in ((attend, 1), (gradients, 2)):
+    found = sent(function)
+    assert found.pop("all-gather") <= 2 * passes and found == {kind: passes * exchanges}, found
 """
 
 
@@ -80,5 +81,6 @@ def test_values_and_gradients_are_those_of_one_device(how: str) -> None:
     run(f"HOW = {how!r}\n{VALUES}", devices=2)
 
 
-def test_a_piece_takes_one_exchange() -> None:
-    run(SENT, devices=2)
+@pytest.mark.parametrize("devices", [2, *thorough((4,))])
+def test_a_piece_takes_one_exchange(devices: int) -> None:
+    run(f"DEVICES = {devices}\n{SENT}", devices=devices)

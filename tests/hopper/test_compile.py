@@ -103,9 +103,9 @@ def test_keys_and_values_of_the_next_heads_come_while_a_kernel_runs(version: str
         kernels = [at for at, step in enumerate(steps) if step == "custom-call"]
         # Backward's, and what rounds the gradient of queries that it adds up.
         assert len(kernels) == 8 * (1 if passes == 1 else 3)
-        exchanges = [step for step in steps if step.startswith("all-to-all") and "done" not in step]
+        exchanges = [x for x in steps if x.startswith("collective-permute") and "done" not in x]
         assert len(exchanges) == 10 * passes
-        beside = [steps[at - 1] == "all-to-all-start" for at in kernels]
+        beside = [steps[at - 1] == "collective-permute-start" for at in kernels]
         assert sum(beside) == 8 * passes, steps
         assert call["temp"] <= 1.1 * call["alone"] + call["hop"], call
 

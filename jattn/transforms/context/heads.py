@@ -5,9 +5,10 @@
 
 Of K key heads device i of n has K / n, in pieces, and the query heads that share them (Jacobs et
 al., "DeepSpeed Ulysses", 2023). A piece may have some of the query heads of one key head, and keeps
-that from the piece before. An exchange is one all-to-all: XLA has one transfer under way at a
-time, and the kernel of the piece before runs beside it. What it brings is what the next kernel
-takes, and what it takes along is what the last one made, so that none begins too early.
+that from the piece before. An exchange is one transfer, an all-to-all, or of two devices a
+permutation of what they do not keep: XLA has one under way at a time, and the kernel of the piece
+before runs beside it. What it brings is what the next kernel takes, and what it takes along is what
+the last one made, so that none begins too early.
 
 No result is merged or summed over devices: gradients of keys too are whole when they are sent, in
 the call's dtype. Whatever the mask, all devices have as much to do.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import jax.numpy as jnp
@@ -247,21 +249,46 @@ class _Work:
 def exchanged(context: Context, arrays: Sequence[Array]) -> list[Array]:
     """Arrays (n, ...), row i of each for device i, as arrays of which row i is from device i.
 
-    In one transfer, whatever their dtypes: of words as wide as the narrowest of them.
+    In one transfer, whatever their dtypes: of words as wide as the narrowest of them. Of two
+    devices what either keeps is neither packed nor sent.
     """
     if not arrays:
         return []
-    n = context.devices
+    n, axes = context.devices, context.axes
     word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in arrays)}")
-    words = [lax.bitcast_convert_type(x, word).reshape(n, -1) for x in arrays]
-    come: Array = lax.all_to_all(jnp.concatenate(words, axis=1), context.axes, 0, 0, tiled=True)
-    found, at = [], 0
-    for x in arrays:
-        ratio = x.dtype.itemsize // word.itemsize
-        count = math.prod(x.shape[1:]) * ratio
-        own = come[:, at : at + count].reshape(*x.shape, *((ratio,) if ratio > 1 else ()))
-        found.append(lax.bitcast_convert_type(own, x.dtype))
-        at += count
+    if n > 2:
+        sent = jnp.concatenate([_as_words(x, word, n) for x in arrays], axis=1)
+        come: Array = lax.all_to_all(sent, axes, 0, 0, tiled=True)
+        parts = _parts(arrays, come)
+        return [_from_words(x, part) for x, part in zip(arrays, parts, strict=True)]
+    device = lax.axis_index(axes)
+    others = [lax.dynamic_index_in_dim(x, 1 - device, keepdims=True) for x in arrays]
+    sent = jnp.concatenate([_as_words(x, word, 1) for x in others], axis=1)
+    come = lax.ppermute(sent, axes, [(0, 1), (1, 0)])
+    found = []
+    for x, like, part in zip(arrays, others, _parts(others, come), strict=True):
+        there = _from_words(like, part)[0]
+        rows = jnp.where(device == 0, x[0], there), jnp.where(device == 0, there, x[1])
+        found.append(jnp.stack(rows))
+    return found
+
+
+def _as_words(x: Array, word: jnp.dtype, rows: int) -> Array:
+    return lax.bitcast_convert_type(x, word).reshape(rows, -1)
+
+
+def _parts(arrays: Sequence[Array], words: Array) -> list[Array]:
+    """The columns of each array's words."""
+    sizes = [math.prod(x.shape[1:]) * x.dtype.itemsize // words.dtype.itemsize for x in arrays]
+    ends = list(accumulate(sizes))
+    return [words[:, end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _from_words(like: Array, words: Array) -> Array:
+    """The array of that shape and dtype."""
+    ratio = like.dtype.itemsize // words.dtype.itemsize
+    shaped = words.reshape(*like.shape, *((ratio,) if ratio > 1 else ()))
+    found: Array = lax.bitcast_convert_type(shaped, like.dtype)
     return found
 
 

@@ -210,8 +210,9 @@ def _pieces_of_heads(spec: AttentionSpec, context: Context) -> int | None:
     """The fewest pieces of a device's heads that hold no more than a hop's keys and values.
 
     Or, if all hold more, the most of them, unless these hold more than a ring does: then None. Held
-    of a piece is what is sent, what comes, and what is computed; a single one is whole on its way
-    before it is computed. A piece of few rows would leave multiprocessors without work.
+    of a piece is what is computed, what is sent of the next, and what comes; of two devices half of
+    these, beside results of which the other half is on its way. A single piece is whole on its way
+    before it is computed. One of few rows would leave multiprocessors without work.
     """
     if not_dealt(context, spec.queries, spec.kv_heads, (spec.bias_shape, spec.mask_shape)):
         return None
@@ -220,6 +221,7 @@ def _pieces_of_heads(spec: AttentionSpec, context: Context) -> int | None:
         return None
     own, group = spec.heads // context.devices, spec.group
     pieces, held = 1, 2 * (sizes.keys + sizes.queries)
+    halves = 5 if context.devices == 2 else 6
     for more in _divisors(own)[1:]:
         heads = own // more
         if spec.batch * heads * context.queries < LEAST_ROWS:
@@ -227,7 +229,7 @@ def _pieces_of_heads(spec: AttentionSpec, context: Context) -> int | None:
         if heads % group and group % heads:
             continue
         shared = max(heads, group) * sizes.keys // own
-        pieces, held = more, 3 * ((sizes.queries + sizes.out) // more + shared)
+        pieces, held = more, halves * ((sizes.queries + sizes.out) // more + shared) // 2
         if held <= sizes.keys:
             break
     return pieces if held * spec.element_bytes <= sizes.ring_bytes(spec) else None
