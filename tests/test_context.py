@@ -98,7 +98,7 @@ GROUPS = 12
 
 
 def test_values_and_gradients_are_those_of_one_device() -> None:
-    run(VALUES.format(jobs=CHOSEN), devices=8)
+    run(VALUES.format(jobs=CHOSEN))
 
 
 @pytest.mark.thorough

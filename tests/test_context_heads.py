@@ -78,9 +78,9 @@ for function, passes in ((attend, 1), (gradients, 2)):
 
 @pytest.mark.parametrize("how", ["contiguous", *thorough(("jit",), ("zigzag",))])
 def test_values_and_gradients_are_those_of_one_device(how: str) -> None:
-    run(f"HOW = {how!r}\n{VALUES}", devices=2)
+    run(f"HOW = {how!r}\n{VALUES}", devices=2, kind="small pieces")
 
 
 @pytest.mark.parametrize("devices", [2, *thorough((4,))])
 def test_a_piece_takes_one_exchange(devices: int) -> None:
-    run(f"DEVICES = {devices}\n{SENT}", devices=devices)
+    run(f"DEVICES = {devices}\n{SENT}", devices=devices, kind="small pieces")

@@ -1,14 +1,10 @@
-"""Calls of the portable kernels, interpreted, on four CPU devices: sharded.py PROGRAM."""
+"""Calls of the portable kernels, interpreted, on four CPU devices: see `tests.four_devices`."""
 
 from __future__ import annotations
 
-import pathlib
 import re
-import sys
 from functools import partial
 from typing import Any
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
@@ -99,17 +95,16 @@ JIT = [
 ]
 
 
-def jit(number: str) -> None:
+def jit(number: int) -> None:
     """Rows and heads stay where they are; sums over them are all that devices exchange."""
     mesh = mesh_of(AxisType.Auto)
-    for bias, mask, kv_heads, batch, heads, shared in [JIT[int(number)]]:
-        arrays = arrays_of(bias, mask, kv_heads)
-        specs = places(arrays, batch, heads)
-        held = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
-        function = quick_jit(results(flash, shared=shared))
-        compiled = function.lower(held).compile()
-        assert not GATHER.search(compiled.as_text()), (bias, mask, kv_heads)
-        check(compiled(held), arrays, shared=shared)
+    bias, mask, kv_heads, batch, heads, shared = JIT[number]
+    arrays = arrays_of(bias, mask, kv_heads)
+    specs = places(arrays, batch, heads)
+    held = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
+    compiled = quick_jit(results(flash, shared=shared)).lower(held).compile()
+    assert not GATHER.search(compiled.as_text()), (bias, mask, kv_heads)
+    check(compiled(held), arrays, shared=shared)
 
 
 def explicit() -> None:
@@ -148,7 +143,3 @@ def shard_map() -> None:
         return gradient(lambda arrays: attention(**arrays, is_causal=True), arrays)
 
     formula.check(quick_jit(partial(gradient, sharded(flash)))(arrays), whole, arrays)
-
-
-if __name__ == "__main__":
-    {"jit": jit, "explicit": explicit, "shard_map": shard_map}[sys.argv[1]](*sys.argv[2:])
