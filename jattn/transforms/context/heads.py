@@ -35,12 +35,12 @@ from jattn.transforms.context.parts import context_of, device_index
 from jattn.transforms.context.pieces import put
 from jattn.transforms.context.plan import Plan
 
-__all__ = ["backward", "exchanged", "forward"]
+__all__ = ["Work", "backward", "exchanged", "forward"]
 
 
 def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands) -> Merged:
     """The rows' output without sinks, and their numbers."""
-    work = _Work.of(plan, spec, operands)
+    work = Work.of(plan, spec, operands)
 
     def compute(
         piece: int, rows: list[Array], keys: list[Array]
@@ -56,7 +56,7 @@ def backward(
     kernel: Backward, plan: Plan, spec: AttentionSpec, operands: Operands, rows: BackwardRows
 ) -> Gradients:
     """The gradients of a device's arrays; that of a bias is of its own heads, and else 0."""
-    work = _Work.of(plan, spec, operands)
+    work = Work.of(plan, spec, operands)
     d_bias = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias).bias
 
     def compute(
@@ -80,7 +80,7 @@ type Compute = Callable[[int, list[Array], list[Array]], tuple[list[Array], list
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """A device's call.
 
     heads, kv_heads: of a piece.
@@ -96,7 +96,7 @@ class _Work:
     sharing: int
 
     @staticmethod
-    def of(plan: Plan, spec: AttentionSpec, operands: Operands) -> _Work:
+    def of(plan: Plan, spec: AttentionSpec, operands: Operands) -> Work:
         """In as many pieces as the plan has."""
         context = context_of(spec)
         heads = spec.heads // (context.devices * plan.pieces)
@@ -106,7 +106,7 @@ class _Work:
             x = getattr(operands, name)
             if x is not None:
                 found[name] = _in_order(context, lax.all_gather(x, context.axes))[:, :positions]
-        return _Work(
+        return Work(
             context=context,
             spec=spec,
             operands=operands._replace(**found),
@@ -192,8 +192,8 @@ class _Work:
         shapes: dict[str, Any] = {}
         for name in ("bias", "mask"):
             x = getattr(self.operands, name)
-            if x is not None and x.shape[1] > 1:
-                x = lax.dynamic_slice_in_dim(x, first, query.shape[2], axis=1)
+            if x is not None:
+                x = self.of_heads(x, piece, query.shape[2])
                 found[name], shapes[f"{name}_shape"] = x, x.shape
         seeds = self.operands.dropout_seeds
         if seeds is not None and not spec.broadcast_dropout:
@@ -209,6 +209,12 @@ class _Work:
             **shapes,
         )
         return of_piece, self.operands._replace(**found)
+
+    def of_heads(self, x: Array, piece: int, count: int) -> Array:
+        """Of a bias or mask (b, n, 1, s) a piece's heads, if it does not have one for all."""
+        if x.shape[1] == 1:
+            return x
+        return lax.dynamic_slice_in_dim(x, self._first_head(piece), count, axis=1)
 
     def with_bias(self, d_bias: Array, piece: int, found: Array) -> Array:
         """The bias's gradient with a piece's added where it lies."""

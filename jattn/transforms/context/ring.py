@@ -30,7 +30,7 @@ from jattn.transforms.context.parts import Keys, context_of, queries_of
 from jattn.transforms.context.plan import Plan
 from jattn.transforms.context.runs import runs
 
-__all__ = ["backward", "forward"]
+__all__ = ["added", "backward", "forward", "sent"]
 
 
 def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands) -> Merged:
@@ -42,10 +42,10 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
     held, at = _own_keys(operands), 0
     for number, hop in enumerate(plan.hops):
         if number == 0:
-            held, at = _sent(spec, held, hop.distance), hop.distance
+            held, at = sent(spec, held, hop.distance), hop.distance
         coming: Keys = {}
         if number + 1 < len(plan.hops):
-            coming = _sent(spec, held, plan.hops[number + 1].distance - at)
+            coming = sent(spec, held, plan.hops[number + 1].distance - at)
         for i, _, part in hop.parts:
             found = Merged(*kernel.run(part.spec(spec), part.operands(spec, operands, held)))
             merged[i] = merged[i].and_of(found, kernel.unit)
@@ -67,10 +67,10 @@ def backward(
     arriving: list[Array] | None = None
     for number, hop in enumerate(plan.hops):
         if number == 0:
-            held, at = _sent(spec, held, hop.distance), hop.distance
+            held, at = sent(spec, held, hop.distance), hop.distance
         is_last = number + 1 == len(plan.hops)
         step = 0 if is_last else plan.hops[number + 1].distance - at
-        coming: Keys = {} if is_last else _sent(spec, held, step)
+        coming: Keys = {} if is_last else sent(spec, held, step)
         own = [jnp.zeros(x.shape, spec.accumulator) for x in (operands.key, operands.value)]
         for i, _, part in hop.parts:
             found = kernel.of_some_keys(
@@ -79,12 +79,12 @@ def backward(
                 jax.tree.map(partial(queries_of, part.queries), rows),
             )
             d_query[i] = d_query[i] + found[0].astype(spec.accumulator)
-            own = [_added(x, d, part.keys.first) for x, d in zip(own, found[1:3], strict=True)]
+            own = [added(x, d, part.keys.first) for x, d in zip(own, found[1:3], strict=True)]
             if d_bias is not None:
                 d_bias = kernel.with_bias(spec, d_bias, part, found[3])
         sums = own if arriving is None else [a + b for a, b in zip(arriving, own, strict=True)]
         held, d_query, sums = lax.optimization_barrier((coming, d_query, sums))
-        arriving = _sent(spec, sums, -at if is_last else step)
+        arriving = sent(spec, sums, -at if is_last else step)
         at += step
     if arriving is None:
         arriving = [gradients.key, gradients.value]
@@ -103,7 +103,7 @@ def _own_keys(operands: Operands) -> Keys:
     return {name: x for name in names if (x := getattr(operands, name)) is not None}
 
 
-def _sent[T](spec: AttentionSpec, tree: T, places: int) -> T:
+def sent[T](spec: AttentionSpec, tree: T, places: int) -> T:
     """Arrays as they come from the device that many places before."""
     context = context_of(spec)
     n = context.devices
@@ -114,7 +114,7 @@ def _sent[T](spec: AttentionSpec, tree: T, places: int) -> T:
     return sent
 
 
-def _added(x: Array, part: Array, first: int) -> Array:
+def added(x: Array, part: Array, first: int) -> Array:
     """x with a part added to its positions from `first` on."""
     part = part.astype(x.dtype)
     if part.shape == x.shape:

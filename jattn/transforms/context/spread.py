@@ -20,7 +20,7 @@ from jattn.transforms.context.plan import Plan, plan_of
 from jattn.transforms.context.runs import runs
 from jattn.transforms.kernels import Pair
 
-__all__ = ["backward", "forward", "past_zeroed"]
+__all__ = ["Exchange", "backward", "forward", "past_zeroed"]
 
 _SCHEDULES = {"gather": gather, "heads": heads, "ring": ring}
 
@@ -30,7 +30,7 @@ def forward(kernels: Pair, spec: AttentionSpec, operands: Operands) -> tuple[Arr
     if spec.context is None:
         return kernels.forward(spec, operands)
     plan, kernel = plan_of(spec), Forward.of(kernels, spec)
-    exchange = _Exchange(plan, spec)
+    exchange = Exchange(plan, spec)
     own = exchange.segments(operands)
     found: list[Array] = []
     pieces = plan.pieces if plan.schedule == "ring" else 1
@@ -72,7 +72,7 @@ def backward(
         )
     plan = plan_of(spec)
     kernel = Backward.of(kernels, wants_bias=wants_bias, wants_scale=wants_scale)
-    exchange = _Exchange(plan, spec)
+    exchange = Exchange(plan, spec)
     own = exchange.segments(operands)
     found: list[Array] = []
     d_bias: Array | None = None
@@ -112,7 +112,7 @@ def past_zeroed(spec: AttentionSpec, x: Array, lengths: Array) -> Array:
     return jnp.concatenate(found, axis=1)
 
 
-class _Exchange:
+class Exchange:
     """What balances a causal mask in a ring: arrays of queries and keys made zigzag."""
 
     def __init__(self, plan: Plan, spec: AttentionSpec) -> None:

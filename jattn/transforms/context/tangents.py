@@ -1,24 +1,33 @@
-"""Tangents of what one device holds of a longer call: every device gets all keys.
+"""Tangents of what one device holds of a longer call, by the schedules' own transfers.
 
-Queries stay where they are. Keys, values and their tangents are gathered, in the order of their
-positions, and the tangents of their gradients are added up over the devices and scattered.
+    heads     all queries, keys and their tangents of a share of the heads, by all-to-alls
+    ring      keys, values and their tangents from device to device
+    gather    all keys, values and their tangents, some heads at a time
+
+A ring makes a row's tangent of parts. That is too rough for floats of two bytes, and not what
+kernels on a GPU give: what is taken off the logits' tangents there (`query_tangents`,
+`pallas_kernels.portable.tangent`) is of all keys that a row sees. Then the tangent of a ring's
+output is made by a gather, of as few heads at a time as leave a kernel rows enough; the tangents of
+gradients go round.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jattn.call.row_arrays import BackwardTangentRows, TangentRows
 from jattn.call.spec import AttentionSpec, Operands, Tangents
-from jattn.transforms.context.gather import gathered, of_all_keys, scattered
-from jattn.transforms.context.kernels import Gradients, added_bias
-from jattn.transforms.context.parts import Keys, Part, context_of, device_index, queries_of
+from jattn.transforms.context import tangents_gather, tangents_heads, tangents_ring
+from jattn.transforms.context.gather import gathered, of_all_keys
+from jattn.transforms.context.moving import OF_KEYS, OF_ROWS, Given, Moving
+from jattn.transforms.context.parts import Keys, Part, context_of
+from jattn.transforms.context.pieces import put
+from jattn.transforms.context.plan import Plan, most_pieces, plan_of
+from jattn.transforms.context.spread import Exchange
 from jattn.transforms.kernels import Kernels
 
 __all__ = ["backward_tangent", "formula", "tangent"]
@@ -34,13 +43,18 @@ def tangent(
     """`kernels.tangent` of a call that may be part of a longer one."""
     if spec.context is None:
         return kernels.tangent(spec, operands, rows, tangents)
-    keys, t_keys = _keys(spec, operands), _tangents_of_keys(spec, tangents)
-    found = []
-    for part in of_all_keys(spec):
-        own = _own(part, spec, operands, keys)
-        its_rows = jax.tree.map(partial(queries_of, part.queries), rows)
-        found.append(kernels.tangent(*own, its_rows, _along(part, spec, tangents, t_keys)))
-    t_out, t_lse = (jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
+    plan = plan_of(spec)
+    goes_round = plan.schedule == "ring" and kernels.adds_tangents
+    goes_round &= spec.dtype == spec.accumulator
+    lowered = jax.jit(kernels.tangent, static_argnums=0)  # once for all parts that are alike
+
+    def run(spec: AttentionSpec, given: Given) -> tuple[Array, ...]:
+        own = TangentRows(*(given.rows.get(name) for name in TangentRows._fields))  # type: ignore[arg-type]
+        found: tuple[Array, ...] = lowered(spec, given.operands, own, given.tangents)
+        return found
+
+    kernel, given = Moving(run, ("t_out", "t_lse")), Given.of(operands, rows, tangents)
+    t_out, t_lse = _moved(kernel, plan, spec, given, goes_round=goes_round)
     return t_out, t_lse
 
 
@@ -56,37 +70,64 @@ def backward_tangent(
     """`kernels.backward_tangent` likewise."""
     if spec.context is None:
         return kernels.backward_tangent(spec, operands, rows, tangents, wanted=wanted)
-    context = context_of(spec)
-    keys, t_keys = _keys(spec, operands), _tangents_of_keys(spec, tangents)
-    by_rows: dict[str, list[Array]] = {"query": [], "scale": []}
-    sums: dict[str, Array] = {}
-    bias = Gradients.zeros(spec, operands, wants_bias="bias" in wanted).bias
-    for part in of_all_keys(spec):
-        own = _own(part, spec, operands, keys)
-        its_rows = jax.tree.map(partial(queries_of, part.queries), rows)
-        along = _along(part, spec, tangents, t_keys)
-        found = kernels.backward_tangent(*own, its_rows, along, wanted=wanted)
-        for name, x in zip(wanted, found, strict=True):
-            if name in by_rows:
-                by_rows[name].append(x)
-            elif name == "bias":
-                assert bias is not None
-                bias = added_bias(spec, bias, part, x)
-            else:
-                more = x.astype(spec.accumulator)
-                sums[name] = sums[name] + more if name in sums else more
+    plan = plan_of(spec)
+    lowered = jax.jit(kernels.backward_tangent, static_argnums=0, static_argnames="wanted")
 
-    def whole(name: str) -> Array:
-        if name in by_rows:
-            return jnp.concatenate(by_rows[name], axis=1)
-        if name == "bias":
-            assert bias is not None
-            assert spec.d_bias_shape is not None
-            return bias[..., : spec.d_bias_shape[3]].astype(spec.bias_dtype)
-        (summed,) = scattered(context, [[sums[name]]])
-        return summed.astype(spec.dtype)
+    def run(spec: AttentionSpec, given: Given) -> tuple[Array, ...]:
+        names = BackwardTangentRows._fields
+        own = BackwardTangentRows(*(given.rows.get(name) for name in names))  # type: ignore[arg-type]
+        found: tuple[Array, ...] = lowered(spec, given.operands, own, given.tangents, wanted=wanted)
+        return found
 
-    return tuple(whole(name) for name in wanted)
+    kernel, given = Moving(run, wanted), Given.of(operands, rows, tangents)
+    return _moved(kernel, plan, spec, given, goes_round=plan.schedule == "ring")
+
+
+def _moved(
+    kernel: Moving, plan: Plan, spec: AttentionSpec, given: Given, *, goes_round: bool
+) -> tuple[Array, ...]:
+    """A device's results by the plan's schedule, in order."""
+    if plan.schedule == "heads":
+        return kernel.finished(spec, tangents_heads.moved(kernel, plan, spec, given))
+    pieces = 1
+    if not plan.context.has_whole_keys:
+        pieces = plan.pieces if goes_round or plan.schedule == "gather" else most_pieces(spec)
+    found: list[Array] = []
+    bias: list[Array] = []
+    for number in range(pieces):
+        part, own = given.of_heads(spec, number, pieces)
+        if goes_round:
+            made = _around(kernel, plan, part, own)
+        else:
+            made = tangents_gather.moved(kernel, part, own)
+        if "bias" in made:
+            bias.append(made.pop("bias"))
+        found = put(found, [made[name] for name in kernel.named(OF_ROWS + OF_KEYS)], number, pieces)
+        if number + 1 < pieces:  # no more than one piece's keys are held
+            found, bias, given = lax.optimization_barrier((found, bias, given))
+    whole = dict(zip(kernel.named(OF_ROWS + OF_KEYS), found, strict=True))
+    if bias:
+        of_all = bias[0].shape[1] == 1
+        whole["bias"] = sum(bias[1:], bias[0]) if of_all else jnp.concatenate(bias, axis=1)
+    return kernel.finished(spec, whole)
+
+
+def _around(kernel: Moving, plan: Plan, spec: AttentionSpec, given: Given) -> dict[str, Array]:
+    """By a ring, of arrays made zigzag where that makes work even."""
+    exchange = Exchange(plan, spec)
+    operands, t = given.operands, given.tangents
+    named = ("query", "key", "value", "query_segments", "key_segments")
+    own = {name: exchange.rows(x) for name in named if (x := getattr(operands, name)) is not None}
+    moving = {
+        name: exchange.rows(x)
+        for name in ("query", "key", "value")
+        if (x := getattr(t, name)) is not None
+    }
+    rows = {name: exchange.rows(x) for name, x in given.rows.items()}
+    even = Given(operands._replace(**own), rows, t._replace(**moving))
+    even = lax.optimization_barrier(even) if plan.is_balanced else even
+    found = tangents_ring.moved(kernel, plan, exchange.spec, even)
+    return {name: x if name == "bias" else exchange.back(x) for name, x in found.items()}
 
 
 def formula(kernels: Kernels, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
@@ -115,20 +156,3 @@ def _keys(spec: AttentionSpec, operands: Operands) -> Keys:
     named = ("key", "value", "key_segments")
     own = {name: x for name in named if (x := getattr(operands, name)) is not None}
     return {name: gathered(context_of(spec), x) for name, x in own.items()}
-
-
-def _tangents_of_keys(spec: AttentionSpec, tangents: Tangents) -> Keys:
-    own = {"key": tangents.key, "value": tangents.value}
-    return {name: gathered(context_of(spec), x) for name, x in own.items() if x is not None}
-
-
-def _along(part: Part, spec: AttentionSpec, tangents: Tangents, t_keys: Keys) -> Tangents:
-    """A part's tangents."""
-    found: dict[str, Any] = dict(t_keys)
-    if tangents.query is not None:
-        found["query"] = queries_of(part.queries, tangents.query)
-    if tangents.bias is not None:
-        first, whole = part.keys.start(device_index(spec)), context_of(spec)
-        rows = queries_of(part.queries, tangents.bias, axis=2)
-        found["bias"] = part.columns(rows, first, whole)
-    return Tangents(**found, scale=tangents.scale)
