@@ -7,18 +7,18 @@ import random
 from pathlib import Path
 from typing import Any
 
-STEPS = 600
+STEPS = 300
 LENGTH = 64
 
 OPTIONS = [
     *("--preset", "cpu", "--no-memory-report"),
-    *("--steps", str(STEPS), "--warmup-fraction", "0.02", "--learning-rate", "0.01"),
+    *("--steps", str(STEPS), "--warmup-fraction", "0.04", "--learning-rate", "0.01"),
     *("--sequence-length", str(LENGTH), "--batch-size", "2", "--short-share", "0"),
     *("--optimizer", "adamw", "--beta1", "0.9", "--beta2", "0.99"),
     *("--hidden-size", "16", "--mlp-size", "24", "--num-layers", "1"),
     *("--num-heads", "2", "--num-key-value-heads", "1", "--head-dim", "8"),
-    *("--log-every", "100", "--evaluate-every", "150", "--evaluation-windows", "4"),
-    *("--checkpoint-every", "250"),
+    *("--log-every", "50", "--evaluate-every", "75", "--evaluation-windows", "4"),
+    *("--checkpoint-every", "125"),
 ]
 
 _TIMES = {"seconds", "tokens_per_second", "mfu"}
