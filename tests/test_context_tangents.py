@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cases import thorough
 from tests.four_devices import run
 
 PRELUDE = """
@@ -91,30 +90,22 @@ def program(text: str, bias: str = "(1, N, 1, T)", options: str = "is_causal=Tru
 WAYS = "(forward, forward_reverse, reverse_forward)"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("calls", "devices", "bias", "options"),
+    ("schedule", "bias", "options"),
     [
-        ('[("heads", "contiguous"), ("ring", "contiguous")]', 2, "(1, N, 1, T)", "is_causal=True"),
-        *thorough(
-            *(
-                (f'[("{schedule}", "{layout}")]', devices, bias, options)
-                for schedule in ("gather", "heads", "ring")
-                for layout, devices in (("contiguous", 4), ("zigzag", 2))
-                for bias, options in (
-                    ("(1, N, 1, T)", "is_causal=True"),
-                    ("(1, 1, T, T)", "is_causal=True, local_window_size=(20, 0)"),
-                )
-                if schedule != "heads" or "T, T" not in bias
-            )
+        *((schedule, "(1, N, 1, T)", "is_causal=True") for schedule in ("gather", "heads", "ring")),
+        *(
+            (schedule, "(1, 1, T, T)", "is_causal=True, local_window_size=(20, 0)")
+            for schedule in ("gather", "ring")
         ),
     ],
 )
+@pytest.mark.parametrize(("layout", "devices"), [("contiguous", 4), ("zigzag", 2)])
 def test_they_are_as_exact_as_on_one_device(
-    calls: str, devices: int, bias: str, options: str, request: pytest.FixtureRequest
+    schedule: str, layout: str, devices: int, bias: str, options: str
 ) -> None:
-    all_of_them = request.config.getoption("--thorough")
-    ways = WAYS if all_of_them else "(forward,)"
-    text = SCHEDULES.format(calls=calls, ways=ways)
+    text = SCHEDULES.format(calls=[(schedule, layout)], ways=WAYS)
     run(program(text, bias, options), devices=devices)
 
 

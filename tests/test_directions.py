@@ -101,10 +101,14 @@ def nested(attention: Any, x: dict[str, Any], t: dict[str, Any]) -> Any:
     ("way", "directions"),
     [
         (pushed, 6),
-        (products, 4),
         (pulled, 2),
         *thorough(
-            (pulled_by_scale, 3), (along_queries, 2), (nested, 4), (pushed, 11), (products, 9)
+            (products, 4),
+            (pulled_by_scale, 3),
+            (along_queries, 2),
+            (nested, 4),
+            (pushed, 11),
+            (products, 9),
         ),
     ],
 )
