@@ -41,5 +41,5 @@ def test_the_portable_kernels_are_as_exact(seed: int) -> None:
 
 
 def test_the_hopper_kernels_are_as_exact(seed: int) -> None:
-    case: Case = Half("lengths_x64", 2, 70, 90, 2, 1, 64, causal=True, key_lengths=(90, 33))
+    case: Case = Half("lengths_x64", 1, 70, 90, 2, 1, 64, causal=True, key_lengths=(63,))
     hopper.check(hopper.FLASH if portable.ON_GPU else hopper.INTERPRETED, case, seed)
