@@ -56,7 +56,10 @@ class Run:
     def start(self, device: Array) -> Array:
         """Where the first stands on this device, int32."""
         if self.table:
-            found: Array = jnp.asarray(self.table, jnp.int32)[device]
+            # No array of them: a call that the partitioner may cut takes no constants.
+            found = jnp.full((), self.table[0], jnp.int32)
+            for i, first in enumerate(self.table[1:], 1):
+                found = jnp.where(device == i, first, found)
             return found
         if self.step == 0:
             return jnp.full((), self.zeroth, jnp.int32)
