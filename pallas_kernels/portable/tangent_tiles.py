@@ -67,12 +67,14 @@ def backward_tangent_tiles(spec: AttentionSpec) -> BackwardTiles:
 
 def _fitting(spec: AttentionSpec, tiles: Tiles) -> Tiles:
     """The same with fewer in flight where a bias or dense mask, and its tangent, are in memory too:
-    one, or on Hopper two if they are of two bytes.
+    one, or on Hopper two if there is one of them, of two bytes at most.
     """
     if spec.bias_shape is None and spec.mask_shape is None:
         return tiles
+    are_both = spec.bias_shape is not None and spec.mask_shape is not None
     is_wide = spec.bias_dtype is not None and spec.bias_dtype.itemsize > 2
-    return tiles._replace(stages=1 if is_wide or not _is_hopper() else min(tiles.stages, 2))
+    is_one = are_both or is_wide or not _is_hopper()
+    return tiles._replace(stages=1 if is_one else min(tiles.stages, 2))
 
 
 def _is_hopper() -> bool:
