@@ -145,4 +145,4 @@ def transforms(columns: int, dtype: Any, swizzle: int | None = None) -> tuple[An
 
 def swizzle_of(columns: int, size: int) -> int:
     """Bytes of the widest swizzle for rows of this many elements of `size` bytes."""
-    return next(s for s in (128, 64, 32) if columns * size % s == 0 or columns * size < s)
+    return next(s for s in (128, 64, 32) if columns * size % s == 0)

@@ -74,6 +74,7 @@ CASES = [
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
     *(Long(f"text_{h}", batch=8, queries=4096, keys=77, head_dim=h) for h in (64, 128)),
+    Long("text_64_96", batch=8, queries=4096, keys=80, head_dim=64, value_dim=96),
     Long("packed_heads", queries=60, keys=4096, kv_heads=4, causal=True, alignment="bottom_right"),
 ]
 OF_TANGENTS = (
