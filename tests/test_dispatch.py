@@ -325,10 +325,25 @@ class TestForms:
         assert any(reason in why for why in report.passed_over)
         assert reason in str(explained)
 
-    def test_a_bias_is_taken_by_hoppers_and_its_gradients_made_by_portable_ones(self) -> None:
-        explained, report = report_on("NVIDIA H200", "flash", bias=self.bias)
+    @pytest.mark.parametrize(
+        ("form", "head_dim", "part"),
+        [
+            ("BNTS", 64, ""),
+            ("1NTS", 128, "; the bias's gradient: Pallas, portable"),
+            ("1N1S", 64, "; gradients, if the bias's is wanted: Pallas, portable"),
+            ("BNTS", 256, "; gradients: Pallas, portable"),
+        ],
+    )
+    def test_what_the_portable_kernels_make_of_a_call_with_a_bias_is_said(
+        self, form: str, head_dim: int, part: str
+    ) -> None:
+        sizes = {"B": 2, "N": 8, "T": 512, "S": 512, "1": 1}
+        x = jax.ShapeDtypeStruct((2, 512, 8, head_dim), jnp.bfloat16)
+        bias = jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in form), jnp.bfloat16)
+        with on("NVIDIA H200"):
+            explained = jattn.explain(x, x, x, bias=bias)
         assert explained.chosen == "flash"
-        assert report.kernel == "Pallas Mosaic GPU, Hopper; gradients: Pallas, portable"
+        assert explained.kernel == "Pallas Mosaic GPU, Hopper" + part
 
     def test_a_large_bias_that_ends_within_a_tile_is_left_to_portable_kernels(self) -> None:
         x = jax.ShapeDtypeStruct((1, 1001, 8, 64), jnp.bfloat16)

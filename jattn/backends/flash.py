@@ -18,7 +18,7 @@ from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
 from pallas_kernels.hopper import limits
-from pallas_kernels.hopper.bias_form import copied_bytes
+from pallas_kernels.hopper.bias_form import copied_bytes, form_of, writes_gradient
 from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.reach import copied_bytes as copied_mask_bytes
 
@@ -50,17 +50,18 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
 
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
-    if spec.bias_shape is not None:  # the portable kernels make the gradients
-        return portable_gradient_bytes(spec, target) + copied_bytes(spec)
-    if spec.mask_shape is not None:
-        return portable_gradient_bytes(spec, target) + limits.words_bytes(spec)
+    # Copies of a bias and of its gradient that end within a tile; bits of a mask, both ways round.
+    beside = copied_bytes(spec) * (1 + writes_gradient(spec)) + 2 * limits.words_bytes(spec)
+    if limits.portable_part(spec):
+        return portable_gradient_bytes(spec, target) + beside
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
     apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
     added = not (apart or limits.writes_dq_once(spec))
     columns = limits.padded_width(spec.head_dim) if added else 0
     words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
-    return spec.batch * spec.queries * spec.heads * 4 * (columns + 5 + words)
+    of_bias = int(form_of(spec) == "rows")
+    return spec.batch * spec.queries * spec.heads * 4 * (columns + 5 + words + of_bias) + beside
 
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:

@@ -16,6 +16,8 @@ from jattn.call.determinism import is_deterministic
 from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
 from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.call.target import Target
+from pallas_kernels.hopper import bias_form
+from pallas_kernels.hopper import limits as hopper_limits
 from pallas_kernels.portable import limits
 
 __all__ = ["Family", "Kernels", "kernels_of", "lacks", "only"]
@@ -104,18 +106,29 @@ class Kernels:
         wants_bias: bool,
         wants_scale: bool,
     ) -> tuple[Array, ...]:
-        portable = spec.mask_shape is not None or spec.bias_shape is not None
-        if self.family == "hopper" and not portable:
+        if self.family == "hopper" and not hopper_limits.leaves_backward(
+            spec, wants_bias=wants_bias
+        ):
             from pallas_kernels.hopper import backward as hopper
 
-            return hopper.backward(
+            writes_bias = wants_bias and bias_form.writes_gradient(spec)
+            gradients: tuple[Array, ...] = hopper.backward(
                 spec,
                 operands,
                 rows,
+                wants_bias=writes_bias,
                 wants_scale=wants_scale,
                 deterministic=self.deterministic,
                 interpret=self.interpret,
             )
+            if wants_bias and not writes_bias:
+                from pallas_kernels.portable import flash
+
+                own = self._in_portable_unit(spec, rows)
+                gradients += (
+                    flash.whole_bias_gradient(spec, operands, own, interpret=self.interpret),
+                )
+            return gradients
         found: tuple[Array, ...] = self._portable().backward(
             spec,
             operands,
@@ -139,13 +152,11 @@ class Kernels:
         moves = any(x is not None for x in (tangents.query, tangents.key, tangents.value))
         moves &= tangents.scale is None
         # Mosaic's interpreter has ordered effects, which a primitive of linear maps cannot have.
-        if self.family == "hopper" and moves and not self.interpret:
-            from pallas_kernels.hopper import limits as hopper_limits
+        on_hopper = self.family == "hopper" and moves and not self.interpret
+        if on_hopper and not hopper_limits.tangent_refusals(spec):
+            from pallas_kernels.hopper.tangent import tangent as hopper
 
-            if not hopper_limits.tangent_refusals(spec):
-                from pallas_kernels.hopper.tangent import tangent as hopper
-
-                return hopper(spec, operands, rows, tangents)
+            return hopper(spec, operands, rows, tangents)
         from pallas_kernels.portable.tangent import tangent
 
         rows = self._in_portable_unit(spec, rows)

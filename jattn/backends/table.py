@@ -82,15 +82,13 @@ def _tangents_beside_hopper(spec: AttentionSpec, target: Target) -> str:
 
 
 def _hopper_kernel(spec: AttentionSpec, target: Target) -> str:
-    apart = spec.mask_shape is not None or spec.bias_shape is not None
-    portable = "; gradients: Pallas, portable" if apart else ""
-    return f"Pallas Mosaic GPU, Hopper{portable}"
+    part = hopper.portable_part(spec)
+    return "Pallas Mosaic GPU, Hopper" + (f"; {part}: Pallas, portable" if part else "")
 
 
 def _hopper_refusals(spec: AttentionSpec, target: Target) -> list[str]:
-    # The gradients of a call with a dense mask or a bias are the portable kernels'.
-    apart = spec.mask_shape is not None or spec.bias_shape is not None
-    return hopper.refusals(spec) + (portable.refusals(spec) if apart else [])
+    # Some gradients of a call with a dense mask or a bias are the portable kernels'.
+    return hopper.refusals(spec) + (portable.refusals(spec) if hopper.portable_part(spec) else [])
 
 
 # In the order in which they are tried: all that are automatic where none is named, or those of the

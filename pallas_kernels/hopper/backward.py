@@ -18,7 +18,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jattn.call.masking import past_zeroed
-from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide
+from pallas_kernels.hopper import (
+    backward_bias,
+    backward_kernel,
+    backward_mask,
+    backward_queries,
+    backward_wide,
+)
 from pallas_kernels.hopper.backward_block import key_gradients
 from pallas_kernels.hopper.backward_round import in_rows, rounded
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
@@ -41,17 +47,19 @@ def backward(
     operands: Operands,
     rows: BackwardRows,
     *,
+    wants_bias: bool = False,
     wants_scale: bool = False,
     deterministic: bool = False,
     tiles: BackwardTiles | None = None,
     interpret: bool = False,
-) -> tuple[Array, Array, Array]:
-    """Gradients of query, key and value, in the call's dtype.
+) -> tuple[Array, ...]:
+    """Gradients of query, key and value, in the call's dtype, and of the bias if it is wanted.
 
     Args:
       spec: the call; the kernels' `refusals` must be empty for it.
       operands: its arrays.
       rows: what else each row has, of the output the row term.
+      wants_bias: there is a bias that nothing shares, and its gradient is asked for.
       wants_scale: the gradient of query is to be dS K in float32, not multiplied by the scale.
       deterministic: results are bitwise the same each time.
       tiles: tile shapes to use instead of the table's.
@@ -69,7 +77,12 @@ def backward(
     # In whole tiles of every kernel: a copy of one dimension is not cut at the end of a row.
     count = -(-spec.queries // (2 * ROWS)) * (2 * ROWS) // tiles.queries
     more = ((0, 0), (0, 0), (0, count * tiles.queries - spec.queries))
-    high, low = in_two(top, rest * LOG2E)
+    if spec.bias_shape is None:
+        high, low = in_two(top, rest * LOG2E)
+    else:  # both are natural
+        high, low = in_two(top, rest)
+        low = low * LOG2E
+    row_bias = backward_bias.row_vector(spec, operands)
     ranges = visits(
         spec,
         operands,
@@ -85,6 +98,7 @@ def backward(
             jnp.pad(high, more, constant_values=jnp.inf),
             jnp.pad(low, more),
             jnp.pad(row_term, more),
+            *([] if row_bias is None else [jnp.pad(row_bias, more)]),
             queries=tiles.queries,
         ),
         "ranges": ranges,
@@ -98,6 +112,9 @@ def backward(
         inputs["key_lengths"] = jnp.minimum(operands.key_lengths, spec.keys)
     if operands.query_offset is not None:
         inputs["query_offset"] = operands.query_offset
+    inputs |= backward_bias.arrays(spec, operands, tiles)
+    if spec.mask_shape is not None:
+        inputs |= backward_mask.arrays(spec, operands, tiles, ranges, blocks=count)
     if operands.scale is not None:
         inputs["scale"] = operands.scale
     if spec.dropout_rate > 0:
@@ -106,10 +123,13 @@ def backward(
             inputs["dropout_start"] = operands.dropout_start
     # About what the scale would be, so that float16 does not overflow; exact as a power of two.
     unit = 2.0 ** -(spec.head_dim.bit_length() // 2) if wants_scale else None
+    d_bias: list[Array] = []
     if tiles.apart:
         kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
         dk, dv = kernel.launch(spec, tiles, inputs, interpret=interpret)
-        dq = backward_queries.launch(spec, operands, inputs, unscaled=unit, interpret=interpret)
+        dq, *d_bias = backward_queries.launch(
+            spec, operands, inputs, unscaled=unit, wants_bias=wants_bias, interpret=interpret
+        )
     elif tiles.once:
         dk, dv, dq = backward_kernel.launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
     else:
@@ -137,11 +157,12 @@ def backward(
         dq[:, : spec.queries, :, : spec.head_dim],
         dk[:, : spec.keys, :, : spec.head_dim],
         dv[:, : spec.keys, :, : spec.value_dim],
+        *(x[:, :, : spec.queries, : spec.keys] for x in d_bias),
     )
 
 
 def in_two(top: Array, rest: Array) -> tuple[Array, Array]:
-    """top + rest, rounded, and what that leaves, in base 2; infinite and 0 of rows without keys."""
+    """top + rest, rounded, and what that leaves; infinite and 0 of rows without keys."""
     seen = top > -jnp.inf
     top = jnp.where(seen, top, 0)
     high = top + rest

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jattn.call.masking import hides_some
+from pallas_kernels.hopper import backward_mask
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.dropout import Words, marked
 from pallas_kernels.hopper.grid import Grid
@@ -29,6 +30,7 @@ __all__ = [
     "HIGH",
     "LOW",
     "ROW",
+    "ROW_BIAS",
     "ROW_TERM",
     "WGMMA",
     "Block",
@@ -41,7 +43,8 @@ __all__ = [
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a key
 COLUMN = WGMMA.reduce(0)  # one value a query
-HIGH, LOW, ROW_TERM = range(3)  # a query's vectors: its log-sum-exp in two, and its row term
+# A query's vectors: its log-sum-exp in two, its row term, and of some biases its own.
+HIGH, LOW, ROW_TERM, ROW_BIAS = range(4)
 
 
 class Block:
@@ -67,7 +70,14 @@ class Block:
         if shares.queries > 1:
             query_part, self.tile = divided(row, -(-spec.keys // tiles.keys))
         self.share = query_part * np.int32(shares.heads) + part
-        self.visits = Visits(*(refs.ranges[of, row, i] for i in range(4)))
+        self.list: Ref = None
+        if spec.mask_shape is not None:
+            self.list = backward_mask.list_of(spec, refs, self.batch, self.kv_head, self.tile)
+            total, mixed = self.list[0], self.list[1]
+            self.visits = Visits(0, total, mixed, total)
+            self.heads = 1  # the list is of all of them
+        else:
+            self.visits = Visits(*(refs.ranges[of, row, i] for i in range(4)))
         # Whether log-sum-exps of the group's heads have a second part that counts.
         self.in_two = refs.in_two[self.batch, self.kv_head] > 0
 
@@ -92,6 +102,12 @@ class Block:
     def masked(self) -> bool:
         """Whether some visit needs an element mask."""
         return hides_some(self.spec) or self.spec.keys % self.tiles.keys != 0
+
+    def located(self, h: Array, i: Array) -> tuple[Array, Array]:
+        """Visit i of head h: the head, counted from the first, and the block of queries."""
+        if self.list is None:
+            return h, self.visited(i)
+        return divided(self.list[i + 2], self.refs.rows.shape[2])
 
     def visited(self, i: Array) -> Array:
         """The i-th block of queries that is visited: those that need an element mask come first."""
@@ -140,6 +156,8 @@ class Block:
                 p = jnp.where(key <= query + spec.band.upper, p, 0.0)
             if spec.band.lower is not None:
                 p = jnp.where(key >= query + spec.band.lower, p, 0.0)
+        if "w_smem" in vars(refs):
+            p = jnp.where(backward_mask.seen_by(seam, refs, own, slot, shape), p, 0.0)
         if spec.has_key_lengths or spec.keys % self.tiles.keys:
             length = refs.key_lengths[self.batch] if spec.has_key_lengths else spec.keys
             p = jnp.where(key < length, p, 0.0)

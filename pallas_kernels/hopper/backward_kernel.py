@@ -41,6 +41,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper import backward_bias, backward_mask
 from pallas_kernels.hopper.backward_block import (
     HIGH,
     LOW,
@@ -54,11 +55,12 @@ from pallas_kernels.hopper.backward_block import (
     key_gradients,
 )
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
+from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.plain import in_both_ways, named
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
-from pallas_kernels.hopper.softmax import across, logits
+from pallas_kernels.hopper.softmax import LOG2E, across, logits
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.warpgroups import run
 
@@ -153,16 +155,17 @@ def _scratch(
 
     # Both operands of a product have one swizzle, and columns of dQ are shared in whole tiles.
     swizzle = dq_swizzle(head) if makes_dq and queries == ROWS else None
+    arrivals = 3 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
+    of_mask = backward_mask.scratch(spec, tiles)
+    arrivals += len(of_mask)
     scratch = {
         "k_smem": matrix(tiles.keys, head, swizzle=swizzle),
         "v_smem": matrix(tiles.keys, value),
         "q_smem": matrix(stages, queries, head, swizzle=swizzle),
         "do_smem": matrix(stages, queries, value),
-        "rows_smem": plgpu.SMEM((stages, 3, queries), jnp.float32),
+        "rows_smem": plgpu.SMEM((stages, 3 + (form_of(spec) == "rows"), queries), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
-        "full": plgpu.Barrier(
-            num_arrivals=3 + spec.has_segments + (spec.dropout_rate > 0), num_barriers=stages
-        ),
+        "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
         "both": plgpu.Barrier(num_arrivals=w),
     }
@@ -179,6 +182,7 @@ def _scratch(
             own = min(128, gcd(*shares) * jnp.dtype(dtype).itemsize)
             for number, columns in enumerate(shares):
                 scratch[f"dq{number}_smem"] = matrix(ROWS, columns, dtype=dtype, swizzle=own)
+    scratch |= backward_bias.scratch(spec, tiles) | of_mask
     if banded(spec):
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.dropout_rate > 0:
@@ -202,8 +206,8 @@ def _load(block: Block) -> None:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
 
     def fetch(n: Array) -> None:
-        head = block.first_head + quotient(n, visit.count)
-        at = block.visited(remainder(n, visit.count))
+        h, at = block.located(quotient(n, visit.count), remainder(n, visit.count))
+        head = block.first_head + h
         queries = pl.ds(at * tiles.queries, tiles.queries)
         slot = remainder(n, tiles.stages)
         plgpu.barrier_wait(refs.free.at[slot])
@@ -218,6 +222,11 @@ def _load(block: Block) -> None:
             copy(refs.words.at[batch, words_head(spec, head), at], refs.words_smem)
         if spec.has_segments:
             copy(refs.query_segments.at[batch, queries], refs.q_segments)
+        backward_bias.copies(block, copy, head, at)
+        if "w_smem" in vars(refs):
+            copy(
+                backward_mask.words_at(spec, tiles, refs, batch, head, block.tile, at), refs.w_smem
+            )
 
     each(0, visit.count * block.heads, fetch)
     for slot in range(tiles.stages):
@@ -357,15 +366,22 @@ def _step(
     hidden = lax.shift_right_logical(n, np.int32(30))
     k, v = (x.at[pl.ds((warpgroup + hidden) * ROWS, ROWS)] for x in (refs.k_smem, refs.v_smem))
     q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
-    first_query = block.visited(i) * tiles.queries
+    h, at = block.located(h, i)
+    first_query = at * tiles.queries
 
     def gradients(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
         seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
         seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
-        capped = spec.logits_soft_cap is not None
+        capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
         s = seam.wait(s_acc, in_flight=0 if capped else 1)
         x, c = logits(spec, block.scale, s)
-        p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
+        if has_bias:
+            lse = block.row(refs.rows_smem.at[slot, HIGH])
+            p = jnp.exp2((backward_bias.added(block, warpgroup, slot, x, c) - lse) * LOG2E)
+            if spec.has_query_lengths:  # of a query past one, the bias may be no number
+                p = jnp.where(lse < jnp.inf, p, 0.0)
+        else:
+            p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
         if masked:
             p = block.hide(p, warpgroup * ROWS, first_query, slot)
         if spec.dropout_rate > 0:
@@ -385,7 +401,7 @@ def _step(
             p = p if capped else kept(p)
         else:
             ds = slope * (dp - row_term)
-        if masked:  # a hidden value may be so large that dP is infinite
+        if masked or has_bias:  # a hidden value may be so large that dP is infinite
             ds = jnp.where(unseen, 0.0, ds)
         return p.astype(spec.dtype), ds.astype(spec.dtype)
 
@@ -440,7 +456,7 @@ def _step(
     dq = accumulator("dq", (ROWS, own), products)
     if tiles.in_fragments:
         place = (block.batch * spec.heads + block.first_head + h) * refs.rows.shape[2]
-        part = (place + block.visited(i)) * tiles.warpgroups + warpgroup
+        part = (place + at) * tiles.warpgroups + warpgroup
         seam.add_fragment(dq, refs.dq, part)
     else:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -18,8 +18,12 @@ done):
 
     q_smem, do_smem    (W, 64, H), (W, 64, D)         rows_full[w]       dQ goes out through Q
     rows_smem          (W, 3, 64)
+    b_smem             of a bias, see `bias.py`       b_full[slot], b_free[slot]
     k_smem             (key slots, keys, H)           k_full[slot], k_free[slot]
     v_smem             (stages, keys, D)              v_full[slot], v_free[slot]
+
+The gradient of a bias that nothing shares is dS itself: it goes out through the slot in which its
+block of the bias came, and zeros go where no block is visited.
 """
 
 from __future__ import annotations
@@ -37,8 +41,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jattn.call.masking import hides_some
-from pallas_kernels.hopper.backward_block import ROW_TERM
+from pallas_kernels.hopper import bias
+from pallas_kernels.hopper.backward_block import LOW, ROW_BIAS, ROW_TERM
+from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.dense_mask import mask_arrays, words_of
 from pallas_kernels.hopper.dropout import (
     Words,
     dropout_inputs,
@@ -52,7 +59,7 @@ from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.segments import segment_arrays
-from pallas_kernels.hopper.softmax import across, logits, scale_of
+from pallas_kernels.hopper.softmax import LN2, LOG2E, across, logits, scale_of
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY, Tiles
 from pallas_kernels.hopper.warpgroups import run
 
@@ -71,10 +78,13 @@ def launch(
     inputs: dict[str, Array],
     *,
     unscaled: float | None = None,
+    wants_bias: bool = False,
     tiles: QueryTiles | None = None,
     interpret: bool,
-) -> Array:
-    """dQ (B, T, N, H) in the call's dtype.
+) -> tuple[Array, ...]:
+    """dQ (B, T, N, H) in the call's dtype, and the bias's gradient if it is wanted.
+
+    That is (B, N, T, S) in the bias's dtype, T and S in sizes that can be copied in tiles.
 
     unscaled: what dS K is multiplied by instead of the scale.
 
@@ -94,13 +104,21 @@ def launch(
             inputs[name] = getattr(operands, name)
     if spec.has_segments:
         inputs |= segment_arrays(plan, operands)
+    if has_ring(spec):
+        inputs |= bias.bias_arrays(plan, operands)
+    if spec.mask_shape is not None:
+        inputs |= mask_arrays(plan, operands)
     if operands.scale is not None:
         inputs["scale"] = operands.scale
     inputs |= dropout_inputs(spec, operands)
     widths = {"s": tiles.keys, "dp": tiles.keys, "dq": head}
     scratch = _scratch(plan, tiles, head, value)
     scratch |= seam.stand_ins({x: (tiles.warpgroups, ROWS, size) for x, size in widths.items()})
-    names = [*inputs, "dq", *scratch]
+    out_type = [jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype)]
+    if wants_bias:
+        shape = (spec.batch, spec.heads, *inputs["bias"].shape[2:])
+        out_type.append(jax.ShapeDtypeStruct(shape, spec.bias_dtype))
+    names = [*inputs, "dq", *(["d_bias"] if wants_bias else []), *scratch]
     assert tiles.registers is not None
     most, least = tiles.registers
 
@@ -124,10 +142,10 @@ def launch(
             plgpu.set_max_registers(least, action="decrease")
             _load(plan, tiles, refs, work, steps)
 
-    return run(  # type: ignore[no-any-return]
+    found: list[Array] = run(
         kernel,
         inputs,
-        out_type=jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype),
+        out_type=out_type,
         scratch_types=list(scratch.values()),
         grid=(plan.blocks,),
         grid_names=("block",),
@@ -135,6 +153,7 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -161,12 +180,15 @@ def choose_query_tiles(spec: AttentionSpec, head: int, value: int) -> QueryTiles
         # 128: causal 789, 714; full 783. No overlap: causal 652 at 4k. 256: causal 800, 728; full
         # 757; beside its dQ there are no registers for a dS that waits.
         keys, overlap = 64, width <= 192
-    for key_slots, stages in ((4, 3), (3, 2), (2, 1), (1, 1)):
+    # A bias takes registers that a block of 128 keys leaves none of.
+    keys = 64 if form_of(spec) == "whole" else keys
+    tiles = QueryTiles(w, keys, 1, query_slots=w, overlap=overlap, key_slots=1)
+    vectors = 1024 * (2 + 2 * spec.has_segments)  # each in a kilobyte of its own
+    for key_slots, stages in ((4, 3), (3, 2), (2, 1)):
         blocks = keys * (key_slots * head + stages * value) + w * ROWS * (head + value)
-        vectors = 1024 * (2 + 2 * spec.has_segments)  # each in a kilobyte of its own
-        if blocks * 2 + vectors <= SHARED_MEMORY:
-            break
-    return QueryTiles(w, keys, stages, query_slots=w, overlap=overlap, key_slots=key_slots)
+        if blocks * 2 + vectors + tiles.bias_bytes(spec) <= SHARED_MEMORY:
+            return replace(tiles, key_slots=key_slots, stages=stages)
+    return tiles
 
 
 def plan_of(spec: AttentionSpec, tiles: QueryTiles) -> Plan:
@@ -184,13 +206,15 @@ def _scratch(plan: Plan, tiles: QueryTiles, head: int, value: int) -> dict[str, 
         "do_smem": matrix(dtype, w, ROWS, value),
         "k_smem": matrix(dtype, key_slots, tiles.keys, head),
         "v_smem": matrix(dtype, stages, tiles.keys, value),
-        "rows_smem": plgpu.SMEM((w, 3, ROWS), jnp.float32),
+        "rows_smem": plgpu.SMEM((w, 3 + (form_of(spec) == "rows"), ROWS), jnp.float32),
         "rows_full": ring(w, 3 + spec.has_segments),
         "k_full": ring(key_slots, 1 + spec.has_segments),
         "k_free": ring(key_slots, w),
         "v_full": ring(stages, 1),
         "v_free": ring(stages, w),
     }
+    if has_ring(spec):
+        scratch |= bias.scratch(plan)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((w, ROWS), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((key_slots, tiles.keys), jnp.int32)
@@ -221,6 +245,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         if plan.spec.has_segments:
             ids = refs.key_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.k_segments.at[slot], full)
+        bias.load_block(plan, refs, work, steps.stop - 1 - i, i)
         slot = remainder(i, tiles.stages)
         plgpu.barrier_wait(refs.v_free.at[slot])
         plgpu.copy_gmem_to_smem(
@@ -232,6 +257,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         plgpu.barrier_wait(refs.k_free.at[slot])
     for slot in range(tiles.stages):
         plgpu.barrier_wait(refs.v_free.at[slot])
+    bias.drain(plan, refs)
 
 
 @dataclass(frozen=True)
@@ -258,14 +284,20 @@ class Rows:
             plgpu.barrier_arrive(refs.k_free.at[slot])
         for slot in range(tiles.stages):
             plgpu.barrier_arrive(refs.v_free.at[slot])
+        bias.start(self.plan, refs)
         plgpu.barrier_wait(refs.rows_full.at[number])
         dq = self.accumulator(self.visit_all, "dq", refs.q_smem.shape[-1])
         q_smem = refs.q_smem.at[number]
+        if self.writes_bias:
+            self.end_bias()
         scale = self.scale if unscaled is None else unscaled
         if self.words is not None:
             scale = scale * kept_factor(self.plan.spec)
-        factor = jnp.exp2(-self.seam.load(refs.rows_smem.at[number, 1], ROW))
-        dq = dq * across(factor * scale, dq.shape[1])
+        if self.writes_bias:  # whose weights are of both parts
+            dq = dq * scale
+        else:
+            factor = jnp.exp2(-self.seam.load(refs.rows_smem.at[number, 1], ROW))
+            dq = dq * across(factor * scale, dq.shape[1])
         q_smem[...] = dq.astype(self.plan.spec.dtype)
         plgpu.commit_smem()
         rows = pl.ds(self.work.query + number * ROWS, ROWS)
@@ -313,28 +345,42 @@ class Rows:
             seam.matmul_into(dp_acc, refs.do_smem.at[number], refs.v_smem.at[v_slot].T)
             if before is not None:
                 seam.matmul_into(dq_acc, before, refs.k_smem.at[self.k_slot(i - 1)])
+            words = self.mask_words(i, masked=masked)
             s = seam.layout(seam.wait(s_acc, in_flight=1 + late), WGMMA)
             x, c = logits(spec, self.scale, s)
             slope = None if spec.logits_soft_cap is None else 1 - x * x
+            has_bias = spec.bias_shape is not None
+            if has_bias:
+                x, c = self.with_bias(i, x, c), LOG2E
             if masked:
-                x = hide(self.plan, seam, refs, self.work, self.steps, self.warpgroup, x, i, k_slot)
-            p = jnp.exp2(x * c - self.row(refs.rows_smem.at[self.warpgroup.number, 0]))
+                x = hide(
+                    self.plan, seam, refs, self.work, self.steps, self.warpgroup, x, i, k_slot,
+                    words,
+                )  # fmt: skip
+            lse = refs.rows_smem.at[self.warpgroup.number, 0]
+            exponent = (x - self.row(lse)) * c if has_bias else x * c - self.row(lse)
+            if self.writes_bias:
+                exponent -= self.row(refs.rows_smem.at[self.warpgroup.number, LOW])
+            p = jnp.exp2(exponent)
             if self.words is not None:
                 first_key = self.steps.block(i) * self.tiles.keys
                 p = marked(spec, refs, self.words, first_key, p, axis=1)
             hidden = p == 0
-            if slope is not None:
+            if slope is not None and not self.writes_bias:
                 p = p * slope  # d tanh(y) = 1 - tanh² y
             dp = seam.wait(dp_acc, in_flight=late)
             row_term = self.row(refs.rows_smem.at[self.warpgroup.number, ROW_TERM])
             dp = seam.layout(dp, WGMMA)
             ds = p * (dp - row_term) if self.words is None else kept(p) * dp - jnp.abs(p) * row_term
-            if masked:  # a hidden value may be so large that dP is infinite
+            if masked or has_bias:  # a hidden value may be so large that dP is infinite
                 ds = jnp.where(hidden, 0.0, ds)
             plgpu.barrier_arrive(refs.v_free.at[v_slot])
             if before is not None:
                 seam.drain(0)
                 plgpu.barrier_arrive(refs.k_free.at[self.k_slot(i - 1)])
+            if self.writes_bias:
+                self.write_bias(i, ds)
+                ds = ds if slope is None else ds * slope
             # Only now, or ptxas sees an operand written while a product is in flight (C7513).
             return ds.astype(spec.dtype)
 
@@ -349,6 +395,71 @@ class Rows:
         seam.drain(0)
         plgpu.barrier_arrive(refs.k_free.at[k_slot])
         return None
+
+    def with_bias(self, i: Array | int, x: Array, c: float) -> Array:
+        """The natural logits of the i-th block visited."""
+        number, refs = self.warpgroup.number, self.refs
+        if not has_ring(self.plan.spec):
+            return x * (c * LN2) + self.row(refs.rows_smem.at[number, ROW_BIAS])
+        keeps = self.writes_bias
+        if keeps and not isinstance(i, int):
+            self.release_bias(i - 1)
+        count = jnp.int32(i)
+        return bias.added(self.plan, self.seam, refs, number, count, x, c, keeps=keeps)
+
+    @property
+    def writes_bias(self) -> bool:
+        """Whether the bias's gradient is wanted."""
+        return "d_bias" in vars(self.refs)
+
+    def bias_slot(self, i: Array | int) -> tuple[Array, Ref]:
+        """The slot of the i-th block visited, and this warpgroup's rows of it."""
+        slot = remainder(i, self.tiles.bias_stages)
+        mine = pl.ds(self.warpgroup.number * ROWS, ROWS)
+        return slot, self.refs.b_smem.at[slot, mine]
+
+    def write_bias(self, i: Array | int, ds: Array) -> None:
+        """The i-th block's dS on its way to the bias's gradient."""
+        _, smem = self.bias_slot(i)
+        smem[...] = ds.astype(self.plan.spec.bias_dtype)
+        plgpu.commit_smem()
+        self.send_bias(smem, self.steps.block(i))
+
+    def send_bias(self, smem: Ref, block: Array) -> None:
+        keys = self.tiles.keys
+        rows = pl.ds(self.work.query + self.warpgroup.number * ROWS, ROWS)
+        place = (self.work.batch, self.work.head, rows, pl.ds(block * keys, keys))
+        plgpu.copy_smem_to_gmem(smem, self.refs.d_bias.at[place])
+
+    def release_bias(self, i: Array | int) -> None:
+        """The slot of the i-th block, whose dS has left it."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(self.refs.b_free.at[self.bias_slot(i)[0]])
+
+    def end_bias(self) -> None:
+        """The last slot, and zeros for the blocks that are not visited."""
+        steps = self.steps
+        last = steps.visits - 1
+        self.release_bias(last)
+        _, smem = self.bias_slot(last)
+        shape = (ROWS, self.tiles.keys)
+        zeros = self.seam.layout(jnp.zeros(shape, self.plan.spec.bias_dtype), WGMMA)
+        smem[...] = zeros
+        plgpu.commit_smem()
+        count = -(-self.refs.d_bias.shape[3] // self.tiles.keys)
+
+        def send(block: Array, _: None) -> None:
+            self.send_bias(smem, block)
+
+        for_each(0, steps.stop - steps.visits, send, None)
+        for_each(steps.stop, count, send, None)
+
+    def mask_words(self, i: Array | int, *, masked: bool) -> list[Array] | None:
+        """Those of a dense mask for the i-th block visited, if it needs an element mask."""
+        if self.plan.spec.mask_shape is None or not masked:
+            return None
+        number, block = self.warpgroup.number, self.steps.block(i)
+        return words_of(self.plan, self.seam, self.refs, self.work, number, block)
 
     def k_slot(self, i: Array | int) -> Array:
         return remainder(i, self.tiles.key_slots)

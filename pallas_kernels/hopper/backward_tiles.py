@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jattn.call.masking import hides_some
+from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
 from pallas_kernels.hopper.plain import needs_plain_rows
 from pallas_kernels.hopper.seam import swizzle_of
@@ -64,6 +65,8 @@ def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> Backwa
 
 def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:
     copies = spec.batch * spec.kv_heads
+    if spec.mask_shape is not None:
+        return WHOLE  # a tile's visits are a list of its own
     if copies * -(-spec.keys // tiles.keys) >= ENOUGH:
         return WHOLE
     columns = spec.head_dim + spec.value_dim
@@ -89,17 +92,23 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
         # 256: causal 481, 483, 357; full 495, 508, 439. dK and dV alone (four products): causal
         # 699, 651; full 682, 684; with two blocks of dO 647, 640; 666, 675. 192/128: causal 604.
         return BackwardTiles(64, stages=1, warpgroups=1, apart=True)
+    if form_of(spec) == "whole":
+        assert spec.bias_dtype is not None
+        return BackwardTiles(64, stages=3 if spec.bias_dtype.itemsize == 2 else 2, apart=True)
     if has_dq_apart(spec, deterministic=deterministic):
         narrow = head + value <= 128
-        if narrow and not (spec.has_segments or spec.logits_soft_cap is not None):
+        capped, added = spec.logits_soft_cap is not None, spec.bias_shape or spec.mask_shape
+        if narrow and not (spec.has_segments or capped or added):
             # Causal 444, 394, 266; full 414, 410, 340. Blocks of 64 queries: dK and dV alone 459
-            # against 556 at causal 4k. Segments or a soft cap would spill.
+            # against 556 at causal 4k. Segments, a soft cap, a bias or a mask would spill.
             return BackwardTiles(128, apart=True, tiles_first=full)
         # 128: causal 512, 477, 336; full 490, 490, 415. Soft cap, causal 4k: 360, and 295 by the
         # kernel for wide heads.
         # On an H100 with dV's product first, dQ's kernel and all: full 492, 449 (without 444, 437),
         # causal 483, 394 (488, 392).
         return BackwardTiles(64, stages=3, apart=True, values_first=full and even)
+    if head + value <= 128 and spec.mask_shape is not None:
+        return BackwardTiles(64, stages=3)  # blocks of 128 queries spill
     if head + value <= 128:
         # Causal 557, 460, 290; full 536, 526, 410. dS shared: causal 516, 432, 261.
         return BackwardTiles(128, tiles_first=full)
@@ -115,7 +124,8 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
 
 def by_rows(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     """Whether matrices are copied as plain rows, and no array is padded."""
-    return not tiles.apart and needs_plain_rows(spec)
+    # Blocks of 64 queries have a narrower swizzle, see `dq_swizzle`.
+    return not tiles.apart and tiles.queries > ROWS and needs_plain_rows(spec)
 
 
 def dq_swizzle(head: int) -> int:

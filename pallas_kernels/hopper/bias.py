@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.bias_form import form_of, padding
+from pallas_kernels.hopper.bias_form import form_of, has_ring, padding
 from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
@@ -42,21 +42,17 @@ __all__ = [
     "added",
     "bias_arrays",
     "drain",
-    "has_ring",
     "load_block",
     "load_rows",
     "scratch",
     "start",
+    "vectors",
+    "whole",
 ]
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 COLUMN = WGMMA.reduce(0)
-
-
-def has_ring(spec: AttentionSpec) -> bool:
-    """Whether some of the bias comes with each block of keys."""
-    return form_of(spec) in ("whole", "columns")
 
 
 def bias_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
@@ -68,16 +64,11 @@ def bias_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
     spec, bias, form = plan.spec, operands.bias, form_of(plan.spec)
     if bias is None:
         return {}
-    rows, heads, _, s = bias.shape
     if form == "whole":
-        more_t, more_s = padding(spec)
-        if (more_t, more_s) != (0, 0):
-            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more_t), (0, more_s)))
-        return {"bias": bias}
+        return {"bias": whole(spec, bias)}
     if form == "columns":
-        more_keys = -s % plan.tiles.keys
-        vector = bias.reshape(rows, heads, s).astype(jnp.float32)
-        return {"bias": jnp.pad(vector, ((0, 0), (0, 0), (0, more_keys)))}
+        return {"bias": vectors(bias, plan.tiles.keys)}
+    rows, heads, _, _ = bias.shape
     vector = jnp.broadcast_to(bias[..., 0].astype(jnp.float32), (rows, heads, spec.queries))
     vector = jnp.pad(vector, ((0, 0), (0, 0), (0, plan.queries * plan.query_tiles - spec.queries)))
     packs = max(1, heads // plan.pack)
@@ -85,6 +76,21 @@ def bias_arrays(plan: Plan, operands: Operands) -> dict[str, Array]:
     shape = (rows, packs, plan.pack, plan.query_tiles, plan.queries)
     vector = jnp.swapaxes(jnp.broadcast_to(vector, shape), 2, 3)
     return {"bias": vector.reshape(rows, packs, -1)}
+
+
+def whole(spec: AttentionSpec, bias: Array) -> Array:
+    """A bias (rows, N or 1, T, S) in sizes that can be copied in tiles."""
+    more_t, more_s = padding(spec)
+    if (more_t, more_s) == (0, 0):
+        return bias
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, more_t), (0, more_s)))
+
+
+def vectors(bias: Array, size: int) -> Array:
+    """A bias (rows, N or 1, 1, S) as float32 (rows, N or 1, blocks of this size)."""
+    rows, heads, _, s = bias.shape
+    vector = bias.reshape(rows, heads, s).astype(jnp.float32)
+    return jnp.pad(vector, ((0, 0), (0, 0), (0, -s % size)))
 
 
 def scratch(plan: Plan) -> dict[str, Any]:
@@ -169,9 +175,20 @@ def drain(plan: Plan, refs: Ref) -> None:
 
 
 def added(
-    plan: Plan, seam: Seam, refs: Ref, number: Array, count: Array, x: Array, c: float
+    plan: Plan,
+    seam: Seam,
+    refs: Ref,
+    number: Array,
+    count: Array,
+    x: Array,
+    c: float,
+    *,
+    keeps: bool = False,
 ) -> Array:
-    """The natural logits, x c in base 2 without the bias, of the block with this number."""
+    """The natural logits, x c in base 2 without the bias, of the block with this number.
+
+    keeps: the bias's slot stays the reader's.
+    """
     form, shape = form_of(plan.spec), x.shape
     factor = c * LN2
     x = x if factor == 1.0 else x * factor
@@ -185,5 +202,6 @@ def added(
         own = refs.b_smem.at[slot, pl.ds(number * ROWS, ROWS)]
         bias = seam.load(own, WGMMA).astype(jnp.float32)
     x = x + bias
-    plgpu.barrier_arrive(refs.b_free.at[slot])
+    if not keeps:
+        plgpu.barrier_arrive(refs.b_free.at[slot])
     return x

@@ -10,7 +10,15 @@ from pallas_kernels.hopper.copies import copyable, padded_width
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["Form", "copied_bytes", "form_of", "padding", "rows_share"]
+__all__ = [
+    "Form",
+    "copied_bytes",
+    "form_of",
+    "has_ring",
+    "padding",
+    "rows_share",
+    "writes_gradient",
+]
 
 type Form = Literal["whole", "columns", "rows"]
 
@@ -24,6 +32,17 @@ def form_of(spec: AttentionSpec) -> Form | None:
         return "rows"
     # One query's bias is all there is, also where several heads' queries make a tile.
     return "columns" if t == 1 and spec.queries > 1 else "whole"
+
+
+def has_ring(spec: AttentionSpec) -> bool:
+    """Whether some of the bias comes with each block of keys."""
+    return form_of(spec) in ("whole", "columns")
+
+
+def writes_gradient(spec: AttentionSpec) -> bool:
+    """Whether the kernel of dQ can write the gradient of the bias, which nothing shares."""
+    whole = (spec.batch, spec.heads, spec.queries, spec.keys)
+    return form_of(spec) == "whole" and spec.d_bias_shape == whole
 
 
 def rows_share(spec: AttentionSpec) -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
     from pallas_kernels.hopper.plan import Plan, Work
 
-__all__ = ["bounded", "list_of", "mask_arrays", "seen", "words_of"]
+__all__ = ["BITS", "bounded", "by_batch", "in_order", "list_of", "mask_arrays", "seen", "words_of"]
 
 BITS = 32  # keys of a word
 MOST_COMPARED = 512  # blocks of a tile that are put in order by comparing all with all
@@ -84,14 +84,23 @@ def _lists(plan: Plan, operands: Operands, words: Array) -> Array:
     every = some & every & (block >= clear_first) & (block < clear_stop)
     mixed = some & ~every
 
-    def after(flags: Array) -> Array:
-        """How many are set to the right of each."""
+    return in_order(mixed, every, from_right=True)
+
+
+def in_order(mixed: Array, clear: Array, *, from_right: bool) -> Array:
+    """Flags (.., .., .., blocks) as lists (.., .., .., 2 + blocks): see above."""
+    count = mixed.shape[3]
+    block = jnp.arange(count, dtype=jnp.int32).reshape(1, 1, 1, count)
+    some = mixed | clear
+
+    def before(flags: Array) -> Array:
+        """How many are set on the side from which the blocks come."""
         flags = flags.astype(jnp.int32)
-        return lax.cumsum(flags, axis=3, reverse=True) - flags
+        return lax.cumsum(flags, axis=3, reverse=from_right) - flags
 
     mixed_count = mixed.sum(axis=3, keepdims=True, dtype=jnp.int32)
     total = some.sum(axis=3, keepdims=True, dtype=jnp.int32)
-    place = jnp.where(mixed, after(mixed), mixed_count + after(every))
+    place = jnp.where(mixed, before(mixed), mixed_count + before(clear))
     place = jnp.where(some, place, count)
     if count <= MOST_COMPARED:
         at = place[..., None, :] == block[..., None]
@@ -122,12 +131,12 @@ def _ranges(plan: Plan, operands: Operands) -> list[Array]:
 def list_of(plan: Plan, refs: Ref, work: Work) -> Ref:
     """The tile's list, (2 + blocks,)."""
     spec = plan.spec
-    row = work.batch if _by_batch(spec) else spec.rows("mask").row(work.batch)
+    row = work.batch if by_batch(spec) else spec.rows("mask").row(work.batch)
     head = 0 if refs.mask_lists.shape[1] == 1 else work.head
     return refs.mask_lists.at[row, head, work.tile]
 
 
-def _by_batch(spec: AttentionSpec) -> bool:
+def by_batch(spec: AttentionSpec) -> bool:
     """Whether which blocks are visited depends on the batch row, whatever the mask."""
     lengths = spec.has_query_lengths or spec.has_key_lengths
     return lengths or spec.has_segments or spec.has_query_offset
@@ -138,7 +147,7 @@ def bounded(plan: Plan) -> bool:
     spec = plan.spec
     assert spec.mask_shape is not None
     past = spec.mask_shape[3] == 1 and spec.keys % plan.tiles.keys != 0
-    return past or _by_batch(spec) or spec.band != Band()
+    return past or by_batch(spec) or spec.band != Band()
 
 
 def words_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.bias_form import copied_bytes
+from pallas_kernels.hopper.bias_form import copied_bytes, form_of, writes_gradient
 from pallas_kernels.hopper.copies import padded_width
 
 if TYPE_CHECKING:
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "has_dq_apart",
+    "leaves_backward",
     "padded_width",
+    "portable_part",
     "refusals",
     "tangent_refusals",
     "words_bytes",
@@ -32,7 +34,8 @@ MOST_COPIED = 4 << 20  # bytes of a bias that ends within a tile, or as many as 
 def has_dq_apart(spec: AttentionSpec, *, deterministic: bool) -> bool:
     """Whether dQ has a kernel of its own, and no float32 array that thread blocks add to."""
     deterministic &= not writes_dq_once(spec)
-    return deterministic or _is_wide(spec) or spec.logits_soft_cap is not None
+    adds = spec.logits_soft_cap is None and spec.bias_shape is None
+    return deterministic or _is_wide(spec) or not adds
 
 
 def writes_dq_once(spec: AttentionSpec) -> bool:
@@ -41,7 +44,24 @@ def writes_dq_once(spec: AttentionSpec) -> bool:
     Then dQ is neither added to what others made of it nor made by a kernel of its own.
     """
     is_one_tile = spec.keys <= KEYS_OF_A_BLOCK
-    return is_one_tile and not _is_wide(spec) and spec.logits_soft_cap is None
+    adds = spec.logits_soft_cap is None and spec.bias_shape is None
+    return is_one_tile and not _is_wide(spec) and adds
+
+
+def leaves_backward(spec: AttentionSpec, *, wants_bias: bool) -> bool:
+    """Whether the portable kernels make all gradients of a call that Hopper's forward takes."""
+    if spec.bias_shape is None:
+        return spec.mask_shape is not None and _is_wide(spec)
+    return _is_wide(spec) or (wants_bias and form_of(spec) != "whole")
+
+
+def portable_part(spec: AttentionSpec) -> str:
+    """What of a call's gradients the portable kernels make, in words; empty if nothing."""
+    if leaves_backward(spec, wants_bias=False):
+        return "gradients"
+    if leaves_backward(spec, wants_bias=True):
+        return "gradients, if the bias's is wanted"
+    return "the bias's gradient" if spec.bias_shape and not writes_gradient(spec) else ""
 
 
 def words_bytes(spec: AttentionSpec) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jattn.call.row_arrays import BackwardRows
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["backward", "backward_tiles", "forward"]
+__all__ = ["backward", "backward_tiles", "forward", "whole_bias_gradient"]
 
 forward = flash_forward.forward
 
@@ -68,3 +68,11 @@ def backward(
     if way == "rows":
         return *found, summed(spec, by_queries["row_sums"][..., None])
     return *found, summed(spec, by_keys["column_sums"][:, :, None])
+
+
+def whole_bias_gradient(
+    spec: AttentionSpec, operands: Operands, rows: BackwardRows, *, interpret: bool
+) -> Array:
+    """The bias's alone, of one with queries and keys of its own; the arguments are `backward`'s."""
+    inputs = backward_inputs(spec, operands, rows)
+    return bias_gradient(spec, inputs, bias_tiles(spec), interpret=interpret)

@@ -64,6 +64,7 @@ CASES = [
     *(Long(f"mask_{h}", head_dim=h, mask="11TS") for h in WIDTHS),
     Long("mask_keys", mask="B11S", causal=True),
     Long("mask_dropout_64", head_dim=64, mask="1NTS", dropout=0.1),
+    Long("mask_ragged_64", head_dim=64, queries=1001, keys=2043, mask="11TS"),
     Long("narrow", head_dim=40, causal=True),
     Long("vision", batch=8, queries=577, keys=577, head_dim=64),
     Long("vision_72", batch=8, queries=729, keys=729, head_dim=72),
@@ -106,17 +107,22 @@ BIASES = [
             ("soft_cap_sinks", {"kv_heads": 4, "soft_cap": 50.0, "sinks": True}),
         )
     ),
+    *(
+        Long(f"bias_own_{dtype}_{h}", head_dim=h, bias="1NTS", bias_dtype=dtype, causal=True)
+        for h in (64, 128)
+        for dtype in ("bfloat16", "float32")
+    ),
     Long("bias_one_query", queries=1, keys=4096, kv_heads=4, bias="1N1S"),
 ]
-# What is compiled of each case, but gradients of dense masks, which are portable. "backward" is the
-# gradient without the forward it starts from, "deterministic" the same where that is computed in
-# another way, "tangent" that of all operands.
+# What is compiled of each case, but gradients that the portable kernels make. "backward" is the
+# gradient without the forward it starts from, "still" that without the bias's, "deterministic" the
+# same where that is computed in another way, "tangent" that of all operands.
 CALLS = [
     *(
         (case, direction)
         for direction in ("forward", "backward")
         for case in CASES
-        if not (case.mask and direction == "backward")
+        if not (case.mask and case.head_dim > 128 and direction == "backward")
     ),
     *(
         (case, "deterministic")
@@ -126,6 +132,8 @@ CALLS = [
     ),
     *((case, "tangent") for case in CASES if case.name in OF_TANGENTS),
     *((case, "forward") for case in BIASES),
+    *((case, "still") for case in BIASES if case.head_dim <= 128),
+    *((case, "backward") for case in BIASES if case.name.startswith("bias_own")),
 ]
 
 # ptxas: "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to
@@ -167,7 +175,8 @@ def call(case: Case) -> tuple[Callable[..., Any], tuple[Any, Any]]:
         floats["scale"] = jax.ShapeDtypeStruct((), "float32")
 
     def attend(floats: Any, rest: Any) -> Any:
-        return jattn.flash_attention(**floats, **rest, **options, return_residual=True)
+        given = floats | {name: x for name, x in rest.items() if x is not None}
+        return jattn.flash_attention(**given, **options, return_residual=True)
 
     return attend, (floats, rest)
 
@@ -177,6 +186,14 @@ def of_direction(
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if direction == "forward":
         return function, shapes
+    if direction == "still":
+        floats, rest = shapes
+
+        def beside(floats: Any, rest: Any) -> Any:
+            return function(floats | {"bias": rest["bias"]}, rest | {"bias": None})
+
+        moved = {name: x for name, x in floats.items() if name != "bias"}
+        return of_direction("backward", beside, (moved, rest | {"bias": floats["bias"]}))
     if direction == "tangent":
         floats, rest = shapes
 
