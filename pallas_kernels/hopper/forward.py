@@ -117,7 +117,10 @@ def forward(
             inputs["sinks"] = sinks
     out, sums = _launch(plan, inputs, interpret=interpret)
     out = out[..., : spec.queries, :, : spec.value_dim]
-    top, total = (jnp.swapaxes(sums[..., i, : spec.queries], -2, -1) for i in range(2))
+    if plan.heads_in_rows:
+        top, total = (sums[..., i, :] for i in range(2))
+    else:
+        top, total = (jnp.swapaxes(sums[..., i, : spec.queries], -2, -1) for i in range(2))
     rest = jnp.log(jnp.where(total == 0, 1, total))
     if plan.in_parts:
         return combine(spec, out, top, rest, unit=unit(spec), sinks=sinks)
@@ -146,6 +149,8 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
     out_shape: tuple[int, ...] = (spec.batch, rows, spec.heads, columns)
     # Whole tiles: a copy of one dimension is not cut at the end of a row.
     row_shape: tuple[int, ...] = (spec.batch, spec.heads, 2, plan.query_tiles * plan.queries)
+    if plan.heads_in_rows:
+        row_shape = (spec.batch, spec.queries, 2, spec.heads)
     out_dtype = spec.dtype
     if plan.in_parts:
         out_shape, row_shape = (plan.splits, *out_shape), (plan.splits, *row_shape)

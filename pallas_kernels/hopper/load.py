@@ -82,12 +82,19 @@ def query_slot(plan: Plan, turn: Array | int, w: Array | int) -> Any:
 
 
 def copies(plan: Plan) -> int:
-    """Heads that one warpgroup's rows hold, each of which is a copy of its own."""
+    """Copies of one warpgroup's rows: of each head that it holds, or each query of all of them."""
+    if plan.heads_in_rows:
+        return plan.queries
     return max(1, plan.pack // plan.tiles.warpgroups)
 
 
 def query_parts(plan: Plan, work: Work, w: int | Array) -> list[tuple[Any, Any, Any]]:
-    """(rows of shared memory, queries, head) of each copy that fills or empties a warpgroup."""
+    """(rows of shared memory, queries, heads) of each copy that fills or empties a warpgroup."""
+    if plan.heads_in_rows:
+        heads = pl.ds(work.head, plan.pack)
+        return [
+            (pl.ds(t * plan.pack, plan.pack), work.query + t, heads) for t in range(plan.queries)
+        ]
     rows = min(ROWS, plan.queries)
     first = w * ROWS
     if isinstance(w, int):

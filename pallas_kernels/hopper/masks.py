@@ -139,7 +139,11 @@ def hide(
     if words is not None and not bounded(plan):
         return jnp.where(dense_seen(words, own, key), s, -jnp.inf)
     row = warpgroup.rows(seam)
-    query = work.query + (row if plan.pack == 1 else row & (plan.queries - 1))
+    if plan.heads_in_rows:  # a power of two of them, or one query
+        row >>= (plan.pack if plan.queries > 1 else ROWS).bit_length() - 1
+    elif plan.pack > 1:
+        row &= plan.queries - 1
+    query = work.query + row
     intervals = intervals_of(plan, refs, work.batch)
 
     def of_rows(x: Array | int) -> Array:

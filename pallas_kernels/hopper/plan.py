@@ -5,6 +5,11 @@ A tile is `rows` query rows of one batch row: `pack` heads of one group (usually
 
     rows of a tile, pack 2:    head 0: t0, t0+1, ...    head 1: t0, t0+1, ...
 
+Of few queries and many heads that share keys, a tile holds as many heads as it has rows, so that
+keys are read once; a query's heads are then one copy:
+
+    heads in rows:             t0: head 0, head 1, ...  t1: head 0, head 1, ...
+
 The list of tiles goes through groups of heads whose keys and values fit in L2 together; in a group,
 longest tiles first. Either each tile is a thread block of its own, or the blocks are as many as the
 multiprocessors and each has its share of the list, made when the call is traced.
@@ -33,6 +38,7 @@ __all__ = ["Plan", "Work", "make_plan"]
 
 MULTIPROCESSORS = 132
 TILE_COST = 0.7  # of a tile's start and end, in visits to a block of keys
+LEAST_IN_ROWS = 8  # heads: so many are packed as well in the order of their queries
 JOIN = 3  # visits that pass while parts of split keys are joined
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
 INT32_MAX = 2**31 - 1
@@ -52,13 +58,18 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The launch of one call."""
+    """The launch of one call.
+
+    heads_in_rows: a tile's rows are the pack's heads of its first query, then of the next; it holds
+      all queries.
+    """
 
     spec: AttentionSpec
     tiles: Tiles
     pack: int
     splits: int
     blocks: int
+    heads_in_rows: bool = False
 
     @property
     def rows(self) -> int:
@@ -67,8 +78,8 @@ class Plan:
 
     @property
     def queries(self) -> int:
-        """Queries of a tile; a power of two if heads are packed."""
-        return self.rows // self.pack
+        """Queries of a tile; a power of two if heads are packed, but not in rows."""
+        return self.spec.queries if self.heads_in_rows else self.rows // self.pack
 
     @property
     def query_tiles(self) -> int:
@@ -209,6 +220,7 @@ def make_plan(
     spec: AttentionSpec, tiles: Tiles | None = None, *, multiprocessors: int = MULTIPROCESSORS
 ) -> Plan:
     """The plan of a call, with these tiles or the table's."""
+    in_rows = _heads_in_rows(spec) if tiles is None or tiles.warpgroups == 1 else 0
     packable = spec.group & -spec.group  # the largest power of two that divides it
     # With a dense mask a tile is of one head, and its blocks of keys are a list of their own.
     masked = spec.mask_shape is not None
@@ -217,11 +229,13 @@ def make_plan(
         pack = 1  # a tile has one vector beside a block of keys
     while pack > 1 and spec.queries * pack > 2 * ROWS:
         pack //= 2
+    pack = in_rows or pack
     chosen = tiles or choose_tiles(spec, rows=spec.queries * pack)
-    plan = _with_tiles(spec, chosen, pack)
+    plan = _with_tiles(spec, chosen, pack, heads_in_rows=in_rows > 0)
     if tiles is None and not masked and (2 * plan.works <= multiprocessors or plan.in_parts):
         # Too few tiles to fill the chip: the smallest, and the keys split among blocks.
-        plan = _with_tiles(spec, choose_tiles(spec, rows=1), pack)
+        smallest = choose_tiles(spec, rows=1)
+        plan = _with_tiles(spec, smallest, pack, heads_in_rows=in_rows > 0)
         blocks = max(1, -(-spec.keys // plan.tiles.keys))
         most = min(-(-blocks // 2), INT32_MAX // blocks)  # a share's first block is a quotient
         splits = max(1, min(multiprocessors // plan.works, most))
@@ -237,7 +251,22 @@ def make_plan(
     return replace(plan, tiles=fitted, blocks=multiprocessors if listed else plan.works)
 
 
-def _with_tiles(spec: AttentionSpec, tiles: Tiles, pack: int) -> Plan:
+def _heads_in_rows(spec: AttentionSpec) -> int:
+    """How many heads of a group fit in a tile's rows with all their queries; 0 if too few for it.
+
+    Whole rows of tiles: a multiple of 8, a power of two if a row's query has to be worked out.
+    """
+    others = spec.has_segments or spec.mask_shape is not None
+    if others or spec.bias_shape is not None or spec.dropout_rate > 0:
+        return 0  # each has arrays of its own in the other order
+    packs = (n for n in range(8, ROWS // max(spec.queries, 1) + 1, 8) if spec.group % n == 0)
+    pack = max((n for n in packs if spec.queries == 1 or n & (n - 1) == 0), default=0)
+    return pack if pack > LEAST_IN_ROWS else 0
+
+
+def _with_tiles(spec: AttentionSpec, tiles: Tiles, pack: int, *, heads_in_rows: bool) -> Plan:
+    if heads_in_rows:
+        return Plan(spec, tiles, pack, splits=1, blocks=1, heads_in_rows=True)
     rows = tiles.warpgroups * ROWS
     if tiles.warpgroups == 3:
         pack = 1

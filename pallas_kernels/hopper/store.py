@@ -43,25 +43,27 @@ def store(
         factor *= kept_factor(plan.spec)
     if plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        smem, rows_of, place = refs.o_smem, refs.o_rows, number
+        smem, rows_of, slot = refs.o_smem, refs.o_rows, number
     else:
-        smem, rows_of, place = refs.q_smem, refs.q_rows, slot
+        smem, rows_of = refs.q_smem, refs.q_rows
     # Before O, beside whose rounding they are on their way.
     refs.sums_smem[number, 0] = softmax.m
     refs.sums_smem[number, 1] = softmax.l
     for piece, to in zip(o, smem, strict=True):
-        to[place] = (piece * across(factor, piece.shape[1])).astype(to.dtype)
+        to[slot] = (piece * across(factor, piece.shape[1])).astype(to.dtype)
     plgpu.commit_smem()
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
     for rows, queries, head in query_parts(plan, work, number):
         found = columns_of(rows_of, refs.out.shape[-1], work.batch * 0)
         for piece, columns in zip(rows_of, found, strict=True):
             out = refs.out.at[(*batch, queries, head, columns)]
-            plgpu.copy_smem_to_gmem(piece.at[place, rows], out)
+            plgpu.copy_smem_to_gmem(piece.at[slot, rows], out)
         # Together where they are whole rows of shared memory.
-        for i in [slice(None)] if copies(plan) == 1 else [0, 1]:
+        whole = copies(plan) == 1 and not plan.heads_in_rows
+        for i in [slice(None)] if whole else [0, 1]:
+            place = (queries, i, head) if plan.heads_in_rows else (head, i, queries)
             plgpu.copy_smem_to_gmem(
-                refs.sums_smem.at[number, i, rows], refs.sums.at[(*batch, head, i, queries)]
+                refs.sums_smem.at[number, i, rows], refs.sums.at[(*batch, *place)]
             )
     if not plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
