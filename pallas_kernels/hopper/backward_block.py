@@ -17,7 +17,7 @@ from pallas_kernels.hopper import backward_mask
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.dropout import Words, marked
 from pallas_kernels.hopper.grid import Grid
-from pallas_kernels.hopper.indices import divided
+from pallas_kernels.hopper.indices import divided, quotient, remainder
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import scale_of
 from pallas_kernels.hopper.tiles import ROWS
@@ -57,8 +57,11 @@ class Block:
         self.makes_dq = "dq" in vars(refs)
         place = grid.place()
         shares = tiles.shares
-        self.batch, self.tile = place["batch"], place["tile"]
-        self.kv_head, part = divided(place["head"], shares.heads)
+        self.batch, self.tile, head = place["batch"], place["tile"], place["head"]
+        if tiles.heads_together:
+            self.batch, lot = divided(self.batch, spec.kv_heads // tiles.heads_together)
+            head += lot * tiles.heads_together
+        self.kv_head, part = divided(head, shares.heads)
         self.heads = spec.group // shares.heads
         self.first_head = self.kv_head * spec.group
         if shares.heads > 1:
@@ -108,6 +111,14 @@ class Block:
         if self.list is None:
             return h, self.visited(i)
         return divided(self.list[i + 2], self.refs.rows.shape[2])
+
+    def visit(self, n: Array) -> tuple[Array, Array]:
+        """Which head of the group, and which of its visits, the n-th of all visits is."""
+        count = self.visits.count
+        if self.tiles.heads_inner:
+            i, h = divided(n, self.heads)
+            return h, count - 1 - i
+        return quotient(n, count), remainder(n, count)
 
     def visited(self, i: Array) -> Array:
         """The i-th block of queries that is visited: those that need an element mask come first."""
@@ -173,6 +184,9 @@ def grid_of(spec: AttentionSpec, tiles: BackwardTiles) -> Grid:
     shares = tiles.shares
     batch, head = ("batch", spec.batch), ("head", spec.kv_heads * shares.heads)
     tile = ("tile", shares.queries * -(-spec.keys // tiles.keys))
+    if tiles.heads_together:
+        lots = spec.kv_heads // tiles.heads_together
+        batch, head = ("batch", spec.batch * lots), ("head", tiles.heads_together)
     if shares.count > 1:  # few: the longest of all batch rows first
         return Grid((tile, batch, head))
     return Grid((batch, head, tile) if tiles.tiles_first else (batch, tile, head))

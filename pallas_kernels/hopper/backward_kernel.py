@@ -57,7 +57,7 @@ from pallas_kernels.hopper.backward_block import (
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
-from pallas_kernels.hopper.indices import quotient, remainder
+from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.plain import in_both_ways, named
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.softmax import LOG2E, across, logits
@@ -206,7 +206,7 @@ def _load(block: Block) -> None:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
 
     def fetch(n: Array) -> None:
-        h, at = block.located(quotient(n, visit.count), remainder(n, visit.count))
+        h, at = block.located(*block.visit(n))
         head = block.first_head + h
         queries = pl.ds(at * tiles.queries, tiles.queries)
         slot = remainder(n, tiles.stages)
@@ -278,19 +278,29 @@ def _visit_all(
     seam, visit = block.seam, block.visits
     step = partial(_step, block, warpgroup, accumulator, dk_acc, dv_acc)
 
+    def masked() -> Array:
+        # Where low parts count every visit is, so that the loop of most has less to do.
+        return jnp.where(block.in_two, visit.count, visit.masked)
+
+    def over_blocks(start: Any, stop: Any, **kind: bool) -> None:
+        each(start * block.heads, stop * block.heads, lambda n: step(n, *block.visit(n), **kind))
+
     def over_head(h: Array) -> None:
         def loop(start: Any, stop: Any, **kind: bool) -> None:
-            each(start, stop, lambda i: step(h, i, **kind))
+            each(start, stop, lambda i: step(h * visit.count + i, h, i, **kind))
 
         if not block.masked:
             loop(0, visit.count, masked=False, folds=True)
             return
-        # Where low parts count every visit is masked, so that the loop of most has less to do.
-        masked = jnp.where(block.in_two, visit.count, visit.masked)
-        loop(0, masked, masked=True, folds=True)
-        loop(masked, visit.count, masked=False, folds=False)
+        some = masked()
+        loop(0, some, masked=True, folds=True)
+        loop(some, visit.count, masked=False, folds=False)
 
-    if block.heads == 1:
+    if block.tiles.heads_inner:
+        clear = visit.count - masked()
+        over_blocks(0, clear, masked=False, folds=False)
+        over_blocks(clear, visit.count, masked=True, folds=True)
+    elif block.heads == 1:
         over_head(jnp.int32(0))
     else:
         each(0, block.heads, over_head)
@@ -346,19 +356,19 @@ def _step(
     accumulator: Any,
     dk_acc: Ref,
     dv_acc: Ref,
+    n: Array,
     h: Array,
     i: Array,
     *,
     masked: bool,
     folds: bool,
 ) -> None:
-    """Visit i of head h: one block of queries.
+    """Visit i of head h, the n-th of all: one block of queries.
 
     masked: it needs an element mask.
     folds: low parts of its log-sum-exps may count.
     """
     spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
-    n = h * block.visits.count + i
     slot = remainder(n, tiles.stages)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     # A zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is kept

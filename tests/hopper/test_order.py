@@ -1,0 +1,115 @@
+"""In whichever order thread blocks run and heads are visited, gradients are as exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import jattn
+from pallas_kernels.hopper import backward
+from pallas_kernels.hopper.backward_block import grid_of
+from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
+from pallas_kernels.hopper.shares import Shares
+from tests.cases import Case, chosen
+from tests.hopper.calls import Bottom, Half, spec_of
+from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+
+__all__ = ["hopper"]
+
+# Each with the heads side by side.
+ORDERS = {
+    Half("grouped", 1, 200, 200, 4, 2, 64, causal=True): 1,
+    Half("in_fragments", 2, 70, 150, 4, 4, 128, causal=True): 2,
+    Half("three_of_a_group", 1, 140, 270, 6, 2, 80, causal=True): 1,
+    Half("lengths", 2, 150, 300, 4, 2, 64, causal=True, query_lengths=(150, 70),
+         key_lengths=(0, 290)): 1,
+    Half("offsets", 2, 170, 270, 4, 2, 128, causal=True, offset=(-30, 160)): 1,
+    Bottom("bottom_right", 1, 130, 200, 4, 2, 64, sinks=True): 1,
+    Case("float16", 1, 300, 140, 4, 2, 64, dtype="float16", causal=True, scale=-0.2): 1,
+    Half("dropout", 1, 140, 150, 4, 2, 64, causal=True, dropout=0.2): 1,
+    Half("soft_cap", 1, 130, 150, 4, 2, 64, causal=True, soft_cap=5.0): 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def ordering(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has so many heads side by side, whatever would be chosen, and no tile shared."""
+
+    def force(together: int) -> None:
+        def forced(spec: Any, *, deterministic: bool) -> Any:
+            tiles = choose_backward_tiles(spec, deterministic=deterministic)
+            inner = spec.group > 1
+            return replace(tiles, shares=Shares(), heads_together=together, heads_inner=inner)
+
+        monkeypatch.setattr(backward, "choose_backward_tiles", forced)
+
+    return force
+
+
+@pytest.mark.parametrize("case", chosen(list(ORDERS), "grouped", "in_fragments"), ids=str)
+def test_interpreted_as_exact(case: Case, ordering: Callable[[int], None], seed: int) -> None:
+    ordering(ORDERS[case])
+    check(INTERPRETED, case, seed)
+
+
+@pytest.mark.thorough
+def test_deterministic_as_exact(ordering: Callable[[int], None], seed: int) -> None:
+    ordering(1)
+    with jattn.deterministic_gradients():
+        check(INTERPRETED, Half("", 1, 140, 150, 4, 2, 64, causal=True), seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", ORDERS, ids=str)
+def test_on_a_gpu_as_exact(
+    case: Case, ordering: Callable[[int], None], seed: int, *, deterministic: bool
+) -> None:
+    ordering(ORDERS[case])
+    with jattn.deterministic_gradients(deterministic):
+        check(FLASH, case, seed)
+
+
+@pytest.mark.parametrize(
+    ("case", "together", "inner"),
+    [
+        (Half("one_key_head", 2, 4096, 4096, 32, 1, 128, causal=True), 0, True),
+        (Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True), 4, True),
+        (Half("long", 1, 16384, 16384, 16, 16, 128, causal=True), 2, False),
+        (Half("odd", 1, 12345, 12345, 16, 16, 128, causal=True), 4, False),
+        (Half("middle", 4, 4096, 4096, 16, 16, 128, causal=True), 8, False),
+        (Half("short", 16, 1024, 1024, 16, 16, 128, causal=True), 0, False),
+        (Half("full", 2, 8192, 8192, 32, 8, 128), 0, False),
+        (Half("window", 1, 16384, 16384, 32, 8, 128, causal=True, window=(4095, 0)), 0, False),
+        (Half("packed", 1, 16384, 16384, 32, 8, 128, segments="sorted", causal=True), 0, False),
+        (Half("wide", 2, 8192, 8192, 8, 4, 256, causal=True), 0, False),
+        (Half("text", 2, 8192, 77, 8, 4, 128, causal=True), 0, False),
+    ],
+    ids=str,
+)
+def test_what_is_chosen(case: Case, together: int, inner: bool) -> None:
+    spec = spec_of(case)
+    tiles = choose_backward_tiles(spec, deterministic=False)
+    assert (tiles.heads_together, tiles.heads_inner) == (together, inner)
+    sizes = dict(grid_of(spec, tiles).axes)
+    count = -(-spec.keys // tiles.keys) * spec.batch * spec.kv_heads * tiles.shares.count
+    assert sizes["batch"] * sizes["tile"] * sizes["head"] == count
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_every_visit_of_every_head_is_made_once(heads: int) -> None:
+    from pallas_kernels.hopper.backward_block import Block
+    from pallas_kernels.hopper.visits import Visits
+
+    spec = spec_of(Half("", 1, 640, 640, heads, 1, 64, causal=True))
+    tiles = replace(choose_backward_tiles(spec, deterministic=False), heads_inner=heads > 1)
+    block: Any = object.__new__(Block)
+    block.tiles, block.heads, block.visits = tiles, heads, Visits(2, 5, 2, 5)
+    found = [tuple(map(int, block.visit(n))) for n in range(5 * heads)]
+    assert sorted(found) == [(h, i) for h in range(heads) for i in range(5)]
+    if heads > 1:  # those that need a mask, the first two blocks, come last
+        assert [i for _, i in found] == [i for i in (4, 3, 2, 1, 0) for _ in range(heads)]
