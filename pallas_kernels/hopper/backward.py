@@ -136,7 +136,7 @@ def backward(
         unit = None
         dq, dk, dv = _added(spec, tiles, inputs, interpret=interpret)
         if tiles.in_fragments and not interpret:
-            shape = (-(-spec.queries // 8) * 8, inputs["q"].shape[3])
+            shape = (inputs["q"].shape[1], inputs["q"].shape[3])
             if wants_scale:
                 dq = rounded(spec, dq, shape, jnp.float32, 1.0)
             else:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
 __all__ = [
+    "HALF",
     "HIGH",
     "LOW",
     "ROW",
@@ -40,6 +41,7 @@ __all__ = [
     "key_gradients",
 ]
 
+HALF = 64  # columns of 16 bits in one tile of the widest swizzle
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a key
 COLUMN = WGMMA.reduce(0)  # one value a query
@@ -84,22 +86,32 @@ class Block:
         # Whether log-sum-exps of the group's heads have a second part that counts.
         self.in_two = refs.in_two[self.batch, self.kv_head] > 0
 
-    def store(self, row: Array, *gradients: tuple[Array, Ref, Ref, Ref]) -> None:
+    def parts(self, ref: Ref, *slot: Array) -> list[Ref]:
+        """A matrix in shared memory, or in this slot of it, or its halves."""
+        if self.tiles.halves:
+            return [ref.at[(*slot, half)] for half in range(2)]
+        return [ref.at[slot] if slot else ref]
+
+    def columns(self, part: int) -> tuple[Any, ...]:
+        """The index of an array's columns that a part of a matrix holds, if it is not all."""
+        return (pl.ds(part * HALF, HALF),) if self.tiles.halves else ()
+
+    def store(self, row: Array, *gradients: tuple[Array, Ref, Ref, Ref, int]) -> None:
         """Gradients (64, columns) of the keys from this row on, or the share of them, on their way.
 
         Each with shared memory of its operand's size, which nothing reads any more, that as copies
-        name it, and its array.
+        name it, its array, and which part of the columns it is.
         """
         place = (self.batch, pl.ds(row, ROWS), self.kv_head)
         if self.tiles.shares.count > 1:
-            for gradient, _, _, gmem in gradients:
-                gmem[self.share, *place] = gradient
+            for gradient, _, _, gmem, part in gradients:
+                gmem[(self.share, *place, *self.columns(part))] = gradient
             return
-        for gradient, staging, _, _ in gradients:
+        for gradient, staging, _, _, _ in gradients:
             staging[...] = gradient.astype(self.spec.dtype)
         plgpu.commit_smem()
-        for _, _, staging, gmem in gradients:
-            plgpu.copy_smem_to_gmem(staging, gmem.at[place])
+        for _, _, staging, gmem, part in gradients:
+            plgpu.copy_smem_to_gmem(staging, gmem.at[(*place, *self.columns(part))])
 
     @property
     def masked(self) -> bool:

@@ -24,6 +24,7 @@ done; both for each slot of a ring):
 
     k_smem, v_smem (128, H), (128, D)                              kv_full
     q_smem, do_smem (stages, queries, H or D), rows_smem           full[slot], free[slot]
+    (of halves: (2, 128, 64), (stages, 2, queries, 64))
     ds_smem        (2, 128, queries)                               both: warpgroups are here
     dq_smem        for each, half of a block's dQ            waits for its own warpgroup's copy
 """
@@ -31,6 +32,7 @@ done; both for each slot of a ring):
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import backward_bias, backward_mask
 from pallas_kernels.hopper.backward_block import (
+    HALF,
     HIGH,
     LOW,
     ROW,
@@ -153,18 +156,24 @@ def _scratch(
     def matrix(*shape: int, dtype: Any = spec.dtype, swizzle: int | None = None) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype, swizzle))
 
+    def operand(*shape: int, swizzle: int | None = None) -> Any:
+        if tiles.halves:
+            shape = (*shape[:-2], 2, shape[-2], HALF)
+        return matrix(*shape, swizzle=swizzle)
+
     # Both operands of a product have one swizzle, and columns of dQ are shared in whole tiles.
     swizzle = dq_swizzle(head) if makes_dq and queries == ROWS else None
-    arrivals = 3 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
+    both = 4 if tiles.halves else 2  # copies of two matrices
+    arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
     of_mask = backward_mask.scratch(spec, tiles)
     arrivals += len(of_mask)
     scratch = {
-        "k_smem": matrix(tiles.keys, head, swizzle=swizzle),
-        "v_smem": matrix(tiles.keys, value),
-        "q_smem": matrix(stages, queries, head, swizzle=swizzle),
-        "do_smem": matrix(stages, queries, value),
+        "k_smem": operand(tiles.keys, head, swizzle=swizzle),
+        "v_smem": operand(tiles.keys, value),
+        "q_smem": operand(stages, queries, head, swizzle=swizzle),
+        "do_smem": operand(stages, queries, value),
         "rows_smem": plgpu.SMEM((stages, 3 + (form_of(spec) == "rows"), queries), jnp.float32),
-        "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
+        "kv_full": plgpu.Barrier(num_arrivals=both + banded(spec) + spec.has_segments),
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
         "both": plgpu.Barrier(num_arrivals=w),
@@ -198,8 +207,10 @@ def _load(block: Block) -> None:
     spec, tiles, refs = block.spec, block.tiles, block.refs
     batch, visit = block.batch, block.visits
     keys = pl.ds(block.tile * tiles.keys, tiles.keys)
-    plgpu.copy_gmem_to_smem(refs.k.at[batch, keys, block.kv_head], refs.k_rows, refs.kv_full)
-    plgpu.copy_gmem_to_smem(refs.v.at[batch, keys, block.kv_head], refs.v_rows, refs.kv_full)
+    for gmem, smem in ((refs.k, refs.k_rows), (refs.v, refs.v_rows)):
+        for i, part in enumerate(block.parts(smem)):
+            place = (batch, keys, block.kv_head, *block.columns(i))
+            plgpu.copy_gmem_to_smem(gmem.at[place], part, refs.kv_full)
     if banded(spec):
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, refs.kv_full)
     if spec.has_segments:
@@ -215,9 +226,14 @@ def _load(block: Block) -> None:
         def copy(source: Ref, place: Ref) -> None:
             plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
 
-        copy(refs.q.at[batch, queries, head], refs.q_rows)
+        def copy_matrix(source: Ref, place: Ref) -> None:
+            for i, part in enumerate(block.parts(place, slot)):
+                own = source.at[(batch, queries, head, *block.columns(i))]
+                plgpu.copy_gmem_to_smem(own, part, refs.full.at[slot])
+
+        copy_matrix(refs.q, refs.q_rows)
         copy(refs.rows.at[batch, head, at], refs.rows_smem)
-        copy(refs.do.at[batch, queries, head], refs.do_rows)
+        copy_matrix(refs.do, refs.do_rows)
         if spec.dropout_rate > 0:
             copy(refs.words.at[batch, words_head(spec, head), at], refs.words_smem)
         if spec.has_segments:
@@ -236,15 +252,15 @@ def _load(block: Block) -> None:
 def _compute(block: Block, warpgroup: Array | int) -> None:
     """A compute warpgroup: 64 keys of the tile."""
     tiles, seam, refs = block.tiles, block.seam, block.refs
-    head, value = refs.k_smem.shape[-1], refs.v_smem.shape[-1]
     for slot in range(tiles.stages):
         plgpu.barrier_arrive(refs.free.at[slot])
     plgpu.barrier_wait(refs.kv_full)
     accumulator = partial(_accumulator, seam, refs, warpgroup)
-    dk, dv = accumulator(
-        "dk", (ROWS, head),
-        lambda dk: accumulator(
-            "dv", (ROWS, value), lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv)
+    dk, dv = _with_parts(
+        block, accumulator, "dk", refs.k_smem,
+        lambda dk: _with_parts(
+            block, accumulator, "dv", refs.v_smem,
+            lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv),
         ),
     )  # fmt: skip
     plgpu.wait_smem_to_gmem(0)
@@ -252,29 +268,61 @@ def _compute(block: Block, warpgroup: Array | int) -> None:
         _meet(block)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     if block.spec.dropout_rate > 0:
-        dk, dv = dk * kept_factor(block.spec), dv * kept_factor(block.spec)
+        dk, dv = ([x * kept_factor(block.spec) for x in of] for of in (dk, dv))
+    dk = [x * block.scale for x in dk]
     row = block.tile * tiles.keys + warpgroup * ROWS
+    matrices = ((dk, refs.k_smem, refs.k_rows, refs.dk), (dv, refs.v_smem, refs.v_rows, refs.dv))
     block.store(
         row,
-        (dk * block.scale, refs.k_smem.at[mine], refs.k_rows.at[mine], refs.dk),
-        (dv, refs.v_smem.at[mine], refs.v_rows.at[mine], refs.dv),
+        *(
+            (x, smem.at[mine], rows.at[mine], gmem, i)
+            for gradient, own, own_rows, gmem in matrices
+            for i, (x, smem, rows) in enumerate(
+                zip(gradient, block.parts(own), block.parts(own_rows), strict=True)
+            )
+        ),
     )
     plgpu.wait_smem_to_gmem(0)
 
 
 def _accumulator(
-    seam: Seam, refs: Ref, warpgroup: Array | int, name: str, shape: tuple[int, int], body: Any
+    seam: Seam,
+    refs: Ref,
+    warpgroup: Array | int,
+    name: str,
+    shape: tuple[int, int],
+    body: Any,
+    first: int = 0,
 ) -> Any:
     stand_in = None
     if seam.interpret:
-        stand_in = getattr(refs, f"{name}_stand_in").at[warpgroup, :, pl.ds(0, shape[1])]
+        stand_in = getattr(refs, f"{name}_stand_in").at[warpgroup, :, pl.ds(first, shape[1])]
     return seam.with_accumulator(body, shape, stand_in)
 
 
+def _with_parts(
+    block: Block, accumulator: Any, name: str, operand: Ref, body: Any, *made: Ref
+) -> Any:
+    """body(an accumulator for each part of the operand's columns)."""
+    width = operand.shape[-1]
+    if len(made) == 1 + block.tiles.halves:
+        return body(made)
+    return accumulator(
+        name,
+        (ROWS, width),
+        lambda acc: _with_parts(block, accumulator, name, operand, body, *made, acc),
+        width * len(made),
+    )
+
+
 def _visit_all(
-    block: Block, warpgroup: Array | int, accumulator: Any, dk_acc: Ref, dv_acc: Ref
-) -> tuple[Array, Array]:
-    """Every visit of the tile in every head of the group; dK and dV."""
+    block: Block,
+    warpgroup: Array | int,
+    accumulator: Any,
+    dk_acc: tuple[Ref, ...],
+    dv_acc: tuple[Ref, ...],
+) -> tuple[list[Array], list[Array]]:
+    """Every visit of the tile in every head of the group; dK and dV, or the halves of them."""
     seam, visit = block.seam, block.visits
     step = partial(_step, block, warpgroup, accumulator, dk_acc, dv_acc)
 
@@ -304,7 +352,8 @@ def _visit_all(
         over_head(jnp.int32(0))
     else:
         each(0, block.heads, over_head)
-    return seam.wait(dk_acc, in_flight=0), seam.wait(dv_acc, in_flight=0)
+    dk, dv = ([seam.wait(x, in_flight=0) for x in accs] for accs in (dk_acc, dv_acc))
+    return dk, dv
 
 
 def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
@@ -329,8 +378,8 @@ def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
             row_term[...] = folded_term
             value = refs.do_smem.shape[-1]
             width = gcd(value, 64)
-            for column in range(0, value, width):
-                do = refs.do_smem.at[slot, rows, pl.ds(column, width)]
+            for part, column in product(block.parts(refs.do_smem, slot), range(0, value, width)):
+                do = part.at[rows, pl.ds(column, width)]
                 folded = seam.load(do, WGMMA).astype(jnp.float32) * across(factor, width)
                 if by_hand:
                     plgpu.commit_smem()
@@ -354,8 +403,8 @@ def _step(
     block: Block,
     warpgroup: Array | int,
     accumulator: Any,
-    dk_acc: Ref,
-    dv_acc: Ref,
+    dk_acc: tuple[Ref, ...],
+    dv_acc: tuple[Ref, ...],
     n: Array,
     h: Array,
     i: Array,
@@ -374,16 +423,28 @@ def _step(
     # A zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is kept
     # in two registers, 32 in all, which then spill.
     hidden = lax.shift_right_logical(n, np.int32(30))
-    k, v = (x.at[pl.ds((warpgroup + hidden) * ROWS, ROWS)] for x in (refs.k_smem, refs.v_smem))
-    q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
+    k, v = (
+        [x.at[pl.ds((warpgroup + hidden) * ROWS, ROWS)] for x in block.parts(smem)]
+        for smem in (refs.k_smem, refs.v_smem)
+    )
+    q, do = (block.parts(smem, slot) for smem in (refs.q_smem, refs.do_smem))
+
+    def sum_into(acc: Ref, a: list[Ref], b: list[Ref]) -> None:
+        for x, y in zip(a, b, strict=True):
+            seam.matmul_into(acc, x, y.T)
+
+    def each_into(accs: tuple[Ref, ...], a: Array | Ref, b: list[Ref]) -> None:
+        for acc, y in zip(accs, b, strict=True):
+            seam.matmul_into(acc, a, y)
+
     h, at = block.located(h, i)
     first_query = at * tiles.queries
 
     def gradients(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
-        seam.matmul_into(s_acc, k, q.T)  # Sᵀ = K Qᵀ
-        seam.matmul_into(dp_acc, v, do.T)  # dPᵀ = V dOᵀ
+        sum_into(s_acc, k, q)  # Sᵀ = K Qᵀ
+        sum_into(dp_acc, v, do)  # dPᵀ = V dOᵀ
         capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
-        s = seam.wait(s_acc, in_flight=0 if capped else 1)
+        s = seam.wait(s_acc, in_flight=0 if capped else len(v))
         x, c = logits(spec, block.scale, s)
         if has_bias:
             lse = block.row(refs.rows_smem.at[slot, HIGH])
@@ -403,8 +464,8 @@ def _step(
         elif first:
             seam.hold(p, hidden)
         if first:
-            seam.matmul_into(dv_acc, p.astype(spec.dtype), do)  # dV += Pᵀ dO
-        dp = seam.wait(dp_acc, in_flight=int(first))
+            each_into(dv_acc, p.astype(spec.dtype), do)  # dV += Pᵀ dO
+        dp = seam.wait(dp_acc, in_flight=len(dv_acc) if first else 0)
         row_term = block.row(refs.rows_smem.at[slot, ROW_TERM])
         if spec.dropout_rate > 0:
             ds = kept(slope) * dp - jnp.abs(slope) * row_term
@@ -425,8 +486,8 @@ def _step(
     )
     if not block.makes_dq:
         if not first:
-            seam.matmul_into(dv_acc, p, do)
-        seam.matmul_into(dk_acc, ds, q)  # dK += dSᵀ Q
+            each_into(dv_acc, p, do)
+        each_into(dk_acc, ds, q)  # dK += dSᵀ Q
         seam.drain(0)
         plgpu.barrier_arrive(refs.free.at[slot])
         return
@@ -437,7 +498,7 @@ def _step(
     else:
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.both)
-        seam.matmul_into(dv_acc, p, do)
+        each_into(dv_acc, p, do)
         plgpu.barrier_wait(refs.both)
 
     by_columns = tiles.queries == ROWS
@@ -457,11 +518,12 @@ def _step(
 
     def products(dq_acc: Ref) -> Array:
         if by_columns:
-            seam.matmul_into(dq_acc, ds_smem.T, refs.k_smem.at[:, columns])  # dQ = dS K
+            own_k = refs.k_smem.at[warpgroup if tiles.halves else (slice(None), columns)]
+            seam.matmul_into(dq_acc, ds_smem.T, own_k)  # dQ = dS K
         else:
             seam.matmul_into(dq_acc, ds_smem.at[:, mine].T, refs.k_smem)
-        seam.matmul_into(dk_acc, ds_smem.at[mine] if tiles.shared_ds else ds, q)  # dK += dSᵀ Q
-        return seam.wait(dq_acc, in_flight=1)
+        each_into(dk_acc, ds_smem.at[mine] if tiles.shared_ds else ds, q)  # dK += dSᵀ Q
+        return seam.wait(dq_acc, in_flight=len(dk_acc))
 
     dq = accumulator("dq", (ROWS, own), products)
     if tiles.in_fragments:
@@ -483,5 +545,6 @@ def _step(
             plgpu.copy_smem_to_gmem(dq_rows, gmem)
         else:
             seam.add(dq_smem, gmem)
-    seam.wait(dk_acc, in_flight=0)
+    for acc in dk_acc:
+        seam.wait(acc, in_flight=0)
     plgpu.barrier_arrive(refs.free.at[slot])

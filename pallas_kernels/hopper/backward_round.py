@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,6 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.instructions import from_fragments, load_fragment
+from pallas_kernels.hopper.plain import in_both_ways, named
 from pallas_kernels.hopper.seam import Ref, transforms
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.warpgroups import run
@@ -42,7 +42,7 @@ def rounded(
 
     dq: (B N blocks parts, 64 columns) float32 in fragment order: of each block of 64 queries, for
       each part of its columns.
-    shape: rows, a multiple of 8, and head.
+    shape: rows, and head; of no multiple of 8 rows only where the parts are one tile wide each.
     scale: a number, or (1 or B,) float32.
     """
     rows, head = shape
@@ -50,29 +50,39 @@ def rounded(
     parts = head // columns
     blocks = dq.shape[0] // (spec.batch * spec.heads * parts)
     grid = Grid((("batch", spec.batch), ("block", blocks), ("head", spec.heads)))
+    ragged = rows % 8 != 0
+    staged = (parts, ROWS, columns) if ragged else (ROWS, head)
+    own = transforms(staged[-1], dtype)
+    scratch = {"staging_smem": plgpu.SMEM(staged, dtype, transforms=own)}
+    if ragged:
+        scratch = in_both_ways(scratch, scratch, interpret=False)
     inputs = {"dq": dq} | ({} if isinstance(scale, float) else {"scale": scale})
 
     def kernel(*args: Ref) -> None:
-        refs = SimpleNamespace(**dict(zip([*inputs, "out", "staging"], args, strict=True)))
+        refs = named(scratch, [*inputs, "out", "staging_smem"], args)
         batch, block, of_head = (grid.place()[name] for name in ("batch", "block", "head"))
         factor = scale
         if not isinstance(scale, float):
             factor = refs.scale[batch if scale.shape[0] > 1 else 0]
         first = ((batch * spec.heads + of_head) * blocks + block) * parts
         loaded = [load_fragment(refs.dq, first + part, columns) for part in range(parts)]
+        out = refs.out.at[batch, pl.ds(block * ROWS, ROWS), of_head]
         for part, x in enumerate(loaded):
-            refs.staging[:, pl.ds(part * columns, columns)] = (x * factor).astype(dtype)
+            own = (part,) if ragged else (slice(None), pl.ds(part * columns, columns))
+            refs.staging_smem[own] = (x * factor).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            refs.staging, refs.out.at[batch, pl.ds(block * ROWS, ROWS), of_head]
-        )
+        if not ragged:
+            plgpu.copy_smem_to_gmem(refs.staging_rows, out)
+        for part in range(parts if ragged else 0):
+            own_columns = out.at[:, pl.ds(part * columns, columns)]
+            plgpu.copy_smem_to_gmem(refs.staging_rows.at[part], own_columns)
         plgpu.wait_smem_to_gmem(0)
 
     made: Array = run(
         kernel,
         inputs,
         out_type=jax.ShapeDtypeStruct((spec.batch, rows, spec.heads, head), dtype),
-        scratch_types=[plgpu.SMEM((ROWS, head), dtype, transforms=transforms(head, dtype))],
+        scratch_types=list(scratch.values()),
         **grid.launch,
         num_threads=1,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

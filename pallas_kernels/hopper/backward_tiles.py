@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
-from pallas_kernels.hopper.plain import needs_plain_rows
+from pallas_kernels.hopper.plain import has_plain_halves, needs_plain_rows
 from pallas_kernels.hopper.seam import swizzle_of
 from pallas_kernels.hopper.shares import ENOUGH, WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.tiles import ROWS
@@ -36,6 +36,7 @@ class BackwardTiles:
       first, so that tiles of all lengths are at one block at a time.
     once: dQ is written, not added: one thread block visits a block of queries.
     in_fragments: dQ is added from registers, to an array in their order (`instructions.py`).
+    halves: matrices are two halves of their columns, each one tile wide and copied as plain rows.
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     shares: the thread blocks that share a tile's work.
     """
@@ -50,6 +51,7 @@ class BackwardTiles:
     heads_inner: bool = False
     once: bool = False
     in_fragments: bool = False
+    halves: bool = False
     values_first: bool = False
     shares: Shares = WHOLE
 
@@ -65,7 +67,10 @@ def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> Backwa
     if not tiles.apart and writes_dq_once(spec):
         shared = tiles.shared_ds or tiles.in_fragments
         tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
-    tiles = replace(tiles, shares=_shares(spec, tiles))
+    # Beside the copies of dQ, which are in flight at `once`, the halves leave too few registers.
+    alone = not (tiles.apart or tiles.once) and spec.dropout_rate == 0
+    halves = alone and has_plain_halves(spec)
+    tiles = replace(tiles, shares=_shares(spec, tiles), halves=halves)
     return replace(tiles, **_order(spec, tiles))
 
 
@@ -158,7 +163,8 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
 def by_rows(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     """Whether matrices are copied as plain rows, and no array is padded."""
     # Blocks of 64 queries have a narrower swizzle, see `dq_swizzle`.
-    return not tiles.apart and tiles.queries > ROWS and needs_plain_rows(spec)
+    narrow = not tiles.apart and tiles.queries > ROWS and needs_plain_rows(spec)
+    return tiles.halves or narrow
 
 
 def dq_swizzle(head: int) -> int:

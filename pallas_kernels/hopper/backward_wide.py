@@ -339,5 +339,5 @@ def _finish(block: WideBlock, gradient: Array, smem: Ref, gmem: Ref) -> None:
         gradient = gradient * kept_factor(block.spec)
     plgpu.barrier_arrive(block.refs.done)
     plgpu.barrier_wait(block.refs.done)
-    block.store(block.key_start, (gradient, smem, smem, gmem))
+    block.store(block.key_start, (gradient, smem, smem, gmem, 0))
     plgpu.wait_smem_to_gmem(0)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "columns_of",
+    "has_plain_halves",
     "in_both_ways",
     "in_pieces",
     "named",
@@ -43,8 +44,16 @@ WIDTH = 64  # columns of 16 bits in the widest swizzle
 
 def needs_plain_rows(spec: AttentionSpec) -> bool:
     """Whether copies in tiles would need padded arrays, and plain rows of one piece need none."""
-    ragged = any(copyable(rows, 8) != rows for rows in (spec.queries, spec.keys))
-    return ragged and spec.head_dim == spec.value_dim == WIDTH
+    return _is_ragged(spec) and spec.head_dim == spec.value_dim == WIDTH
+
+
+def has_plain_halves(spec: AttentionSpec) -> bool:
+    """The same of two pieces."""
+    return _is_ragged(spec) and spec.head_dim == spec.value_dim == 2 * WIDTH
+
+
+def _is_ragged(spec: AttentionSpec) -> bool:
+    return any(copyable(rows, 8) != rows for rows in (spec.queries, spec.keys))
 
 
 def in_pieces(spec: AttentionSpec) -> bool:
@@ -56,8 +65,7 @@ def in_pieces(spec: AttentionSpec) -> bool:
     if spec.bias_shape is not None:
         return False
     dims = (spec.head_dim, spec.value_dim)
-    ragged = any(copyable(rows, 8) != rows for rows in (spec.queries, spec.keys))
-    return ragged or any(x < WIDTH or x % 16 or x % WIDTH == 48 for x in dims)
+    return _is_ragged(spec) or any(x < WIDTH or x % 16 or x % WIDTH == 48 for x in dims)
 
 
 def piece_columns(columns: int) -> tuple[int, ...]:
