@@ -67,38 +67,45 @@ def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> Backwa
     if not tiles.apart and writes_dq_once(spec):
         shared = tiles.shared_ds or tiles.in_fragments
         tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
-    # Beside the copies of dQ, which are in flight at `once`, the halves leave too few registers.
-    alone = not (tiles.apart or tiles.once) and spec.dropout_rate == 0
-    halves = alone and has_plain_halves(spec)
-    tiles = replace(tiles, shares=_shares(spec, tiles), halves=halves)
+    tiles = replace(tiles, shares=_shares(spec, tiles), halves=_halves(spec, tiles))
     return replace(tiles, **_order(spec, tiles))
+
+
+def _halves(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether what padding would copy takes longer than products of half as many columns."""
+    # Beside the copies of dQ, which are in flight at `once`, the halves leave too few registers.
+    others = spec.dropout_rate > 0 or spec.mask_shape is not None or spec.bias_shape is not None
+    alone = not (tiles.apart or tiles.once or others)
+    # ms on an H200, forward and backward, padded and in halves: T = 577, B 32, N 16, full 1.18,
+    # 0.88; 257, B 64, 0.96, 0.68; but 12,345, causal, 3.67, 3.90, 0.13 of which are the padding.
+    return alone and spec.keys <= SHORT and has_plain_halves(spec)
 
 
 # Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends.
 SIDE_BY_SIDE = 250
+SHORT = 2048  # keys
 
 
 def _order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     """What keeps Q, dO and dQ of the tiles that run at a time in L2.
 
-    Only where tiles end at the last query, wherever they begin. By a model of L2 (36 MiB, least
-    recently used) and of what waits for memory, of head dim 128: bytes moved, GB, and ms.
-
-        32 heads of one, B 2, T 4k      4.87, 1.86 (2.01 measured)    in this order 1.92, 1.32
-        32 heads of 8, B 2, T 8k        11.0, 5.7 (5.3 measured)      5.2, 4.8
-        16 heads, T 16k                 3.27, 4.66                    0.75, 4.60
-        16 heads, B 4, T 4k             0.70, 1.25                    0.40, 1.24
+    Only where tiles end at the last query, wherever they begin.
     """
+    # ms on an H200, forward and backward of head dim 128, with neither, heads inner, and both:
+    # 32 heads of one, B 2, T 4k, 2.00, 1.78; of 8, T 8k, 6.65, 6.18, 6.46; and of 16 heads of 16,
+    # with and without heads together, the least of 20 runs: 16k 5.82, 5.72, 8k 3.06, 3.03, 4k
+    # 1.680, 1.677; of head dim 64, 16k, 7.13, 7.08. With dQ apart no better: 32 heads of 8 7.01,
+    # 7.24, 7.20, 16 of 16 7.04, 7.08.
     band = spec.band
     one_way = band.upper is not None and band.lower is None and not spec.has_segments
-    if not one_way or tiles.warpgroups == 1 or tiles.once:
+    added = spec.mask_shape is not None or spec.bias_shape is not None
+    if not one_way or added or tiles.apart or tiles.once:
         return {}
-    found: dict[str, Any] = {"heads_inner": spec.group > tiles.shares.heads}
-    if tiles.shares.count == 1:
-        many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
-        divisors = (n for n in range(many, spec.kv_heads) if spec.kv_heads % n == 0)
-        found["heads_together"] = next(divisors, 0)
-    return found
+    if spec.group > 1:
+        return {"heads_inner": spec.group > tiles.shares.heads}
+    many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
+    divisors = (n for n in range(many, spec.kv_heads) if spec.kv_heads % n == 0)
+    return {"heads_together": next(divisors, 0) if tiles.shares.count == 1 else 0}
 
 
 def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:

@@ -32,6 +32,10 @@ Long = partial(
 )
 HEAD_DIMS = (64, 80, 96, 128, 160, 192, 256)
 WIDTHS = (64, 128, 256)  # one for each row of the table of tiles
+FEW_QUERIES = [
+    Long(f"one_query_one_key_head_{h}", queries=1, keys=4096, heads=32, kv_heads=1, head_dim=h)
+    for h in WIDTHS
+]
 
 CASES = [
     *(Long(f"full_{h}", head_dim=h) for h in HEAD_DIMS),
@@ -74,6 +78,17 @@ CASES = [
     Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
+    *FEW_QUERIES,
+    *(Long(f"grouped_{h}", heads=32, kv_heads=8, head_dim=h, causal=True) for h in (64, 80, 128)),
+    *(
+        Long(f"{name}_ragged", queries=1001, keys=2043, kv_heads=4, **options)
+        for name, options in (
+            ("causal", {"causal": True}),
+            ("window", {"window": (1023, 0)}),
+            ("lengths", {"query_lengths": (9,), "key_lengths": (9,)}),
+            ("segments", {"segments": "sorted"}),
+        )
+    ),
     *(Long(f"text_{h}", batch=8, queries=4096, keys=77, head_dim=h) for h in (64, 128)),
     Long("text_64_96", batch=8, queries=4096, keys=80, head_dim=64, value_dim=96),
     Long("packed_heads", queries=60, keys=4096, kv_heads=4, causal=True, alignment="bottom_right"),
@@ -114,15 +129,17 @@ BIASES = [
     ),
     Long("bias_one_query", queries=1, keys=4096, kv_heads=4, bias="1N1S"),
 ]
-# What is compiled of each case, but gradients that the portable kernels make. "backward" is the
-# gradient without the forward it starts from, "still" that without the bias's, "deterministic" the
-# same where that is computed in another way, "tangent" that of all operands.
+# What is compiled of each case, but gradients that the portable kernels make, and of one query with
+# many heads, which are shared out as others are. "backward" is the gradient without the forward it
+# starts from, "still" that without the bias's, "deterministic" the same where that is computed in
+# another way, "tangent" that of all operands.
 CALLS = [
     *(
         (case, direction)
         for direction in ("forward", "backward")
         for case in CASES
-        if not (case.mask and case.head_dim > 128 and direction == "backward")
+        if direction == "forward"
+        or not (case in FEW_QUERIES or (case.mask and case.head_dim > 128))
     ),
     *(
         (case, "deterministic")

@@ -53,6 +53,12 @@ def test_lengths_of_vision_on_a_gpu(length: int, seed: int) -> None:
     check(FLASH, Half("", 7, length, length, 5, 5, 128), seed)
 
 
+@pytest.mark.parametrize(("length", "halves"), [(577, True), (12345, False), (1024, False)])
+def test_short_ones_alone_are_in_halves(length: int, *, halves: bool) -> None:
+    spec = spec_of(Half("", 1, length, length, 16, 16, 128))
+    assert choose_backward_tiles(spec, deterministic=False).halves == halves
+
+
 def test_no_operand_is_padded() -> None:
     """Of what is traced of the gradient; vectors of one number a row are."""
     floats, rest, static = arguments(Half("", 2, 197, 197, 2, 2, 128))

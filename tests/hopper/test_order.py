@@ -78,7 +78,7 @@ def test_on_a_gpu_as_exact(
     ("case", "together", "inner"),
     [
         (Half("one_key_head", 2, 4096, 4096, 32, 1, 128, causal=True), 0, True),
-        (Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True), 4, True),
+        (Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True), 0, True),
         (Half("long", 1, 16384, 16384, 16, 16, 128, causal=True), 2, False),
         (Half("odd", 1, 12345, 12345, 16, 16, 128, causal=True), 4, False),
         (Half("middle", 4, 4096, 4096, 16, 16, 128, causal=True), 8, False),
@@ -87,6 +87,7 @@ def test_on_a_gpu_as_exact(
         (Half("window", 1, 16384, 16384, 32, 8, 128, causal=True, window=(4095, 0)), 0, False),
         (Half("packed", 1, 16384, 16384, 32, 8, 128, segments="sorted", causal=True), 0, False),
         (Half("wide", 2, 8192, 8192, 8, 4, 256, causal=True), 0, False),
+        (Half("soft_cap", 2, 8192, 8192, 32, 8, 128, causal=True, soft_cap=5.0), 0, False),
         (Half("text", 2, 8192, 77, 8, 4, 128, causal=True), 0, False),
     ],
     ids=str,
