@@ -105,7 +105,8 @@ class Block:
         place = (self.batch, pl.ds(row, ROWS), self.kv_head)
         if self.tiles.shares.count > 1:
             for gradient, _, _, gmem, part in gradients:
-                gmem[(self.share, *place, *self.columns(part))] = gradient
+                own = gmem.at[(self.share, *place, *self.columns(part))]
+                self.seam.store(gradient, own)
             return
         for gradient, staging, _, _, _ in gradients:
             staging[...] = gradient.astype(self.spec.dtype)

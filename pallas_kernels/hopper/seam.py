@@ -66,6 +66,13 @@ class Seam:
             return body(stand_in)
         return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))  # type: ignore[attr-defined]
 
+    def store(self, x: Array, gmem: Ref) -> None:
+        """gmem = x, from registers, whether or not its rows are whole lines of memory."""
+        if self.interpret or not hasattr(plgpu, "store"):  # jax 0.11.2 asks for nothing
+            gmem[...] = x
+        else:
+            plgpu.store(gmem, x, optimized=False)
+
     def add(self, smem: Ref, gmem: Ref) -> None:
         """gmem += smem, float32, started; rows past the array's end are left out."""
         if not self.interpret:
