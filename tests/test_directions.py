@@ -101,8 +101,9 @@ def nested(attention: Any, x: dict[str, Any], t: dict[str, Any]) -> Any:
     ("way", "directions"),
     [
         (pushed, 6),
-        (pulled, 2),
+        # The gradients' tangents along two: tests/test_every_derivative.py, always.
         *thorough(
+            (pulled, 2),
             (products, 4),
             (pulled_by_scale, 3),
             (along_queries, 2),
