@@ -51,8 +51,9 @@ KNOWN_SPILLS = {
 }
 # The same of gradients beside a bias that has none.
 OF_STILL = {"bias_soft_cap_sinks": 80}
-# The same of forward.
+# The same of forward, and of the output's tangent.
 OF_FORWARD = {"dropout_causal_128": 8, "dropout_causal_256": 8}
+OF_TANGENT = {"window_64": 8}
 # In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
 # lengths of a multiple of 8 where keys are split. One query is padded to eight in backward.
 # The gradient of a scale needs dQ unscaled, which is copied once.
@@ -83,7 +84,12 @@ def is_good(call: dict[str, Any]) -> bool:
         return False
     # The kernels' own arrays are a few times their operands; scores would be tens of times.
     is_linear = call["temporary"] <= 4 * call["operands"]
-    tables = {"backward": KNOWN_SPILLS, "forward": OF_FORWARD, "still": OF_STILL}
+    tables = {
+        "backward": KNOWN_SPILLS,
+        "forward": OF_FORWARD,
+        "still": OF_STILL,
+        "tangent": OF_TANGENT,
+    }
     known = tables.get(call["direction"], {})
     spilled = call["spilled"] - known.get(call["call"], 0)
     moved = call["moves"] and call["call"] not in PADDED[call["direction"]]
