@@ -10,6 +10,7 @@ weights as Transformers writes them, and expected.npz, in float32:
     short          how many tokens the shorter row has when the two are padded on the left
     short_logits   float32 (short, V): its real tokens' logits, of tokens[1, :short]
     gradient_keys, gradient_norms     of the mean loss of each next token, by the weight's key
+    logits_off, short_logits_off, gradient_norms_off     what computing in float64 adds to them
     prompts        the lengths of two prompts, tokens[0, :prompts[0]] and tokens[1, :prompts[1]]
     bfloat16_error root of the mean square of what computing in bfloat16 changes in the logits
     greedy         int32 (2, 32): the tokens that greedy decoding adds to each
@@ -27,7 +28,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -399,31 +402,56 @@ def expected(model: Model) -> tuple[Results, float]:
     """What expected.npz holds, see above; by how much the greedy tokens beat the next best."""
     fresh = copy.deepcopy(model)  # dynamic frequencies remember the longest sequence so far
     half = copy.deepcopy(model).to(torch.bfloat16)
+    wide = copy.deepcopy(model).to(torch.float64)
     vocabulary = model.config.vocab_size
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (2, LENGTH), generator=draw)
-    logits = model(tokens).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, vocabulary), tokens[:, 1:].reshape(-1)
-    )
-    loss.backward()
-    norms = {key: weight.grad.norm() for key, weight in model.named_parameters()}
+    found = _numbers(model, tokens)
+    with _float64_for_float32():
+        exact = _numbers(wide, tokens)
     with torch.no_grad():
         chosen = [_greedy(fresh, tokens[row, :length]) for row, length in enumerate(PROMPTS)]
-        short = _short_logits(fresh, tokens)
-        change = half(tokens).logits.float() - logits
+        change = half(tokens).logits.float() - torch.from_numpy(found["logits"])
+    off = {f"{name}_off": (exact[name] - x).astype(np.float32) for name, x in found.items()}
     results = {
         "tokens": tokens.numpy().astype(np.int32),
-        "logits": logits.detach().numpy(),
         "short": np.int32(SHORT),
-        "short_logits": short.numpy(),
+        **found,
+        **off,
         "bfloat16_error": np.float32(change.square().mean().sqrt()),
-        "gradient_keys": np.array(list(norms)),
-        "gradient_norms": np.array([float(norm) for norm in norms.values()], np.float32),
+        "gradient_keys": np.array([key for key, _ in model.named_parameters()]),
         "prompts": np.array(PROMPTS, np.int32),
         "greedy": np.stack([greedy for greedy, _ in chosen]).astype(np.int32),
     }
     return results, min(margin for _, margin in chosen)
+
+
+@contextmanager
+def _float64_for_float32() -> Iterator[None]:
+    """Transformers names float32 where half precision is too little for it: norms and softmax."""
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+def _numbers(model: Model, tokens: torch.Tensor) -> Results:
+    """The logits, those of the short row, and the gradients' norms."""
+    fresh = copy.deepcopy(model)
+    logits = model(tokens).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1)
+    )
+    loss.backward()
+    norms = torch.stack([weight.grad.norm() for _, weight in model.named_parameters()])
+    with torch.no_grad():
+        short = _short_logits(fresh, tokens)
+    return {
+        "logits": logits.detach().numpy(),
+        "short_logits": short.numpy(),
+        "gradient_norms": norms.numpy(),
+    }
 
 
 def _short_logits(model: Model, tokens: torch.Tensor) -> torch.Tensor:

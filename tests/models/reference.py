@@ -1,4 +1,8 @@
-"""The checkpoints that make_checkpoints.py wrote, and what Transformers gave for them."""
+"""The checkpoints that make_checkpoints.py wrote, and what Transformers gave for them.
+
+In float64 that is what is right, and in float32 it says how far from it one may be: by
+`tests.tolerance` twice as far, three times in gradients, and a few ulp.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,22 @@ from flax import nnx
 
 from models import Decoder, DecoderConfig, from_pretrained
 from models.decoder import decoder_config
+from tests import tolerance
 
-__all__ = ["CHECKPOINTS", "NAMES", "expected", "fields", "fixed", "loaded", "padded"]
+__all__ = [
+    "CHECKPOINTS",
+    "NAMES",
+    "assert_norms",
+    "assert_right",
+    "config",
+    "exact",
+    "expected",
+    "fields",
+    "fixed",
+    "key_of",
+    "loaded",
+    "padded",
+]
 
 CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints"
 NAMES = sorted(folder.name for folder in CHECKPOINTS.iterdir())
@@ -28,6 +46,34 @@ def expected(name: str) -> dict[str, Array]:
     """What expected.npz holds: see make_checkpoints.py."""
     with np.load(CHECKPOINTS / name / "expected.npz") as file:
         return dict(file)
+
+
+def exact(name: str, what: str) -> Array:
+    """In float64 its "logits", "short_logits" or "gradient_norms"."""
+    kept = expected(name)
+    total: Array = kept[what].astype(np.float64) + kept[f"{what}_off"]
+    return total
+
+
+def assert_right(name: str, what: str, got: Any, part: Any = ...) -> None:
+    """`got` is that part of the logits, as near to float64 as Transformers' own of float32 are."""
+    true = exact(name, what)
+    theirs = tolerance.error(expected(name)[what], true)
+    bound = tolerance.allowed("out", theirs, true, np.abs(true), np.float32)
+    found = tolerance.error(got, true[part])
+    assert found <= bound, f"{name}: error {found:.3g}, allowed {bound:.3g}, theirs {theirs:.3g}"
+
+
+def assert_norms(name: str, norms: dict[str, float]) -> None:
+    """Norms of the loss's gradients by key, each relative to its own."""
+    keys = list(expected(name)["gradient_keys"])
+    assert sorted(norms) == sorted(keys)
+    true = exact(name, "gradient_norms")
+    one = np.ones_like(true)
+    found, theirs = (
+        x / true for x in (np.array([norms[key] for key in keys]), expected(name)["gradient_norms"])
+    )
+    tolerance.check_against_peer(f"{name} gradient", found, theirs, one, one, np.float32)
 
 
 def fields(name: str) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from flax import nnx
 from models.decoder import Decoder
 from models.decoder.cross_entropy import mean_cross_entropy
 from tests.cases import thorough
-from tests.models.reference import NAMES, expected, key_of, loaded, padded
-from tests.tolerance import epsilon
+from tests.models.reference import NAMES, assert_norms, expected, key_of, loaded, padded
+from tests.models.reference import exact as reference
+from tests.tolerance import SECOND_ORDER, check_against_peer, epsilon
 
 type Array = np.ndarray[Any, Any]
 
@@ -58,11 +59,12 @@ def exact(x: jax.Array, head: jax.Array, targets: jax.Array, cap: float | None) 
 
 def plain(x: jax.Array, head: jax.Array, targets: jax.Array, cap: float | None) -> jax.Array:
     """As one would write it, with all logits."""
-    logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=wide)
     logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     chances = jax.nn.log_softmax(logits)
     own = jnp.take_along_axis(chances, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-    return -jnp.where(targets >= 0, own, 0).sum() / (targets >= 0).sum().astype(jnp.float32)
+    return -jnp.where(targets >= 0, own, 0).sum() / (targets >= 0).sum().astype(own.dtype)
 
 
 @pytest.mark.parametrize("chunk", [4, None, *thorough((1,), (6,), (T,), (100,))])
@@ -111,7 +113,7 @@ def test_a_target_that_the_vocabulary_lacks_makes_nan() -> None:
 
 def test_tangents_and_second_derivatives() -> None:
     """By both modes, of both arguments."""
-    x, head, targets = drawn("float32")
+    *x, targets = drawn("float32")
     along = drawn("float32", seed=1)[:2]
 
     def chunked(x: jax.Array, head: jax.Array) -> jax.Array:
@@ -120,18 +122,23 @@ def test_tangents_and_second_derivatives() -> None:
     def whole(x: jax.Array, head: jax.Array) -> jax.Array:
         return plain(x, head, targets, 4.0)
 
-    def derivatives(loss: Any) -> Any:
+    def derivatives(loss: Any, x: Any, along: Any) -> Any:
         def tangent(x: jax.Array, head: jax.Array) -> jax.Array:
-            return jax.jvp(loss, (x, head), along)[1]
+            return jax.jvp(loss, (x, head), tuple(along))[1]
 
-        forward_over_reverse = jax.jvp(jax.grad(loss, (0, 1)), (x, head), along)[1]
-        return tangent(x, head), forward_over_reverse, jax.grad(tangent, (0, 1))(x, head)
+        forward_over_reverse = jax.jvp(jax.grad(loss, (0, 1)), tuple(x), tuple(along))[1]
+        return tangent(*x), forward_over_reverse, jax.grad(tangent, (0, 1))(*x)
 
-    found, right = (
-        jax.tree.leaves(jax.jit(lambda f=f: derivatives(f))()) for f in (chunked, whole)
+    found, theirs = (
+        jax.tree.leaves(jax.jit(partial(derivatives, f))(x, along)) for f in (chunked, whole)
     )
-    for one, other in zip(found, right, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * float(jnp.abs(other).max()))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), (x, list(along)))
+        right = jax.tree.leaves(jax.jit(partial(derivatives, whole))(*wide))
+    for one, other, true in zip(found, theirs, map(np.asarray, right), strict=True):
+        check_against_peer(
+            "second order", one, other, true, np.abs(true), np.float32, times=SECOND_ORDER
+        )
 
 
 def test_a_weight_that_is_not_trained_gets_no_slopes_made() -> None:
@@ -168,40 +175,52 @@ def test_memory_is_not_that_of_the_logits() -> None:
     assert long - short < 4 * 4 * (4096 - 1024) * (D + 1)
 
 
-_FIRST = ("qwen2",)
+NAME = "qwen2"
 
 
-@pytest.mark.parametrize("name", [*_FIRST, *thorough(*((n,) for n in NAMES if n not in _FIRST))])
+@pytest.mark.parametrize("name", [NAME, *thorough(*((n,) for n in NAMES if n != NAME))])
 def test_gradient_norms_are_the_reference_s(name: str) -> None:
     """Transformers' own, of the mean loss of each next token of two rows."""
     tokens = padded(name)[0][:2]
+    # All tokens are read, as there: of how many there are some frequencies are.
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     graph, weights = nnx.split(loaded(name))
 
     def loss(weights: Any) -> jax.Array:
         model: Decoder = nnx.merge(graph, weights)
-        return model.loss(tokens[:, :-1], tokens[:, 1:], chunk=7)
+        return model.loss(tokens, following, chunk=7)
 
     with jax.default_matmul_precision("highest"):
         slopes = jax.jit(jax.grad(loss))(weights)
-    theirs = expected(name)
-    norms = dict(zip(theirs["gradient_keys"], theirs["gradient_norms"], strict=True))
-    for path, leaf in nnx.to_flat_state(slopes):
-        norm = float(jnp.linalg.norm(leaf[...].ravel()))
-        assert norm == pytest.approx(float(norms.pop(key_of(path))), rel=1e-5), path
-    assert not norms
+    norms = {
+        key_of(path): float(jnp.linalg.norm(leaf[...].ravel()))
+        for path, leaf in nnx.to_flat_state(slopes)
+    }
+    assert_norms(name, norms)
 
 
 def test_padding_and_documents_are_as_in_a_call() -> None:
     """The mean over the rows of the reference's logits, whatever stands in padding."""
-    model = loaded("qwen2", dtype="float32")
-    tokens, mask = padded("qwen2")
+    model = loaded(NAME, dtype="float32")
+    tokens, mask = padded(NAME)
     targets = jnp.where(mask[:, 1:] & mask[:, :-1], tokens[:, 1:], -1)
     rows = {"attention_mask": mask[:, :-1]}
-    found = model.loss(tokens[:, :-1], targets, **rows, chunk=9)
-    logits = np.asarray(model(tokens[:, :-1], **rows), np.float64)
-    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    own = np.take_along_axis(log, np.maximum(targets, 0)[..., None], -1)[..., 0]
-    assert found == pytest.approx(-own[np.asarray(targets) >= 0].mean(), rel=1e-5)
+    with jax.default_matmul_precision("highest"):
+        found = model.loss(tokens[:, :-1], targets, **rows, chunk=9)
+    own = np.asarray(targets)
+
+    def mean_loss(logits: Array, short: Array) -> Array:
+        """Of two whole rows, and of one that is padded on the left and on the right."""
+        whole = np.zeros((4, *logits.shape[1:]), np.float64)
+        whole[:2], whole[2, -len(short) :], whole[3, : len(short)] = logits, short, short
+        log = whole[:, :-1] - np.log(np.exp(whole[:, :-1]).sum(-1, keepdims=True))
+        chosen = np.take_along_axis(log, np.maximum(own, 0)[..., None], -1)[..., 0]
+        return np.asarray(-chosen[own >= 0].mean())
+
+    whats = "logits", "short_logits"
+    right = mean_loss(*(reference(NAME, what) for what in whats))
+    theirs = mean_loss(*(expected(NAME)[what] for what in whats))
+    check_against_peer("out", found, theirs, right, right, np.float32)
 
 
 @pytest.mark.parametrize(

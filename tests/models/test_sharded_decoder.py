@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from models.folder.load import parameters
 from models.generation import generate
-from tests.models.reference import expected, key_of, loaded
+from tests.models.reference import assert_norms, assert_right, expected, key_of, loaded
 
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
@@ -41,11 +41,9 @@ def check(name):
         return model.loss(tokens[:, :-1], tokens[:, 1:], chunk=7), model(tokens)
 
     (_, logits), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights, tokens)
-    np.testing.assert_allclose(logits, theirs["logits"], rtol=0, atol=1e-4)
-    norms = dict(zip(theirs["gradient_keys"], theirs["gradient_norms"]))
-    for path, leaf in nnx.to_flat_state(slopes):
-        norm = jnp.linalg.norm(leaf[...].ravel())
-        np.testing.assert_allclose(norm, norms[key_of(path)], rtol=1e-5, err_msg=str(path))
+    assert_right(name, "logits", logits)
+    assert_norms(name, {key_of(path): float(jnp.linalg.norm(leaf[...].ravel()))
+                        for path, leaf in nnx.to_flat_state(slopes)})
 
     rows, lengths = theirs["tokens"], theirs["prompts"]
     longest = max(lengths)
@@ -66,6 +64,8 @@ SEQUENCE = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from models.decoder.cross_entropy import mean_cross_entropy
+from tests.models.test_decoder_loss import exact
+from tests.tolerance import check_against_peer
 
 mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,))
 rng = np.random.default_rng(0)
@@ -74,12 +74,14 @@ head = rng.standard_normal((50, 12)).astype(np.float32)
 targets = rng.integers(-1, 50, (1, 64)).astype(np.int32)
 slopes = jax.value_and_grad(lambda *a: mean_cross_entropy(*a, chunk=16), (0, 1))
 alone = jax.jit(slopes)(x, head, targets)
+right = exact(x, head, targets, None)
 cut, whole = (NamedSharding(mesh, P(*axes)) for axes in ((None, "sequence"), ()))
 slopes = jax.jit(slopes, out_shardings=(whole, (cut, whole)))
 arguments = jax.device_put(x, cut), head, jax.device_put(targets, cut)
 apart = slopes(*arguments)
-for one, other in zip(jax.tree.leaves(apart), jax.tree.leaves(alone)):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+for one, other, true in zip(*map(jax.tree.leaves, (apart, alone)), right):
+    true = np.asarray(true)
+    check_against_peer("gradient", one, other, true, np.abs(true), np.float32)
 # Each device has a part of every chunk: no position of x goes to another.
 text = slopes.lower(*arguments).compile().as_text()
 assert "all-reduce" in text
