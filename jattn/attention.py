@@ -111,7 +111,7 @@ def dot_product_attention(
       logits_soft_cap: cap * tanh(Q Kᵀ scale / cap), to which bias and mask are then added: what
         they hide no cap shows (Gemma 2, section 2.2).
       sinks: (N,) a learnable logit that joins each row's softmax and has no value (StreamingLLM;
-        gpt-oss).
+        gpt-oss). One of -inf is none; one of inf takes its rows whole: output 0, log-sum-exp inf.
       dropout_rate: the share of weights dropped, in [0, 1), in steps of 2^-16; the rest grow by
         1 / (1 - rate).
       dropout_rng: a `jax.random` key. The mask is a fixed function of it and of the position, the

@@ -79,3 +79,67 @@ def test_any_sink_is_right_where_each_row_has_its_own(backend: Backend) -> None:
 
     inputs = (jnp.asarray(SINKS)[:, None], *drawn)
     formula.check(quick_jit(partial(gradients, backend))(*inputs), gradients, *inputs)
+
+
+INFINITE = np.array([np.inf, 0.5], np.float32)
+
+
+def check_infinite(backend: Backend, dtype: Any, **sizes: Any) -> None:
+    """As a sink grows without bound: its rows' weights go to it, and 0 is left for the keys."""
+    arrays = operands(dtype, sinks=INFINITE, **sizes)
+    b, t, n, _ = arrays["query"].shape
+    rng = np.random.default_rng(5)
+    cotangents = rng.standard_normal(arrays["query"].shape), rng.standard_normal((b, t, n))
+    d_out, d_lse = (x.astype(y) for x, y in zip(cotangents, (dtype, np.float32), strict=True))
+    both = [
+        extremes.compute(
+            backend, arrays | {"sinks": x}, (d_out, d_lse), key_value_seq_lengths=LENGTHS
+        )
+        for x in (INFINITE, np.array([1e9, 0.5], np.float32))
+    ]
+    found, large = (jax.tree.map(np.asarray, x) for x in both)
+    for name in ("out", "query", "key", "value"):
+        assert not found[name][:, :, 0].any(), name
+        np.testing.assert_array_equal(found[name][:, :, 1], large[name][:, :, 1], err_msg=name)
+    np.testing.assert_array_equal(found["lse"][0, :, 0], np.inf)
+    np.testing.assert_array_equal(found["lse"][1], -np.inf)
+    np.testing.assert_array_equal(found["lse"][..., 1], large["lse"][..., 1])
+    np.testing.assert_array_equal(found["sinks"], large["sinks"])
+    few = 32 * np.finfo(np.float32).eps * np.abs(d_lse[0, :, 0]).sum()
+    assert abs(found["sinks"][0] - d_lse[0, :, 0].astype(np.float64).sum()) <= few
+
+
+@pytest.mark.parametrize("backend", first(3, extremes.EVERY), ids=str)
+def test_an_infinite_sink_leaves_nothing_to_the_keys(backend: Backend) -> None:
+    check_infinite(backend, np.float32)
+
+
+@pytest.mark.thorough
+def test_an_infinite_sink_leaves_nothing_to_the_keys_in_hopper_kernels() -> None:
+    check_infinite(extremes.HOPPER, jnp.bfloat16, size=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", [*extremes.EVERY, extremes.HOPPER], ids=str)
+def test_an_infinite_sink_leaves_nothing_to_the_keys_on_a_gpu(backend: Backend) -> None:
+    check_infinite(backend, jnp.bfloat16, size=64)
+
+
+@pytest.mark.parametrize("backend", extremes.EVERY[:2], ids=str)
+def test_the_output_does_not_move_along_an_infinite_sink(backend: Backend) -> None:
+    arrays = {name: jnp.asarray(x) for name, x in operands(np.float32, sinks=INFINITE).items()}
+    along = {name: jnp.ones_like(x) for name, x in arrays.items()}
+
+    @quick_jit
+    def tangents(arrays: Results, along: Results) -> Any:
+        def attend(arrays: Results) -> Any:
+            return backend(**arrays, return_residual=True)
+
+        return jax.jvp(attend, (arrays,), (along,))[1]
+
+    t_out, t_lse = tangents(arrays, along)
+    assert not t_out[:, :, 0].any()
+    np.testing.assert_array_equal(t_lse[:, :, 0], 1)
+    assert np.isfinite(t_out).all()
+    assert np.isfinite(t_lse).all()

@@ -79,7 +79,8 @@ def _softmax(logits: Array, sinks: Array | None) -> _Softmax:
     sees_none = no_maximum & (total == 0)  # a maximum may pass over NaN, a sum does not
     sink_weight = None
     if sinks is not None:
-        sink_weight = jnp.where(sees_none, 0, jnp.exp(sinks - top))
+        apart = jnp.where(sinks == top, 0, sinks - top)  # also where both are infinite
+        sink_weight = jnp.where(sees_none, 0, jnp.exp(apart))
         total = total + sink_weight
     total = jnp.where(sees_none, 1, total)
     lse = jnp.where(sees_none, -jnp.inf, top + jnp.log(total))

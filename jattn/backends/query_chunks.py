@@ -177,7 +177,8 @@ def _finish(state: _Softmax, sinks: Array | None) -> tuple[Array, Array, Array]:
         sink = sinks.astype(top.dtype)
         higher = jnp.maximum(top, sink)
         fade = jnp.exp(top - higher)
-        out, whole = out * fade[..., None], total * fade + jnp.exp(sink - higher)
+        apart = jnp.where(sink == higher, 0, sink - higher)  # also where both are infinite
+        out, whole = out * fade[..., None], total * fade + jnp.exp(apart)
     out = jnp.where(sees_none[..., None], 0, out / whole[..., None])
     return out, jnp.where(sees_none, -jnp.inf, top), jnp.log(total)
 

@@ -28,6 +28,7 @@ from jattn.call.context import Context
 from jattn.call.dropout import seeds_from_head
 from jattn.call.spec import AttentionSpec
 from jattn.transforms import sharding
+from jattn.transforms.constants import none_folded
 from jattn.transforms.folding import Arrays, Kernel, operand_of
 from jattn.transforms.kept import (
     Kept,
@@ -237,6 +238,7 @@ def _context(spec: AttentionSpec, kept: Kept) -> Context | None:
     )
 
 
+@none_folded
 def _on_a_device(
     kernel: Kernel,
     spec: AttentionSpec,

@@ -60,7 +60,9 @@ def of_heads(sinks: Array, rows: Array) -> Array:
 
 def sink_weights(sinks: Array, top: Array, rest: Array, unit: float) -> Array:
     """The sinks' shares of each row's sum, (B, T, N), and 0 of a row that sees no key."""
-    weights = jnp.exp(jnp.minimum(above(sinks, top, unit) - rest, 0))
+    own = above(sinks, top, unit)
+    # An infinite sink is all of its rows' sums.
+    weights = jnp.exp(jnp.where(own == rest, 0, jnp.minimum(own - rest, 0)))
     return jnp.where(top == -jnp.inf, 0, weights)
 
 
