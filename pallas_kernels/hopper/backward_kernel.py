@@ -331,7 +331,11 @@ def _visit_all(
         return jnp.where(block.in_two, visit.count, visit.masked)
 
     def over_blocks(start: Any, stop: Any, **kind: bool) -> None:
-        each(start * block.heads, stop * block.heads, lambda n: step(n, *block.visit(n), **kind))
+        def one(n: Array) -> None:
+            h, i = block.visit(n)
+            step(n, h, i, **kind)
+
+        each(start * block.heads, stop * block.heads, one)
 
     def over_head(h: Array) -> None:
         def loop(start: Any, stop: Any, **kind: bool) -> None:
