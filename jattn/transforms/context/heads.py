@@ -46,10 +46,11 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
         piece: int, rows: list[Array], keys: list[Array]
     ) -> tuple[list[Array], list[Array]]:
         out, top, rest = kernel.run(*work.call(piece, *rows, *keys))
-        return [out.astype(spec.dtype), top, rest], []
+        # Two numbers as one array: fewer small kernels between the large ones.
+        return [out.astype(spec.dtype), jnp.stack([top, rest], axis=-1)], []
 
-    found, _ = work.done([operands.query], [operands.key, operands.value], compute)
-    return Merged(*found)
+    (out, numbers), _ = work.done([operands.query], [operands.key, operands.value], compute)
+    return Merged(out, numbers[..., 0], numbers[..., 1])
 
 
 def backward(
@@ -133,18 +134,26 @@ class Work:
         for piece in range(self.pieces + 1):
             # What came is put where it belongs before the next exchange, and not in the end.
             made, rows, keys, found = lax.optimization_barrier((made, rows, keys, found))
+            if piece > 0:
+                # And in order, so that it is not held beside what comes next.
+                held_rows, held_keys, made, rows, keys = lax.optimization_barrier(
+                    (held_rows, held_keys, made, rows, keys)
+                )
             going = self._sent(piece + 1, rows, keys) if piece + 1 < self.pieces else []
             coming, next_keys, come = self._come(going, made, len(rows) if going else 0)
-            if piece > 0:
-                found = (
-                    self._kept(found[0], come[:count], piece - 1, self.pieces),
-                    self._kept(
-                        found[1],
-                        come[count:],
-                        (piece - 1) // self.sharing,
-                        self.pieces // self.sharing,
-                    ),
+            if self.context.devices == 2 and made:
+                # What stays, before the next kernel: it holds the rest of what the last one made.
+                device = device_index(self.spec)
+                own = [_row(self._by_home(x), device)[0] for x in made]
+                found = self._with(found, own, count, piece - 1, device)
+                held_rows, held_keys, found = lax.optimization_barrier(
+                    (held_rows, held_keys, found)
                 )
+                found = self._with(found, [x[0] for x in come], count, piece - 1, 1 - device)
+            elif made:
+                for other in range(self.context.devices):
+                    part = [x[other] for x in come]
+                    found = self._with(found, part, count, piece - 1, other)
             if piece == self.pieces:
                 return found
             of_rows, of_keys = compute(piece, held_rows, held_keys)
@@ -165,11 +174,19 @@ class Work:
     def _come(
         self, going: list[Array], made: list[Array], rows: int
     ) -> tuple[list[Array], list[Array], list[Array]]:
-        """Queries' and keys' arrays of a piece, whole, and the results that are this device's."""
-        come = exchanged(self.context, going + [self._by_home(x) for x in made])
+        """Queries' and keys' arrays of a piece, whole, and the results that are this device's.
+
+        These from each device, (n, B, t, ...); of two devices from the other, (1, B, t, ...).
+        """
+        sent = going + [self._by_home(x) for x in made]
+        come = exchanged(self.context, sent)
+        whole = come[: len(going)]
+        if self.context.devices == 2:
+            device = device_index(self.spec)
+            whole = [_beside(device, *x) for x in zip(going, whole, strict=True)]
         queries, keys = self.context.queries, self.context.keys
-        of_rows = [_in_order(self.context, x)[:, :queries] for x in come[:rows]]
-        of_keys = [_in_order(self.context, x)[:, :keys] for x in come[rows : len(going)]]
+        of_rows = [_in_order(self.context, x)[:, :queries] for x in whole[:rows]]
+        of_keys = [_in_order(self.context, x)[:, :keys] for x in whole[rows:]]
         return of_rows, of_keys, come[len(going) :]
 
     def _added(
@@ -243,39 +260,57 @@ class Work:
             x = jnp.pad(x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)])
         return _of_each(layout, n, x)
 
-    def _kept(self, found: list[Array], come: list[Array], piece: int, p: int) -> list[Array]:
-        """Results (B, t, heads, ...) with those of one of p pieces, (n, B, t, heads, ...)."""
-        devices = self.context.devices
-        for device in range(devices) if come else ():
-            own = [x[device] for x in come]
-            found = put(found, own, device * p + piece, devices * p)
-        return found
+    def _with(
+        self,
+        found: tuple[list[Array], list[Array]],
+        part: list[Array],
+        count: int,
+        piece: int,
+        device: Array | int,
+    ) -> tuple[list[Array], list[Array]]:
+        """Results (B, t, heads, ...) with a device's of a piece, the first `count` of queries."""
+        n, p = self.context.devices, self.pieces
+        of_rows, of_keys = found
+        of_rows = put(of_rows, part[:count], device * p + piece, n * p)
+        if part[count:]:
+            p, piece = p // self.sharing, piece // self.sharing
+            of_keys = put(of_keys, part[count:], device * p + piece, n * p)
+        return of_rows, of_keys
 
 
 def exchanged(context: Context, arrays: Sequence[Array]) -> list[Array]:
     """Arrays (n, ...), row i of each for device i, as arrays of which row i is from device i.
 
     In one transfer, whatever their dtypes: of words as wide as the narrowest of them. Of two
-    devices what either keeps is neither packed nor sent.
+    devices what either keeps is neither packed nor sent: (1, ...) from the other.
     """
     if not arrays:
         return []
     n, axes = context.devices, context.axes
     word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in arrays)}")
-    if n > 2:
-        sent = jnp.concatenate([_as_words(x, word, n) for x in arrays], axis=1)
-        come: Array = lax.all_to_all(sent, axes, 0, 0, tiled=True)
-        parts = _parts(arrays, come)
-        return [_from_words(x, part) for x, part in zip(arrays, parts, strict=True)]
-    device = lax.axis_index(axes)
-    others = [lax.dynamic_index_in_dim(x, 1 - device, keepdims=True) for x in arrays]
-    sent = jnp.concatenate([_as_words(x, word, 1) for x in others], axis=1)
-    come = lax.ppermute(sent, axes, [(0, 1), (1, 0)])
-    found = []
-    for x, like, part in zip(arrays, others, _parts(others, come), strict=True):
-        there = _from_words(like, part)[0]
-        rows = jnp.where(device == 0, x[0], there), jnp.where(device == 0, there, x[1])
-        found.append(jnp.stack(rows))
+    if n == 2:
+        device = lax.axis_index(axes)
+        arrays = [_row(x, 1 - device) for x in arrays]
+    sent = jnp.concatenate([_as_words(x, word, x.shape[0]) for x in arrays], axis=1)
+    if n == 2:
+        come: Array = lax.ppermute(sent, axes, [(0, 1), (1, 0)])
+    else:
+        come = lax.all_to_all(sent, axes, 0, 0, tiled=True)
+    return [_from_words(x, part) for x, part in zip(arrays, _parts(arrays, come), strict=True)]
+
+
+def _row(x: Array, i: Array) -> Array:
+    found: Array = lax.dynamic_index_in_dim(x, i, keepdims=True)
+    return found
+
+
+def _beside(device: Array, x: Array, come: Array) -> Array:
+    """Of two devices' rows of x the own one, beside what came from the other.
+
+    A window of both, which reads what it takes alone; a choice between them would read both.
+    """
+    own = _row(x, device)
+    found: Array = lax.dynamic_slice_in_dim(jnp.concatenate([own, come, own]), device, 2)
     return found
 
 

@@ -13,7 +13,9 @@ from jax import Array, lax
 __all__ = ["put"]
 
 
-def put(whole: list[Array], piece: Sequence[Array], number: int, pieces: int) -> list[Array]:
+def put(
+    whole: list[Array], piece: Sequence[Array], number: Array | int, pieces: int
+) -> list[Array]:
     """Arrays (B, t, heads, ...) of all heads, with those of one of so many pieces.
 
     whole: those with the pieces before; empty where there are none.
