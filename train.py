@@ -17,6 +17,7 @@ from training import environment  # isort: skip  # noqa: F401  (what jax reads w
 import shlex
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,19 @@ from rich.console import Console
 
 from jattn import UnsupportedAttentionError
 from models import FolderError
-from training import cli, compiler, fine_tuning, kernel_text, plots, run_folder, start
+from training import (
+    cli,
+    compiler,
+    fine_tuning,
+    kernel_text,
+    kernels_ahead,
+    plots,
+    run_folder,
+    start,
+)
 from training.ahead import Programs
 from training.checkpoints import Checkpoints
+from training.config import DataConfig
 from training.data import Corpus, first_long_step, load_corpus
 from training.devices import Devices, check_count, check_lengths
 from training.errors import TrainingError, one_line
@@ -67,11 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(request: cli.Request, console: Console) -> int:
     """Corpus, run folder, memory report, training, plot; checks all before it writes anything."""
     config = request.config
-    check_model_runs(config)
-    devices = Devices.checked(request.run.sequence_parallel, config.data)
-    if config.memory.memory_report:
-        check_lengths(devices.count, "--memory-lengths", config.memory.memory_lengths)
-    corpus = load_corpus(config.data)
+    with ThreadPoolExecutor(max_workers=1) as beside:  # reads, while the model is traced
+        read = beside.submit(read_corpus, config.data)
+        check_model_runs(config)
+        devices = Devices.checked(request.run.sequence_parallel, config.data)
+        if config.memory.memory_report:
+            check_lengths(devices.count, "--memory-lengths", config.memory.memory_lengths)
+        corpus = read.result()
     if config.fine_tune.model is not None:
         corpus = tokenized(corpus, config)
     with stop_on_signals() as stop:
@@ -85,6 +98,8 @@ def run(request: cli.Request, console: Console) -> int:
         if config.memory.memory_report and not folder.memory_json.exists():
             report_layer(config, here(devices.count), Screen(console, folder, stop))
         compiler.keep_programs(folder.path.parent / ".compiled")
+        if jax.default_backend() == "gpu":
+            kernels_ahead.begin(compiler.options(is_gpu=True))
         if state is None:
             first = start.begin(config, corpus, devices)
             if first.note:
@@ -123,6 +138,13 @@ def run(request: cli.Request, console: Console) -> int:
         say(console, f"model saved in {folder.model}")
     say(console, f"results in {folder.path}")
     return 0
+
+
+def read_corpus(config: DataConfig) -> Corpus:
+    """The corpus, and what compressors make of it, which takes longer than to read it."""
+    corpus = load_corpus(config)
+    assert corpus.held_out_compressed  # kept from here on
+    return corpus
 
 
 def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState | None]:

@@ -1,12 +1,12 @@
 """The programs of a run, compiled at the same time and before they are needed.
 
-Lowering holds Python's lock and is done at once; XLA's part runs in threads. Mosaic compiles one
-kernel at a time, attention's forward one for the loss while the update is being lowered:
+Lowering holds Python's lock and is done at once; XLA's part runs in threads, and Mosaic's beside it
+(`kernels_ahead`). What takes longest is begun first:
 
-    lower      loss of held-out text | initial state | update
-    compile                          loss of held-out text ----------
-                                                     initial state ---
-                                                              update ---------------
+    lower      update | loss of held-out text | initial state
+    compile           update --------------------------------------------
+                                              loss -----------
+                                                              initial state ---
 """
 
 from collections.abc import Iterable

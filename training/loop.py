@@ -83,8 +83,8 @@ def train(
 
     first = int(state.step) + 1
     batch = batch_of(config, corpus, first)
-    programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
     programs.prepare_update(batch)
+    programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
     progress.line("bits per byte; training is the mean since the line before")
     if log.last_step < 0 and not stop:
         row = {"step": 0, "held_out_bits_per_byte": held_out_before()}

@@ -69,9 +69,9 @@ def begin(config: TrainConfig, corpus: Corpus, devices: Devices) -> Start:
 
 def _prepared(config: TrainConfig, corpus: Corpus, devices: Devices) -> Programs:
     programs = Programs(config, devices)
+    programs.prepare_update(batch_of(config, corpus, step=1))
     programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
     programs.prepare_initial_state()
-    programs.prepare_update(batch_of(config, corpus, step=1))
     return programs
 
 
