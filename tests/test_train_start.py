@@ -50,10 +50,18 @@ def trained(tmp_path: Path, name: str, *options: str) -> Path:
 
 
 def test_what_fits_in_a_loop_alone_is_trained_in_one(
-    tmp_path: Path, said: dict[str, int], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    said: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     said["bytes"] = 8_000_000
-    run = trained(tmp_path, "chosen", "--no-scan-blocks")
+    drawn = []
+    draw = Programs.prepare_initial_state
+    with monkeypatch.context() as patch:
+        patch.setattr(Programs, "prepare_initial_state", lambda x: drawn.append(draw(x)))
+        run = trained(tmp_path, "chosen", "--no-scan-blocks")
+    assert len(drawn) == 1  # weights take memory
     out = capfd.readouterr().out
     assert [line for line in out.splitlines() if "looped over" in line] == [
         "one block is compiled and looped over: a step takes 3.8 MiB beside the weights, with"

@@ -3,10 +3,10 @@
 Lowering holds Python's lock and is done at once; XLA's part runs in threads, and Mosaic's beside it
 (`kernels_ahead`). What takes longest is begun first:
 
-    lower      update | loss of held-out text | initial state
-    compile           update --------------------------------------------
-                                              loss -----------
-                                                              initial state ---
+    lower      initial state | update | loss of held-out text
+    compile                  initial state ----, which runs
+                                       update ---------------------------
+                                                              loss ------
 """
 
 from collections.abc import Iterable
@@ -52,32 +52,35 @@ class Programs:
         self._losses: dict[_Shape, Future[Any]] = {}
 
     def prepare_initial_state(self) -> None:
-        """Begins to compile what draws the weights; of a folder's model there is nothing to."""
+        """Begins to draw the weights; of a folder's model there is nothing to."""
         if self._config.fine_tune.model is None:
-            self._initial = self._compiled(
-                new_state.lower(self._config.model, self._config.optimizer)
-            )
+            lowered = new_state.lower(self._config.model, self._config.optimizer)
+            self._initial = self._pool.submit(lambda: _compiled(lowered)())
 
     def prepare_update(self, batch: Batch) -> None:
         """Begins to compile the update for batches of this shape, unless that has begun."""
         if batch.inputs.shape not in self._updates:
-            self._updates[batch.inputs.shape] = self._compiled(
+            self._updates[batch.inputs.shape] = self._pool.submit(
+                _compiled,
                 train_step.lower(
                     self._state_shapes(), *self._shapes(batch), config=self._config.optimizer
-                )
+                ),
             )
 
     def prepare_held_out_loss(self, batch: Batch) -> None:
         """Begins to compile the loss of batches of this shape, unless that has begun."""
         if batch.inputs.shape not in self._losses:
             state = self._state_shapes()
-            self._losses[batch.inputs.shape] = self._compiled(
-                held_out_loss.lower(state.params, state.graph, *self._shapes(batch))
+            self._losses[batch.inputs.shape] = self._pool.submit(
+                _compiled, held_out_loss.lower(state.params, state.graph, *self._shapes(batch))
             )
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on the run's devices."""
-        found = initial_state(self._config) if self._initial is None else self._initial.result()()
+        if self._initial is None:
+            found = initial_state(self._config)
+        else:  # kept here no longer, as the first update uses it up
+            found, self._initial = self._initial.result(), None
         placed: TrainState = self.devices.state(found)
         return placed
 
@@ -115,10 +118,6 @@ class Programs:
         """Begins nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compiled(self, lowered: jax.stages.Lowered) -> Future[Any]:
-        is_gpu = jax.default_backend() == "gpu"
-        return self._pool.submit(lowered.compile, compiler_options=compiler.options(is_gpu=is_gpu))
-
     def _state_shapes(self) -> TrainState:
         shapes: TrainState = jax.tree.map(
             lambda x: self.devices.shape(x, is_cut=False), abstract_state(self._config)
@@ -128,3 +127,8 @@ class Programs:
     def _shapes(self, batch: Batch) -> tuple[jax.ShapeDtypeStruct | None, ...]:
         arrays = (batch.inputs, batch.targets, batch.segment_ids)
         return tuple(None if x is None else self.devices.shape(x, is_cut=True) for x in arrays)
+
+
+def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    is_gpu = jax.default_backend() == "gpu"
+    return lowered.compile(compiler_options=compiler.options(is_gpu=is_gpu))

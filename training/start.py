@@ -38,7 +38,9 @@ class Start:
 
 def begin(config: TrainConfig, corpus: Corpus, devices: Devices) -> Start:
     """Compiles a new run's programs, and makes its state."""
-    programs = _prepared(config, corpus, devices)
+    programs = Programs(config, devices)
+    programs.prepare_initial_state()
+    _prepare(programs, config, corpus)
     state = programs.initial_state()
     if config.fine_tune.model is not None or config.model.scan_blocks:
         return Start(config, programs, state)
@@ -53,7 +55,8 @@ def begin(config: TrainConfig, corpus: Corpus, devices: Devices) -> Start:
     if _fits(apart, free):
         return Start(config, programs, state, loss)
     looped = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_blocks=True))
-    in_a_loop = _prepared(looped, corpus, devices)
+    in_a_loop = Programs(looped, devices)
+    _prepare(in_a_loop, looped, corpus)
     memory = in_a_loop.memory_of_update(batch)
     if not _fits(memory, free):  # the error of what then runs says what else takes less
         in_a_loop.close()
@@ -67,12 +70,9 @@ def begin(config: TrainConfig, corpus: Corpus, devices: Devices) -> Start:
     return Start(looped, in_a_loop, state, note=note)
 
 
-def _prepared(config: TrainConfig, corpus: Corpus, devices: Devices) -> Programs:
-    programs = Programs(config, devices)
+def _prepare(programs: Programs, config: TrainConfig, corpus: Corpus) -> None:
     programs.prepare_update(batch_of(config, corpus, step=1))
     programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
-    programs.prepare_initial_state()
-    return programs
 
 
 def _fits(memory: Memory, free: int) -> bool:
