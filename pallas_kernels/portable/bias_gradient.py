@@ -5,6 +5,7 @@
 A program has one tile of queries by keys and makes S and dP of each that shares it in turn, so that
 the sum is in float32 registers and rounded once, in a fixed order. That is two products more than
 the other gradients need; a kernel that made dQ as well would hold it of every batch row at once.
+Where there are few tiles, the rows that share one are several programs', and their sums are added.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jax import Array, lax
 
 from jattn.call.masking import KeyIntervals, hides_some
 from pallas_kernels.portable import columns
+from pallas_kernels.portable.bias_parts import part_count
 from pallas_kernels.portable.elements import Place, both
 from pallas_kernels.portable.ends import key_limit, past, query_limit
 from pallas_kernels.portable.flash_backward import row_numbers
@@ -99,19 +101,26 @@ def sums_over_shares(
     assert spec.d_bias_shape is not None
     assert spec.bias_dtype is not None
     rows, heads, _, _ = spec.d_bias_shape
-    grid = (-(-spec.keys // tiles.keys), -(-spec.queries // tiles.queries), rows * heads)
+    parts = part_count(spec, tiles)
+    cut = (-(-spec.keys // tiles.keys), -(-spec.queries // tiles.queries))
+    grid = (*cut, parts * rows * heads)
 
     def kernel(refs: SimpleNamespace, results: Results) -> None:
-        _kernel(spec, tiles, place_in(grid), addends, refs, results)
+        _kernel(spec, tiles, parts, place_in(grid), addends, refs, results)
 
-    shape = {"d_bias": jax.ShapeDtypeStruct(spec.d_bias_shape, spec.bias_dtype)}
+    whole, dtype = (parts * rows, *spec.d_bias_shape[1:]), jnp.float32
+    shape = {"d_bias": jax.ShapeDtypeStruct(whole, dtype if parts > 1 else spec.bias_dtype)}
     found = launch(kernel, inputs, shape, grid=grid, tiles=tiles, name=name, interpret=interpret)
-    return found["d_bias"]
+    if parts == 1:
+        return found["d_bias"]
+    apart = found["d_bias"].reshape(parts, *spec.d_bias_shape)
+    return jnp.sum(apart, axis=0).astype(spec.bias_dtype)
 
 
 def _kernel(
     spec: AttentionSpec,
     tiles: Tiles,
+    parts: int,
     place: tuple[Array, ...],
     addends: Addends,
     refs: SimpleNamespace,
@@ -119,21 +128,29 @@ def _kernel(
 ) -> None:
     assert spec.d_bias_shape is not None
     j, i, owner = place
-    own_row, own_head = divided(owner, spec.d_bias_shape[1])
+    place_row, own_head = divided(owner, spec.d_bias_shape[1])
+    part, own_row = divided(place_row, spec.d_bias_shape[0])
     first_query, first_key = i * tiles.queries, j * tiles.keys
-    tile = _Tile(spec, tiles, refs, addends, own_row, own_head, first_query, first_key)
+    shared = spec.batch // spec.d_bias_shape[0] // parts
+    first_row = part * shared
+    tile = _Tile(
+        spec, tiles, refs, addends, own_row, own_head, first_query, first_key, first_row, shared
+    )
     d_bias = tile.sum()
     # Those that exist: an element past a length is written too, as the 0 it is.
     queries = span(first_query, tiles.queries, past(spec.queries, tiles.queries))
     keys = span(first_key, tiles.keys, past(spec.keys, tiles.keys))
     inside = both(queries.exists_down, keys.exists_across)
-    index = (own_row, own_head, queries.down, keys.across)
+    index = (place_row, own_head, queries.down, keys.across)
     store(results["d_bias"], index, d_bias * dropout_factor(spec), inside)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """A tile of the gradient, and those that share it: batch rows and heads, from its own on."""
+    """A tile of the gradient, and those that share it: batch rows and heads, from its own on.
+
+    first_row, shared_rows: of the rows that share it, those that are added here.
+    """
 
     spec: AttentionSpec
     tiles: Tiles
@@ -143,11 +160,8 @@ class _Tile:
     own_head: Array
     first_query: Array
     first_key: Array
-
-    @property
-    def shared_rows(self) -> int:
-        assert self.spec.d_bias_shape is not None
-        return self.spec.batch // self.spec.d_bias_shape[0]
+    first_row: Array
+    shared_rows: int
 
     @property
     def shared_heads(self) -> int:
@@ -173,7 +187,7 @@ class _Tile:
 
         def of_row(r: Array, d_bias: Array) -> Array:
             """All heads of a batch row whose offset says whether the tile is seen."""
-            row = spec.rows("d_bias").member(self.own_row, r)
+            row = spec.rows("d_bias").member(self.own_row, self.first_row + r)
             sees = is_seen(replace(band, offset=load(self.refs.query_offset, (row,))))
             return self._plus(d_bias, self.shared_heads, sees, first=r, masked=True)
 
@@ -212,7 +226,7 @@ class _Tile:
         """That of the n-th, heads of one batch row after each other."""
         spec, tiles, refs = self.spec, self.tiles, self.refs
         next_row, next_head = divided(n, self.shared_heads)
-        batch = spec.rows("d_bias").member(self.own_row, next_row)
+        batch = spec.rows("d_bias").member(self.own_row, self.first_row + next_row)
         head = self.own_head + next_head
         query_end = query_limit(spec, refs, batch, tiles.queries)
         key_end = key_limit(spec, refs, batch, tiles.keys)

@@ -69,6 +69,10 @@ def _table(*rows: tuple[int, int, int, int]) -> Table:
 # By the larger head dim, up to. Of two-byte floats on Hopper, where matrix instructions take 64
 # rows of four warps and read operands from shared memory:
 HOPPER = {
+    32: _table(
+        (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3),
+        (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3),
+    ),
     64: _table(
         (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3),
         (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2),

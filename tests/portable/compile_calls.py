@@ -46,6 +46,7 @@ FEATURES = [
     Long("latent", head_dim=192, value_dim=128, causal=True),
     Long("ragged", queries=1001, keys=1023, head_dim=72, kv_heads=2),
     Long("bias", bias="1NTS", batch=2),
+    Long("bias_of_many", bias="1NTS", batch=64, queries=256, keys=256, head_dim=32),
     Long("bias_keys", bias="B11S", head_dim=64),
     *(Long(f"bias_float32_{h}", bias="BNTS", bias_dtype="float32", head_dim=h) for h in (64, 128)),
     Long("dropout", dropout=0.1),
