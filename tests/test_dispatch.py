@@ -329,7 +329,7 @@ class TestForms:
         ("form", "head_dim", "part"),
         [
             ("BNTS", 64, ""),
-            ("1NTS", 128, "; the bias's gradient: Pallas, portable"),
+            ("1NTS", 128, ""),
             ("1N1S", 64, "; gradients, if the bias's is wanted: Pallas, portable"),
             ("BNTS", 256, "; gradients: Pallas, portable"),
         ],

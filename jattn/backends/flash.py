@@ -18,7 +18,9 @@ from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
 from pallas_kernels.hopper import limits
-from pallas_kernels.hopper.bias_form import copied_bytes, form_of, writes_gradient
+from pallas_kernels.hopper.bias_form import copied_bytes, form_of, sums_gradient, writes_gradient
+from pallas_kernels.hopper.sum_tiles import partial_bytes
+from pallas_kernels.portable.bias_parts import partial_bytes as sums_apart
 from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.reach import copied_bytes as copied_mask_bytes
 
@@ -51,9 +53,12 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
     # Copies of a bias and of its gradient that end within a tile; bits of a mask, both ways round.
-    beside = copied_bytes(spec) * (1 + writes_gradient(spec)) + 2 * limits.words_bytes(spec)
-    if limits.portable_part(spec):
-        return portable_gradient_bytes(spec, target) + beside
+    sums = sums_gradient(spec)
+    beside = copied_bytes(spec) * (1 + (sums or writes_gradient(spec)))
+    beside += 2 * limits.words_bytes(spec) + (partial_bytes(spec) if sums else 0)
+    portable = portable_gradient_bytes(spec, target) if limits.portable_part(spec) else 0
+    if limits.leaves_backward(spec, wants_bias=False):
+        return portable + beside
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
     apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
@@ -61,7 +66,8 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     columns = limits.padded_width(spec.head_dim) if added else 0
     words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
     of_bias = int(form_of(spec) == "rows")
-    return spec.batch * spec.queries * spec.heads * 4 * (columns + 5 + words + of_bias) + beside
+    own = spec.batch * spec.queries * spec.heads * 4 * (columns + 5 + words + of_bias)
+    return max(own, portable) + beside
 
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
@@ -71,4 +77,4 @@ def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     if (terms := term_count(spec)) > 1:
         width = spec.head_dim + spec.value_dim
         held += (rows + spec.batch * spec.keys * spec.kv_heads) * width * 2 * terms
-    return held + copied_mask_bytes(spec.mask_shape)
+    return held + copied_mask_bytes(spec.mask_shape) + sums_apart(spec)

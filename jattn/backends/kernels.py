@@ -111,17 +111,18 @@ class Kernels:
         ):
             from pallas_kernels.hopper import backward as hopper
 
-            writes_bias = wants_bias and bias_form.writes_gradient(spec)
+            on_hopper = bias_form.writes_gradient(spec) or bias_form.sums_gradient(spec)
+            on_hopper &= wants_bias
             gradients: tuple[Array, ...] = hopper.backward(
                 spec,
                 operands,
                 rows,
-                wants_bias=writes_bias,
+                wants_bias=on_hopper,
                 wants_scale=wants_scale,
                 deterministic=self.deterministic,
                 interpret=self.interpret,
             )
-            if wants_bias and not writes_bias:
+            if wants_bias and not on_hopper:
                 from pallas_kernels.portable import flash
 
                 own = self._in_portable_unit(spec, rows)

@@ -24,10 +24,12 @@ from pallas_kernels.hopper import (
     backward_mask,
     backward_queries,
     backward_wide,
+    bias_sums,
 )
 from pallas_kernels.hopper.backward_block import key_gradients
 from pallas_kernels.hopper.backward_round import in_rows, rounded
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
+from pallas_kernels.hopper.bias_form import writes_gradient
 from pallas_kernels.hopper.dropout import kept_factor, words_by_block
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.seam import Ref
@@ -59,7 +61,8 @@ def backward(
       spec: the call; the kernels' `refusals` must be empty for it.
       operands: its arrays.
       rows: what else each row has, of the output the row term.
-      wants_bias: there is a bias that nothing shares, and its gradient is asked for.
+      wants_bias: the bias's gradient is asked for: of one that nothing shares, or whose gradient
+        is summed by tiles (`bias_form`).
       wants_scale: the gradient of query is to be dS K in float32, not multiplied by the scale.
       deterministic: results are bitwise the same each time.
       tiles: tile shapes to use instead of the table's.
@@ -127,9 +130,12 @@ def backward(
     if tiles.apart:
         kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
         dk, dv = kernel.launch(spec, tiles, inputs, interpret=interpret)
+        writes_bias = wants_bias and writes_gradient(spec)
         dq, *d_bias = backward_queries.launch(
-            spec, operands, inputs, unscaled=unit, wants_bias=wants_bias, interpret=interpret
+            spec, operands, inputs, unscaled=unit, wants_bias=writes_bias, interpret=interpret
         )
+        if wants_bias and not writes_bias:
+            d_bias = [bias_sums.launch(spec, operands, inputs, interpret=interpret)]
     elif tiles.once:
         dk, dv, dq = backward_kernel.launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
     else:

@@ -152,7 +152,7 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
         # On an H100 with dV's product first, dQ's kernel and all: full 492, 449 (without 444, 437),
         # causal 483, 394 (488, 392).
         return BackwardTiles(64, stages=3, apart=True, values_first=full and even)
-    if head + value <= 128 and spec.mask_shape is not None:
+    if head + value <= 128 and (spec.mask_shape or spec.bias_shape):
         return BackwardTiles(64, stages=3)  # blocks of 128 queries spill
     if head + value <= 128:
         # Causal 557, 460, 290; full 536, 526, 410. dS shared: causal 516, 432, 261.

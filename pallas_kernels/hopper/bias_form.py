@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Form",
     "copied_bytes",
+    "d_bias_sharers",
     "form_of",
     "has_ring",
     "padding",
     "rows_share",
+    "sums_gradient",
     "writes_gradient",
 ]
 
@@ -43,6 +45,20 @@ def writes_gradient(spec: AttentionSpec) -> bool:
     """Whether the kernel of dQ can write the gradient of the bias, which nothing shares."""
     whole = (spec.batch, spec.heads, spec.queries, spec.keys)
     return form_of(spec) == "whole" and spec.d_bias_shape == whole
+
+
+def sums_gradient(spec: AttentionSpec) -> bool:
+    """Whether Hopper's kernel of sums makes it: each of its tiles is of one tile of the bias."""
+    if form_of(spec) != "whole" or writes_gradient(spec):
+        return False
+    return spec.d_bias_shape == spec.bias_shape and spec.rows("d_bias") == spec.rows("bias")
+
+
+def d_bias_sharers(spec: AttentionSpec) -> tuple[int, int, int]:
+    """Rows and heads of a bias's gradient, and how many of the batch's share each."""
+    assert spec.d_bias_shape is not None
+    rows, heads, _, _ = spec.d_bias_shape
+    return rows, heads, spec.batch * spec.heads // (rows * heads)
 
 
 def rows_share(spec: AttentionSpec) -> bool:

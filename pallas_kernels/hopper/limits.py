@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.bias_form import copied_bytes, form_of, writes_gradient
+from pallas_kernels.hopper.bias_form import copied_bytes, form_of, sums_gradient, writes_gradient
 from pallas_kernels.hopper.copies import padded_width
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ MOST_COPIED = 4 << 20  # bytes of a bias that ends within a tile, or as many as 
 def has_dq_apart(spec: AttentionSpec, *, deterministic: bool) -> bool:
     """Whether dQ has a kernel of its own, and no float32 array that thread blocks add to."""
     deterministic &= not writes_dq_once(spec)
-    adds = spec.logits_soft_cap is None and spec.bias_shape is None
+    adds = spec.logits_soft_cap is None and form_of(spec) != "whole"
     return deterministic or _is_wide(spec) or not adds
 
 
@@ -44,7 +44,7 @@ def writes_dq_once(spec: AttentionSpec) -> bool:
     Then dQ is neither added to what others made of it nor made by a kernel of its own.
     """
     is_one_tile = spec.keys <= KEYS_OF_A_BLOCK
-    adds = spec.logits_soft_cap is None and spec.bias_shape is None
+    adds = spec.logits_soft_cap is None and form_of(spec) != "whole"
     return is_one_tile and not _is_wide(spec) and adds
 
 
@@ -61,7 +61,8 @@ def portable_part(spec: AttentionSpec) -> str:
         return "gradients"
     if leaves_backward(spec, wants_bias=True):
         return "gradients, if the bias's is wanted"
-    return "the bias's gradient" if spec.bias_shape and not writes_gradient(spec) else ""
+    made = writes_gradient(spec) or sums_gradient(spec)
+    return "the bias's gradient" if spec.bias_shape and not made else ""
 
 
 def words_bytes(spec: AttentionSpec) -> int:

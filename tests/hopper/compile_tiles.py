@@ -127,8 +127,20 @@ BIASES = [
         for h in (64, 128)
         for dtype in ("bfloat16", "float32")
     ),
+    *(
+        Long(f"bias_shared_{name}_{h}", head_dim=h, batch=2, bias="1NTS", **options)
+        for h in (64, 128)
+        for name, options in (
+            ("causal", {"causal": True}),
+            ("segments", {"segments": "sorted"}),
+            ("lengths", {"query_lengths": (9, 8), "key_lengths": (9, 8)}),
+            ("soft_cap", {"kv_heads": 4, "soft_cap": 50.0}),
+        )
+    ),
+    Long("bias_shared_by_many", batch=64, queries=256, keys=256, head_dim=64, bias="1NTS"),
     Long("bias_one_query", queries=1, keys=4096, kv_heads=4, bias="1N1S"),
 ]
+OF_BIASES = ("bias_own", "bias_shared", "bias_full", "bias_float32", "bias_window")  # gradients
 # What is compiled of each case, but gradients that the portable kernels make, and of one query with
 # many heads, which are shared out as others are. "backward" is the gradient without the forward it
 # starts from, "still" that without the bias's, "deterministic" the same where that is computed in
@@ -149,8 +161,16 @@ CALLS = [
     ),
     *((case, "tangent") for case in CASES if case.name in OF_TANGENTS),
     *((case, "forward") for case in BIASES),
-    *((case, "still") for case in BIASES if case.head_dim <= 128),
-    *((case, "backward") for case in BIASES if case.name.startswith("bias_own")),
+    *(
+        (case, "still")
+        for case in BIASES
+        if case.head_dim <= 128 and not case.name.startswith("bias_shared")
+    ),
+    *(
+        (case, "backward")
+        for case in BIASES
+        if case.head_dim <= 128 and case.name.startswith(OF_BIASES)
+    ),
 ]
 
 # ptxas: "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to
