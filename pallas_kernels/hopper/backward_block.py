@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 __all__ = [
     "HALF",
     "HIGH",
+    "INDEX",
     "LOW",
     "ROW",
     "ROW_BIAS",
     "ROW_TERM",
     "WGMMA",
     "Block",
+    "Turn",
     "banded",
     "each",
     "grid_of",
@@ -47,17 +49,31 @@ ROW = WGMMA.reduce(1)  # one value a key
 COLUMN = WGMMA.reduce(0)  # one value a query
 # A query's vectors: its log-sum-exp in two, its row term, and of some biases its own.
 HIGH, LOW, ROW_TERM, ROW_BIAS = range(4)
+INDEX = 3  # its number in its block, where thread blocks have lists, which no call with a bias has
+
+
+class Turn(NamedTuple):
+    """A tile of a thread block's list: where its K and V are, and what was visited before it."""
+
+    slot: Array
+    visited: Array
 
 
 class Block:
     """One thread block: its tile of keys, and which blocks of queries it visits."""
 
     def __init__(
-        self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref, grid: Grid
+        self,
+        spec: AttentionSpec,
+        tiles: BackwardTiles,
+        seam: Seam,
+        refs: Ref,
+        place: dict[str, Array],
+        turn: Turn | None = None,
     ) -> None:
         self.spec, self.tiles, self.seam, self.refs = spec, tiles, seam, refs
         self.makes_dq = "dq" in vars(refs)
-        place = grid.place()
+        self.turn = turn
         shares = tiles.shares
         self.batch, self.tile, head = place["batch"], place["tile"], place["head"]
         if tiles.heads_together:
@@ -85,6 +101,12 @@ class Block:
             self.visits = Visits(*(refs.ranges[of, row, i] for i in range(4)))
         # Whether log-sum-exps of the group's heads have a second part that counts.
         self.in_two = refs.in_two[self.batch, self.kv_head] > 0
+
+    def keys_at(self, first: Array | int, size: int = ROWS) -> Any:
+        """Rows of K's and V's shared memory, from this one on of those that hold the tile."""
+        if self.turn is not None:
+            first = first + self.turn.slot * np.int32(self.tiles.keys)
+        return pl.ds(first, size)
 
     def parts(self, ref: Ref, *slot: Array) -> list[Ref]:
         """A matrix in shared memory, or in this slot of it, or its halves."""
@@ -175,7 +197,10 @@ class Block:
             # Comes from memory: of an iota the compiler would keep every element in registers.
             if spec.has_query_offset:
                 first_query += refs.query_offset[self.batch]
-            query = self.row(refs.index_smem) + first_query
+            if self.turn is None:
+                query = self.row(refs.index_smem) + first_query
+            else:
+                query = self.row(refs.rows_smem.at[slot, INDEX]).astype(jnp.int32) + first_query
             if spec.band.upper is not None:
                 p = jnp.where(key <= query + spec.band.upper, p, 0.0)
             if spec.band.lower is not None:

@@ -31,6 +31,7 @@ done; both for each slot of a ring):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from math import gcd
@@ -52,13 +53,16 @@ from pallas_kernels.hopper.backward_block import (
     ROW_TERM,
     WGMMA,
     Block,
+    Turn,
     banded,
     each,
     grid_of,
     key_gradients,
 )
+from pallas_kernels.hopper.backward_list import each_listed, schedule, with_index
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
+from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.plain import in_both_ways, named
@@ -92,7 +96,12 @@ def launch(
     seam = Seam(interpret)
     w, queries = tiles.warpgroups, tiles.queries
     head, value = inputs["k"].shape[3], inputs["v"].shape[3]
-    if banded(spec):
+    grid = grid_of(spec, tiles)
+    if tiles.listed:
+        inputs = inputs | {"schedule": constant(schedule(spec, tiles, grid))}
+        if banded(spec):
+            inputs = inputs | {"rows": with_index(inputs["rows"])}
+    elif banded(spec):
         inputs = inputs | {"index": jnp.arange(queries, dtype=jnp.int32)}
     if dq is not None:
         inputs = inputs | {"dq": dq}
@@ -106,20 +115,31 @@ def launch(
         matrices = ("q_smem", "k_smem", "v_smem", "do_smem", *(["dq_smem"] if tiles.once else []))
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
     names = [*inputs, "dk", "dv", *(["dq"] if tiles.once else []), *scratch]
-    grid = grid_of(spec, tiles)
 
     def kernel(*args: Ref) -> None:
         refs = named(scratch, names, args)
-        block = Block(spec, tiles, seam, refs, grid)
-        if unscaled is not None:
-            block.dq_scale = unscaled
-        if spec.dropout_rate > 0:
-            block.dq_scale = block.dq_scale * kept_factor(spec)
         warpgroup = lax.axis_index("warpgroup")
+
+        def block_at(place: dict[str, Array], turn: Turn | None = None) -> Block:
+            block = Block(spec, tiles, seam, refs, place, turn)
+            if unscaled is not None:
+                block.dq_scale = unscaled
+            if spec.dropout_rate > 0:
+                block.dq_scale = block.dq_scale * kept_factor(spec)
+            return block
+
+        def every_tile(each_tile: Callable[[Block, Callable[[], None]], None]) -> None:
+            """each_tile(the tile, what is called where the next may be looked up), one by one."""
+            if tiles.listed:
+                each_listed(refs, grid, block_at, each_tile)
+            else:
+                each_tile(block_at(grid.place()), lambda: None)
 
         def compute(number: Array | int) -> None:
             plgpu.set_max_registers(240, action="increase")
-            _compute(block, number)
+            _start(tiles, refs)
+            every_tile(lambda block, ends: _compute(block, number, ends))
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup < w)
         def _() -> None:
@@ -131,14 +151,15 @@ def launch(
         @pl.when(warpgroup == w)
         def _() -> None:
             plgpu.set_max_registers(24, action="decrease")
-            _load(block)
+            every_tile(_load)
+            _finish(tiles, refs)
 
     found: tuple[Array, ...] = run(
         kernel,
         inputs,
         out_type=out_type,
         scratch_types=list(scratch.values()),
-        **grid.launch,
+        **({"grid": (tiles.listed,), "grid_names": ("block",)} if tiles.listed else grid.launch),
         num_threads=w + 1,
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=tiles.values_first and not interpret
@@ -164,20 +185,25 @@ def _scratch(
     # Both operands of a product have one swizzle, and columns of dQ are shared in whole tiles.
     swizzle = dq_swizzle(head) if makes_dq and queries == ROWS else None
     both = 4 if tiles.halves else 2  # copies of two matrices
+    slots = 2 if tiles.listed else 1  # tiles of keys
+    once_a_tile = both + spec.has_segments + (banded(spec) and not tiles.listed)
     arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
     of_mask = backward_mask.scratch(spec, tiles)
     arrivals += len(of_mask)
+    vectors = 3 + (form_of(spec) == "rows" or (tiles.listed > 0 and banded(spec)))
     scratch = {
-        "k_smem": operand(tiles.keys, head, swizzle=swizzle),
-        "v_smem": operand(tiles.keys, value),
+        "k_smem": operand(slots * tiles.keys, head, swizzle=swizzle),
+        "v_smem": operand(slots * tiles.keys, value),
         "q_smem": operand(stages, queries, head, swizzle=swizzle),
         "do_smem": operand(stages, queries, value),
-        "rows_smem": plgpu.SMEM((stages, 3 + (form_of(spec) == "rows"), queries), jnp.float32),
-        "kv_full": plgpu.Barrier(num_arrivals=both + banded(spec) + spec.has_segments),
+        "rows_smem": plgpu.SMEM((stages, vectors, queries), jnp.float32),
+        "kv_full": plgpu.Barrier(num_arrivals=once_a_tile, num_barriers=slots),
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
         "both": plgpu.Barrier(num_arrivals=w),
     }
+    if tiles.listed:
+        scratch["kv_free"] = plgpu.Barrier(num_arrivals=w, num_barriers=slots)
     if makes_dq:
         scratch["ds_smem"] = matrix(2, tiles.keys, queries, swizzle=swizzle)
         shares = dq_columns(head) if queries == ROWS else (head, head)
@@ -192,7 +218,7 @@ def _scratch(
             for number, columns in enumerate(shares):
                 scratch[f"dq{number}_smem"] = matrix(ROWS, columns, dtype=dtype, swizzle=own)
     scratch |= backward_bias.scratch(spec, tiles) | of_mask
-    if banded(spec):
+    if banded(spec) and not tiles.listed:
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.dropout_rate > 0:
         scratch["words_smem"] = plgpu.SMEM((stages, 2, queries), jnp.uint32)
@@ -202,25 +228,49 @@ def _scratch(
     return scratch
 
 
-def _load(block: Block) -> None:
+def _start(tiles: BackwardTiles, refs: Ref) -> None:
+    """All slots are free."""
+    for slot in range(tiles.stages):
+        plgpu.barrier_arrive(refs.free.at[slot])
+    if tiles.listed:
+        for slot in range(2):
+            plgpu.barrier_arrive(refs.kv_free.at[slot])
+
+
+def _finish(tiles: BackwardTiles, refs: Ref) -> None:
+    """Waits until they are again."""
+    for slot in range(tiles.stages):
+        plgpu.barrier_wait(refs.free.at[slot])
+    if tiles.listed:
+        for slot in range(2):
+            plgpu.barrier_wait(refs.kv_free.at[slot])
+
+
+def _load(block: Block, ends: Callable[[], None]) -> None:
     """The loading warpgroup."""
     spec, tiles, refs = block.spec, block.tiles, block.refs
     batch, visit = block.batch, block.visits
     keys = pl.ds(block.tile * tiles.keys, tiles.keys)
+    before: Array | int = 0
+    full = refs.kv_full.at[0]
+    if block.turn is not None:
+        before, full = block.turn.visited, refs.kv_full.at[block.turn.slot]
+        plgpu.barrier_wait(refs.kv_free.at[block.turn.slot])
     for gmem, smem in ((refs.k, refs.k_rows), (refs.v, refs.v_rows)):
         for i, part in enumerate(block.parts(smem)):
             place = (batch, keys, block.kv_head, *block.columns(i))
-            plgpu.copy_gmem_to_smem(gmem.at[place], part, refs.kv_full)
-    if banded(spec):
-        plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, refs.kv_full)
+            own = part if block.turn is None else part.at[block.keys_at(0, tiles.keys)]
+            plgpu.copy_gmem_to_smem(gmem.at[place], own, full)
+    if banded(spec) and block.turn is None:
+        plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, full)
     if spec.has_segments:
-        plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
+        plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, full)
 
     def fetch(n: Array) -> None:
         h, at = block.located(*block.visit(n))
         head = block.first_head + h
         queries = pl.ds(at * tiles.queries, tiles.queries)
-        slot = remainder(n, tiles.stages)
+        slot = remainder(n if block.turn is None else n + before, tiles.stages)
         plgpu.barrier_wait(refs.free.at[slot])
 
         def copy(source: Ref, place: Ref) -> None:
@@ -245,16 +295,13 @@ def _load(block: Block) -> None:
             )
 
     each(0, visit.count * block.heads, fetch)
-    for slot in range(tiles.stages):
-        plgpu.barrier_wait(refs.free.at[slot])
+    ends()
 
 
-def _compute(block: Block, warpgroup: Array | int) -> None:
+def _compute(block: Block, warpgroup: Array | int, ends: Callable[[], None]) -> None:
     """A compute warpgroup: 64 keys of the tile."""
     tiles, seam, refs = block.tiles, block.seam, block.refs
-    for slot in range(tiles.stages):
-        plgpu.barrier_arrive(refs.free.at[slot])
-    plgpu.barrier_wait(refs.kv_full)
+    plgpu.barrier_wait(refs.kv_full.at[0 if block.turn is None else block.turn.slot])
     accumulator = partial(_accumulator, seam, refs, warpgroup)
     dk, dv = _with_parts(
         block, accumulator, "dk", refs.k_smem,
@@ -263,10 +310,12 @@ def _compute(block: Block, warpgroup: Array | int) -> None:
             lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv),
         ),
     )  # fmt: skip
-    plgpu.wait_smem_to_gmem(0)
+    ends()
+    if not (tiles.in_fragments or tiles.listed):
+        plgpu.wait_smem_to_gmem(0)
     if block.makes_dq:  # both warpgroups' dQ read all of k_smem
         _meet(block)
-    mine = pl.ds(warpgroup * ROWS, ROWS)
+    mine = block.keys_at(warpgroup * ROWS)
     if block.spec.dropout_rate > 0:
         dk, dv = ([x * kept_factor(block.spec) for x in of] for of in (dk, dv))
     dk = [x * block.scale for x in dk]
@@ -282,7 +331,9 @@ def _compute(block: Block, warpgroup: Array | int) -> None:
             )
         ),
     )
-    plgpu.wait_smem_to_gmem(0)
+    if block.turn is not None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(refs.kv_free.at[block.turn.slot])
 
 
 def _accumulator(
@@ -422,13 +473,15 @@ def _step(
     folds: low parts of its log-sum-exps may count.
     """
     spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
+    if block.turn is not None:
+        n += block.turn.visited
     slot = remainder(n, tiles.stages)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     # A zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is kept
     # in two registers, 32 in all, which then spill.
     hidden = lax.shift_right_logical(n, np.int32(30))
     k, v = (
-        [x.at[pl.ds((warpgroup + hidden) * ROWS, ROWS)] for x in block.parts(smem)]
+        [x.at[block.keys_at((warpgroup + hidden) * ROWS)] for x in block.parts(smem)]
         for smem in (refs.k_smem, refs.v_smem)
     )
     q, do = (block.parts(smem, slot) for smem in (refs.q_smem, refs.do_smem))
@@ -522,7 +575,10 @@ def _step(
 
     def products(dq_acc: Ref) -> Array:
         if by_columns:
-            own_k = refs.k_smem.at[warpgroup if tiles.halves else (slice(None), columns)]
+            every = slice(None)
+            if block.turn is not None:
+                every = block.keys_at(hidden * ROWS, tiles.keys)
+            own_k = refs.k_smem.at[(warpgroup, every) if tiles.halves else (every, columns)]
             seam.matmul_into(dq_acc, ds_smem.T, own_k)  # dQ = dS K
         else:
             seam.matmul_into(dq_acc, ds_smem.at[:, mine].T, refs.k_smem)

@@ -10,14 +10,16 @@ from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
 from pallas_kernels.hopper.plain import has_plain_halves, needs_plain_rows
 from pallas_kernels.hopper.seam import swizzle_of
-from pallas_kernels.hopper.shares import ENOUGH, WHOLE, Shares, choose_shares
-from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.shares import ENOUGH, MULTIPROCESSORS, WHOLE, Shares, choose_shares
+from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY
 from pallas_kernels.hopper.visits import known_counts
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
 __all__ = ["BackwardTiles", "by_rows", "choose_backward_tiles", "dq_columns", "dq_swizzle"]
+
+MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class BackwardTiles:
       first, so that tiles of all lengths are at one block at a time.
     once: dQ is written, not added: one thread block visits a block of queries.
     in_fragments: dQ is added from registers, to an array in their order (`instructions.py`).
+    listed: how many thread blocks there are, each with a list of tiles, the next of which is on its
+      way while one is computed; 0: one for each tile.
     halves: matrices are two halves of their columns, each one tile wide and copied as plain rows.
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     shares: the thread blocks that share a tile's work.
@@ -51,6 +55,7 @@ class BackwardTiles:
     heads_inner: bool = False
     once: bool = False
     in_fragments: bool = False
+    listed: int = 0
     halves: bool = False
     values_first: bool = False
     shares: Shares = WHOLE
@@ -68,7 +73,9 @@ def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> Backwa
         shared = tiles.shared_ds or tiles.in_fragments
         tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
     tiles = replace(tiles, shares=_shares(spec, tiles), halves=_halves(spec, tiles))
-    return replace(tiles, **_order(spec, tiles))
+    tiles = replace(tiles, **_order(spec, tiles))
+    listed = _listed(spec, replace(tiles, stages=2))
+    return replace(tiles, listed=listed, stages=2) if listed else tiles
 
 
 def _halves(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
@@ -79,6 +86,41 @@ def _halves(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     # ms on an H200, forward and backward, padded and in halves: T = 577, B 32, N 16, full 1.18,
     # 0.88; 257, B 64, 0.96, 0.68; but 12,345, causal, 3.67, 3.90, 0.13 of which are the padding.
     return alone and spec.keys <= SHORT and has_plain_halves(spec)
+
+
+def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """Thread blocks that go through lists of tiles, whose lengths are known beforehand; or 0."""
+    others = spec.mask_shape is not None or spec.bias_shape is not None or spec.dropout_rate > 0
+    unknown = (
+        spec.has_segments or spec.has_query_lengths or spec.has_key_lengths or spec.has_query_offset
+    )
+    others |= spec.scale is None or spec.logits_soft_cap is not None or tiles.once
+    if others or unknown or tiles.warpgroups == 1 or tiles.shares.count > 1:
+        return 0
+    count = spec.batch * spec.kv_heads * -(-spec.keys // tiles.keys)
+    if not MULTIPROCESSORS < count <= MOST_LISTED or not _two_fit(spec, tiles):
+        return 0
+    # ms on an H200, forward and backward, without and with. Head dim 128: T = 257 0.680, 0.659,
+    # 1k causal 0.645, 0.631, full 0.972, 0.968; 4k causal 1.676, 1.710, full 3.08, 3.16, 16k 5.70,
+    # 5.9. 80 at 257 0.721, 0.662, 4k causal 1.408, 1.354; 96 1.462, 1.450. Deterministic, 128, 1k
+    # causal 0.689, 0.646, 4k full 3.62, 3.55; 64 0.915, 0.853, 4.35, 4.26.
+    most = 4096 if tiles.apart else 1024 if tiles.in_fragments else 2112
+    visits = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
+    visited = float(visits.mean()) * tiles.queries * spec.group
+    return MULTIPROCESSORS if visited <= most else 0
+
+
+def _two_fit(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether shared memory has room for two tiles of keys."""
+    head, value = (padded_width(x) for x in (spec.head_dim, spec.value_dim))
+    columns = 2 * (head + value)  # bytes
+    matrices = (2 * tiles.keys + tiles.stages * tiles.queries) * columns
+    if not tiles.apart:
+        matrices += 2 * 2 * tiles.keys * tiles.queries
+        if not tiles.in_fragments:
+            matrices += 4 * head * (tiles.queries if tiles.queries == ROWS else tiles.keys)
+    vectors = -(-tiles.stages * 4 * tiles.queries * 4 // 1024) * 1024
+    return matrices + vectors <= SHARED_MEMORY
 
 
 # Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends.

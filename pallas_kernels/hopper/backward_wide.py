@@ -144,7 +144,7 @@ class WideBlock(Block):
     def __init__(
         self, spec: AttentionSpec, tiles: BackwardTiles, seam: Seam, refs: Ref, grid: Grid
     ) -> None:
-        super().__init__(spec, tiles, seam, refs, grid)
+        super().__init__(spec, tiles, seam, refs, grid.place())
         # A tile that no query sees visits some block all the same, of which all is hidden.
         visits = self.visits
         first = jnp.minimum(visits.first, refs.rows.shape[2] - 1)

@@ -43,7 +43,11 @@ class Grid:
         """Where along each axis the thread block is that asks."""
         if not self.is_flat:
             return {name: lax.axis_index(name) for name, _ in self.axes}
-        rest, place = lax.axis_index("block"), {}
+        return self.at(lax.axis_index("block"))
+
+    def at(self, number: Array) -> dict[str, Array]:
+        """Where along each axis the thread block with this number is, in the order of launch."""
+        rest, place = number, {}
         for name, size in reversed(self.axes[1:]):
             rest, place[name] = divided(rest, size)
         return place | {self.axes[0][0]: rest}

@@ -43,6 +43,14 @@ CASES = [
     Long("latent", head_dim=192, value_dim=128),
     Long("latent_causal", head_dim=192, value_dim=128, causal=True),
     Long("short_causal_64", batch=8, queries=1024, keys=1024, head_dim=64, causal=True),
+    *(
+        Long(f"lists_{mask}", batch=16, queries=1024, keys=1024, **options)
+        for mask, options in (
+            ("full", {}),
+            ("causal", {"causal": True}),
+            ("window", {"window": (255, 0)}),
+        )
+    ),
     Long("bottom_right", keys=4096, causal=True, alignment="bottom_right"),
     *(Long(f"window_{h}", head_dim=h, window=(1023, 0)) for h in WIDTHS),
     *(
