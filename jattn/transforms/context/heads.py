@@ -34,6 +34,7 @@ from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import context_of, device_index
 from jattn.transforms.context.pieces import put
 from jattn.transforms.context.plan import Plan
+from jattn.transforms.context.words import narrow, wide
 
 __all__ = ["Work", "backward", "exchanged", "forward"]
 
@@ -126,6 +127,8 @@ class Work:
         compute: of a piece's number and both of all positions, (B, T, heads, ...), the results of
           all positions.
         """
+        given, rows, keys = (rows, keys), [*map(wide, rows)], [*map(wide, keys)]
+        results: list[Array] = []
         held_rows, held_keys = self._come(self._sent(0, rows, keys), [], len(rows))[:2]
         made: list[Array] = []  # by the piece before: of queries, and of keys if they are whole
         sums: list[Array] = []
@@ -155,11 +158,14 @@ class Work:
                     part = [x[other] for x in come]
                     found = self._with(found, part, count, piece - 1, other)
             if piece == self.pieces:
-                return found
-            of_rows, of_keys = compute(piece, held_rows, held_keys)
+                return [*map(narrow, found[0], results)], [*map(narrow, found[1], results[count:])]
+            of_rows, of_keys = compute(
+                piece, [*map(narrow, held_rows, given[0])], [*map(narrow, held_keys, given[1])]
+            )
             count = len(of_rows)
             sums, whole = self._added(sums, of_keys, piece)
-            made = [*of_rows, *whole]
+            results = [*of_rows, *whole]
+            made = [*map(wide, results)]
             held_rows, held_keys = coming, next_keys or held_keys
         raise AssertionError
 
