@@ -81,6 +81,16 @@ def test_any_sink_is_right_where_each_row_has_its_own(backend: Backend) -> None:
     formula.check(quick_jit(partial(gradients, backend))(*inputs), gradients, *inputs)
 
 
+@pytest.mark.parametrize("backend", first(2, extremes.EVERY[1:]), ids=str)
+def test_a_sink_is_all_there_is_beside_keys_that_a_finite_bias_hides(backend: Backend) -> None:
+    """Their maximum is -1e9, and the log-sum-exp the sink's."""
+    arrays = operands(np.float32, sinks=np.array([0.3, 1e4, -1e9], np.float32))
+    bias = np.zeros((1, 1, *arrays["query"].shape[1:2], 24), np.float32)
+    bias[:, :, :7] = -1e9
+    found = extremes.check(backend, arrays | {"bias": bias})
+    np.testing.assert_allclose(found["lse"][:, :7, :2], [[[0.3, 1e4]] * 7] * 2, rtol=1e-6)
+
+
 INFINITE = np.array([np.inf, 0.5], np.float32)
 
 

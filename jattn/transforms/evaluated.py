@@ -28,13 +28,13 @@ from jattn.transforms.per_shard import (
     per_shard,
 )
 from jattn.transforms.rows import (
-    above,
     kept,
     log_sum_exp,
     of_heads,
     row_term,
     sink_weights,
     unkept,
+    with_sinks,
 )
 
 __all__ = [
@@ -76,7 +76,7 @@ def forward(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> tuple[Arra
     out, top, rest = run(kernel, kernels, spec, arrays, RESULTS, places)
     unit = kernels.unit(spec)
     if "sinks" in arrays:
-        rest = jnp.logaddexp(rest, above(arrays["sinks"], top, unit))
+        top, rest = with_sinks(arrays["sinks"], top, rest, unit)
     top, rest = kept(top, rest)
     return out, log_sum_exp(unit, spec, top, rest), top, rest
 

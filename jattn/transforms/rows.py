@@ -21,7 +21,15 @@ from jax.typing import ArrayLike
 
 from jattn.call.spec import AttentionSpec
 
-__all__ = ["above", "kept", "log_sum_exp", "of_heads", "row_term", "sink_weights", "unkept"]
+__all__ = [
+    "kept",
+    "log_sum_exp",
+    "of_heads",
+    "row_term",
+    "sink_weights",
+    "unkept",
+    "with_sinks",
+]
 
 
 def kept(top: Array, rest: Array) -> tuple[Array, Array]:
@@ -46,6 +54,19 @@ def log_sum_exp(unit: float, spec: AttentionSpec, top: Array, rest: Array) -> Ar
     """Natural; of a row that sees no key -inf, or where nobody asks for it 0."""
     lse = top * unit + rest
     return jnp.where(rest == _none(rest), -jnp.inf if spec.wants_residual else 0, lse)
+
+
+def with_sinks(sinks: Array, top: Array, rest: Array, unit: float) -> tuple[Array, Array]:
+    """The two numbers of keys, joined by the sinks; those of a row that sees no key as they are.
+
+    The maximum is then that of both: beside keys that a finite bias hides, a sink would be lost in
+    a sum of -1e9 and 1e9. One that is infinite, or would be in the kernels' unit, is the sum alone.
+    """
+    sink = of_heads(sinks, top) / unit
+    joined = (top > -jnp.inf) & (sink < jnp.inf)
+    higher = jnp.where(joined, jnp.maximum(top, sink), top)
+    faded = rest + jnp.where(joined, top - higher, 0) * unit
+    return higher, jnp.logaddexp(faded, above(sinks, higher, unit))
 
 
 def above(sinks: Array, top: Array, unit: float) -> Array:
