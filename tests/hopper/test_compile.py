@@ -65,6 +65,7 @@ PADDED = {
     "still": (),
     "backward": (
         "narrow",
+        "mask_ragged_64",
         "one_query_64",
         *(f"array_scale_{x}" for x in ("64", "128", "full_64", "full_128")),
     ),
