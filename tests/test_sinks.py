@@ -81,7 +81,7 @@ def test_any_sink_is_right_where_each_row_has_its_own(backend: Backend) -> None:
     formula.check(quick_jit(partial(gradients, backend))(*inputs), gradients, *inputs)
 
 
-@pytest.mark.parametrize("backend", first(2, extremes.EVERY[1:]), ids=str)
+@pytest.mark.parametrize("backend", first(1, extremes.EVERY[1:]), ids=str)
 def test_a_sink_is_all_there_is_beside_keys_that_a_finite_bias_hides(backend: Backend) -> None:
     """Their maximum is -1e9, and the log-sum-exp the sink's."""
     arrays = operands(np.float32, sinks=np.array([0.3, 1e4, -1e9], np.float32))
@@ -119,7 +119,7 @@ def check_infinite(backend: Backend, dtype: Any, **sizes: Any) -> None:
     assert abs(found["sinks"][0] - d_lse[0, :, 0].astype(np.float64).sum()) <= few
 
 
-@pytest.mark.parametrize("backend", first(3, extremes.EVERY), ids=str)
+@pytest.mark.parametrize("backend", first(2, extremes.EVERY), ids=str)
 def test_an_infinite_sink_leaves_nothing_to_the_keys(backend: Backend) -> None:
     check_infinite(backend, np.float32)
 
