@@ -144,6 +144,8 @@ def backward(
         if tiles.in_fragments and not interpret:
             shape = (inputs["q"].shape[1], inputs["q"].shape[3])
             if wants_scale:
+                # Parts of float32 are wider than a tile, so in whole tiles of rows.
+                shape = (-(-shape[0] // 8) * 8, shape[1])
                 dq = rounded(spec, dq, shape, jnp.float32, 1.0)
             else:
                 scale = inputs["scale"] if spec.scale is None else float(spec.scale)

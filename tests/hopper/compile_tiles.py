@@ -70,6 +70,7 @@ CASES = [
     ),
     *(Long(f"array_scale_{h}", head_dim=h, causal=True) for h in WIDTHS),
     *(Long(f"array_scale_full_{h}", head_dim=h) for h in WIDTHS),
+    Long("array_scale_vision", batch=8, queries=577, keys=577),
     *(Long(f"dropout_{h}", head_dim=h, dropout=0.1) for h in WIDTHS),
     *(Long(f"dropout_causal_{h}", head_dim=h, causal=True, dropout=0.1) for h in WIDTHS),
     Long("dropout_one_query", queries=1, keys=4096, kv_heads=4, dropout=0.1),
