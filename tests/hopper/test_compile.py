@@ -37,7 +37,7 @@ KNOWN_SPILLS = {
     "grouped_64": 56,
     "causal_ragged": 16,
     "window_ragged": 16,
-    "segments_ragged": 16,
+    "segments_ragged": 52,
     "text_64": 72,
     "vision": 112,
     "dropout_64": 100,
@@ -57,10 +57,11 @@ OF_STILL = {"bias_soft_cap_sinks": 80}
 OF_FORWARD = {"dropout_causal_128": 8, "dropout_causal_256": 8}
 OF_TANGENT = {"window_64": 8}
 # In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
-# lengths of a multiple of 8 where keys are split. One query is padded to eight in backward.
+# lengths of a multiple of 8 where keys are split. One query is padded to eight in backward. Dense
+# masks are padded to whole words of bits.
 # The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
-    "forward": ("packed_heads",),
+    "forward": ("packed_heads", "mask_ragged_64"),
     "tangent": (),
     "still": (),
     "backward": (
