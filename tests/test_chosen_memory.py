@@ -1,7 +1,7 @@
 """What is chosen unnamed for a bias or mask holds memory linear in T and S for the gradients.
 
 A bias and a mask are given in every form that broadcasts, and are read in place; Hopper's kernels
-read a bit for each element of a mask.
+read a bit for each element of a mask, and add to dQ in float32.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def test_twice_the_length_takes_twice_the_memory(name: str, dtype: Any, gpu: str
             held.append(runs.gradient_bytes - bits)
         assert held[1] <= 2 * held[0], form
         # T x S of one head, in 16 bits, is 8 MiB at 2k.
-        assert held[0] <= 4 << 20, form
+        query_gradient = 4 * 2048 * 16 * 128 * 4 if gpu == "H100" else 0
+        assert held[0] <= query_gradient + (4 << 20), form
 
 
 @pytest.mark.parametrize("gpu", GPUS)

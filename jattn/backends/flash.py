@@ -17,10 +17,9 @@ from jattn.call.determinism import is_deterministic
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
-from pallas_kernels.hopper import limits
+from pallas_kernels.hopper import limits, sum_tiles
 from pallas_kernels.hopper.bias_form import copied_bytes, form_of, sums_gradient, writes_gradient
-from pallas_kernels.hopper.sum_tiles import partial_bytes
-from pallas_kernels.portable.bias_parts import partial_bytes as sums_apart
+from pallas_kernels.portable import bias_parts
 from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.reach import copied_bytes as copied_mask_bytes
 
@@ -52,16 +51,18 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
 
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
-    # Copies of a bias and of its gradient that end within a tile; bits of a mask, both ways round.
+    # Copies of a bias and of its gradient that end within a tile; bits of a mask, both ways round
+    # where dQ has a kernel of its own.
     sums = sums_gradient(spec)
+    apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
     beside = copied_bytes(spec) * (1 + (sums or writes_gradient(spec)))
-    beside += 2 * limits.words_bytes(spec) + (partial_bytes(spec) if sums else 0)
+    beside += limits.words_bytes(spec) * (1 + apart)
+    beside += sum_tiles.partial_bytes(spec) if sums else 0
     portable = portable_gradient_bytes(spec, target) if limits.portable_part(spec) else 0
     if limits.leaves_backward(spec, wants_bias=False):
         return portable + beside
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
-    apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
     added = not (apart or limits.writes_dq_once(spec))
     columns = limits.padded_width(spec.head_dim) if added else 0
     words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
@@ -77,4 +78,4 @@ def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     if (terms := term_count(spec)) > 1:
         width = spec.head_dim + spec.value_dim
         held += (rows + spec.batch * spec.keys * spec.kv_heads) * width * 2 * terms
-    return held + copied_mask_bytes(spec.mask_shape) + sums_apart(spec)
+    return held + copied_mask_bytes(spec.mask_shape) + bias_parts.partial_bytes(spec)

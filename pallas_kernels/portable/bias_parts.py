@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from pallas_kernels.portable.tiles import bias_tiles
+from pallas_kernels.portable import tiles as tables
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -33,5 +33,5 @@ def partial_bytes(spec: AttentionSpec) -> int:
     """Bytes of the sums that are yet to be added."""
     if spec.d_bias_shape is None or 1 in spec.d_bias_shape[2:]:
         return 0
-    parts = part_count(spec, bias_tiles(spec))
+    parts = part_count(spec, tables.bias_tiles(spec))
     return parts * prod(spec.d_bias_shape) * 4 if parts > 1 else 0

@@ -48,8 +48,8 @@ KNOWN_SPILLS = {
     "array_scale_64": 88,
     "array_scale_full_64": 40,
     "mask_keys": 24,
-    "bias_shared_segments_64": 24,
-    "bias_shared_segments_128": 80,
+    "bias_shared_segments_64": 32,
+    "bias_shared_segments_128": 84,
 }
 # The same of gradients beside a bias that has none.
 OF_STILL = {"bias_soft_cap_sinks": 80}
