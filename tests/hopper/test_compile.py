@@ -34,7 +34,7 @@ KNOWN_SPILLS = {
     "one_query_64": 36,
     "one_query_offsets": 16,
     "packed_heads": 16,
-    "grouped_64": 56,
+    "grouped_64": 92,
     "causal_ragged": 16,
     "window_ragged": 16,
     "segments_ragged": 52,

@@ -49,7 +49,7 @@ def ordering(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return force
 
 
-@pytest.mark.parametrize("case", chosen(list(ORDERS), "grouped in_fragments"), ids=str)
+@pytest.mark.parametrize("case", chosen(list(ORDERS), "grouped"), ids=str)
 def test_interpreted_as_exact(case: Case, ordering: Callable[[int], None], seed: int) -> None:
     ordering(ORDERS[case])
     check(INTERPRETED, case, seed)
