@@ -53,13 +53,15 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
     # Copies of a bias and of its gradient that end within a tile; bits of a mask, both ways round
     # where dQ has a kernel of its own.
-    sums = sums_gradient(spec)
-    apart = limits.has_dq_apart(spec, deterministic=is_deterministic())
-    beside = copied_bytes(spec) * (1 + (sums or writes_gradient(spec)))
+    leaves = limits.leaves_backward(spec, wants_bias=False)
+    sums = sums_gradient(spec) and not leaves
+    writes = writes_gradient(spec) and not leaves
+    apart = limits.has_dq_apart(spec, deterministic=is_deterministic()) and not leaves
+    beside = copied_bytes(spec) * (1 + (sums or writes))
     beside += limits.words_bytes(spec) * (1 + apart)
     beside += sum_tiles.partial_bytes(spec) if sums else 0
     portable = portable_gradient_bytes(spec, target) if limits.portable_part(spec) else 0
-    if limits.leaves_backward(spec, wants_bias=False):
+    if leaves:
         return portable + beside
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
