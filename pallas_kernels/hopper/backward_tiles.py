@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.bias_form import form_of
+from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
-from pallas_kernels.hopper.plain import has_plain_halves, needs_plain_rows
-from pallas_kernels.hopper.seam import swizzle_of
+from pallas_kernels.hopper.piece_widths import has_plain_halves, needs_plain_rows
 from pallas_kernels.hopper.shares import ENOUGH, MULTIPROCESSORS, WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY
 from pallas_kernels.hopper.visits import known_counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["copyable", "padded_width"]
+__all__ = ["copyable", "padded_width", "swizzle_of"]
 
 
 def padded_width(columns: int) -> int:
@@ -13,3 +13,8 @@ def padded_width(columns: int) -> int:
 def copyable(size: int, tile: int) -> int:
     """The size at least this that an array's axis must have to be copied in tiles."""
     return size if size < tile else -(-size // tile) * tile
+
+
+def swizzle_of(columns: int, size: int) -> int:
+    """Bytes of the widest swizzle for rows of this many elements of `size` bytes."""
+    return next(s for s in (128, 64, 32) if columns * size % s == 0)

@@ -50,14 +50,8 @@ from pallas_kernels.hopper.dropout import dropout_inputs
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
-from pallas_kernels.hopper.plain import (
-    in_both_ways,
-    in_pieces,
-    named,
-    piece_matrices,
-    pieces,
-    whole_or_pieces,
-)
+from pallas_kernels.hopper.piece_widths import in_pieces, whole_or_pieces
+from pallas_kernels.hopper.plain import in_both_ways, named, piece_matrices, pieces
 from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, transforms
 from pallas_kernels.hopper.segments import segment_arrays

@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import assembly, instructions
-from pallas_kernels.hopper.copies import copyable
+from pallas_kernels.hopper.copies import copyable, swizzle_of
 
 __all__ = ["Ref", "Seam", "copyable", "matrix", "ring", "swizzle_of", "transforms"]
 
@@ -148,8 +148,3 @@ def transforms(columns: int, dtype: Any, swizzle: int | None = None) -> tuple[An
     swizzle = swizzle or swizzle_of(columns, size)
     tiling = plgpu.TilingTransform((8, swizzle // size))  # type: ignore[abstract]
     return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
-
-
-def swizzle_of(columns: int, size: int) -> int:
-    """Bytes of the widest swizzle for rows of this many elements of `size` bytes."""
-    return next(s for s in (128, 64, 32) if columns * size % s == 0)

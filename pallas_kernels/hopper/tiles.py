@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from pallas_kernels.hopper.bias_form import form_of
-from pallas_kernels.hopper.plain import in_pieces, whole_or_pieces
+from pallas_kernels.hopper.piece_widths import in_pieces, whole_or_pieces
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec

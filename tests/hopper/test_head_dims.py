@@ -6,7 +6,7 @@ import pytest
 
 import jattn
 from pallas_kernels.hopper.backward_tiles import dq_columns, dq_swizzle
-from pallas_kernels.hopper.plain import piece_columns
+from pallas_kernels.hopper.piece_widths import piece_columns
 from tests.cases import Case, chosen
 from tests.hopper.calls import Half
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper

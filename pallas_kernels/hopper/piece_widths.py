@@ -1,0 +1,63 @@
+"""Which matrices are plain rows, and in pieces how wide (`plain.py`).
+
+Importing this imports no kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pallas_kernels.hopper.copies import copyable, padded_width
+
+if TYPE_CHECKING:
+    from jattn.call.spec import AttentionSpec
+
+__all__ = [
+    "has_plain_halves",
+    "in_pieces",
+    "needs_plain_rows",
+    "piece_columns",
+    "whole_or_pieces",
+]
+
+WIDTH = 64  # columns of 16 bits in the widest swizzle
+
+
+def needs_plain_rows(spec: AttentionSpec) -> bool:
+    """Whether copies in tiles would need padded arrays, and plain rows of one piece need none."""
+    return _is_ragged(spec) and spec.head_dim == spec.value_dim == WIDTH
+
+
+def has_plain_halves(spec: AttentionSpec) -> bool:
+    """The same of two pieces."""
+    return _is_ragged(spec) and spec.head_dim == spec.value_dim == 2 * WIDTH
+
+
+def _is_ragged(spec: AttentionSpec) -> bool:
+    return any(copyable(rows, 8) != rows for rows in (spec.queries, spec.keys))
+
+
+def in_pieces(spec: AttentionSpec) -> bool:
+    """Whether forward's matrices are pieces, copied as plain rows.
+
+    Where arrays would be padded, or be in tiles of 16 columns: at 112 442 us in place of 544, at
+    176 728 in place of 833; but at 80, of which the second piece is 16, 413 in place of 392.
+    """
+    if spec.bias_shape is not None:
+        return False
+    dims = (spec.head_dim, spec.value_dim)
+    return _is_ragged(spec) or any(x < WIDTH or x % 16 or x % WIDTH == 48 for x in dims)
+
+
+def piece_columns(columns: int) -> tuple[int, ...]:
+    """The pieces of a matrix of this many columns: of 64, and of 32 and 16 what they leave."""
+    whole, rest = divmod(columns, WIDTH)
+    if rest > 48 or (whole and rest > 32):
+        return (WIDTH,) * (whole + 1)
+    rests = {0: (), 1: (16,), 2: (32,), 3: (32, 16)}
+    return (WIDTH,) * whole + rests[-(-rest // 16)]
+
+
+def whole_or_pieces(columns: int, *, pieces: bool) -> tuple[int, ...]:
+    """The widths of a matrix in shared memory."""
+    return piece_columns(columns) if pieces else (padded_width(columns),)
