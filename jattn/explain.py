@@ -224,9 +224,14 @@ def _report(
         passed_over=() if runs is None else tuple(passed_over),
         may_run=any(form.name == name for form in candidates),
         kernel=None if runs is None else runs.kernel(spec, target),
-        gradient_bytes=None if runs is None else runs.gradient_bytes(spec, target),
+        gradient_bytes=None if runs is None else _gradient_bytes(runs, spec, target),
         tangents=None if runs is None else runs.tangents(spec, target),
     )
+
+
+def _gradient_bytes(form: Form, spec: AttentionSpec, target: Target) -> int:
+    """0 of a call without rows or keys, which no backend runs."""
+    return 0 if spec.is_empty else form.gradient_bytes(spec, target)
 
 
 def _hints(spec: AttentionSpec, options: AttentionOptions) -> tuple[str, ...]:

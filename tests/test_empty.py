@@ -158,10 +158,16 @@ def test_a_backend_that_cannot_run_refuses_empty_arrays_too() -> None:
         jattn.dot_product_attention(x, x, x, implementation="cudnn")
 
 
-def test_explain_takes_empty_arrays() -> None:
+@pytest.mark.parametrize(
+    ("device", "chosen"), [("cpu", "memory_efficient"), ("A100", "flash"), ("H100", "flash")]
+)
+def test_explain_takes_empty_arrays(device: str, chosen: str) -> None:
     for b, t, s in EMPTY.values():
-        query, key = jnp.ones((b, t, 4, 8)), jnp.ones((b, s, 2, 8))
-        assert jattn.explain(query, key, key).chosen == "memory_efficient"
+        shapes = ((b, t, 4, 64), (b, s, 2, 64), (b, s, 2, 64), (b, 4, t, s))
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+        found = jattn.explain(*arrays, is_causal=True, device=device)
+        assert found.chosen == chosen
+        assert [x.gradient_bytes for x in found.reports if x.name == chosen] == [0]
 
 
 def test_no_heads_and_no_head_dim_are_refused() -> None:

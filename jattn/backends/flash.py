@@ -18,7 +18,7 @@ from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
 from pallas_kernels.hopper import limits, sum_tiles
-from pallas_kernels.hopper.bias_form import copied_bytes, form_of, sums_gradient, writes_gradient
+from pallas_kernels.hopper.bias_form import copied_bytes, sums_gradient, writes_gradient
 from pallas_kernels.portable import bias_parts
 from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.reach import copied_bytes as copied_mask_bytes
@@ -51,6 +51,8 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
 
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
+    from pallas_kernels.hopper.backward_bytes import backward_bytes  # imports jattn, in a circle
+
     # Copies of a bias and of its gradient that end within a tile; bits of a mask, both ways round
     # where dQ has a kernel of its own.
     leaves = limits.leaves_backward(spec, wants_bias=False)
@@ -63,14 +65,7 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     portable = portable_gradient_bytes(spec, target) if limits.portable_part(spec) else 0
     if leaves:
         return portable + beside
-    # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
-    # forward and as backward has it, and the row term.
-    added = not (apart or limits.writes_dq_once(spec))
-    columns = limits.padded_width(spec.head_dim) if added else 0
-    words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
-    of_bias = int(form_of(spec) == "rows")
-    own = spec.batch * spec.queries * spec.heads * 4 * (columns + 5 + words + of_bias)
-    return max(own, portable) + beside
+    return max(backward_bytes(spec, deterministic=is_deterministic()), portable) + beside
 
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:

@@ -1,0 +1,57 @@
+"""Bytes that backward's kernels hold beside their operands. Importing this imports no kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
+from pallas_kernels.hopper.bias_form import form_of
+from pallas_kernels.hopper.copies import padded_width
+from pallas_kernels.hopper.tiles import ROWS
+
+if TYPE_CHECKING:
+    from jattn.call.spec import AttentionSpec
+
+__all__ = ["backward_bytes"]
+
+
+def backward_bytes(spec: AttentionSpec, *, deterministic: bool) -> int:
+    """Bytes for the gradients of query, key and value."""
+    tiles = choose_backward_tiles(spec, deterministic=deterministic)
+    # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
+    # forward and as backward has it, and the row term.
+    whole = -(-spec.queries // (2 * ROWS)) * 2 * ROWS
+    columns = 0 if tiles.apart or tiles.once else padded_width(spec.head_dim)
+    words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
+    of_bias = int(form_of(spec) == "rows")
+    heads = spec.batch * spec.heads
+    rows = heads * (whole * (columns + 3 + words + of_bias) + spec.queries * 2) * 4
+    return rows + _shares_bytes(spec, tiles) + _copied_bytes(spec, tiles)
+
+
+def _shares_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """Of dK and dV of each share, in float32."""
+    if tiles.shares.count == 1:
+        return 0
+    rows = tiles.shares.count * spec.batch * -(-spec.keys // tiles.keys) * tiles.keys
+    return rows * spec.kv_heads * (padded_width(spec.head_dim) + padded_width(spec.value_dim)) * 4
+
+
+def _copied_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """Of matrices that are padded for copies in tiles, or whose rows past a length are zeroed."""
+    added = not (tiles.apart or tiles.once)
+    shared = tiles.shares.count > 1
+    matrices = (  # rows, heads, columns; whether some are zeroed; whether its gradient is as wide
+        (spec.queries, spec.heads, spec.head_dim, spec.has_query_lengths, not added),
+        (spec.keys, spec.kv_heads, spec.head_dim, spec.has_key_lengths, not shared),
+        (spec.keys, spec.kv_heads, spec.value_dim, spec.has_key_lengths, not shared),
+        (spec.queries, spec.heads, spec.value_dim, False, False),
+    )
+    found = 0
+    for rows, heads, columns, zeroed, has_gradient in matrices:
+        shape = (-(-rows // 8) * 8, padded_width(columns))
+        pads = shape != (rows, columns) and not by_rows(spec, tiles)
+        held = shape if pads else (rows, columns)
+        count = (pads or zeroed) + (pads and has_gradient)
+        found += count * heads * held[0] * held[1]
+    return spec.batch * found * spec.element_bytes
