@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -38,7 +39,10 @@ from benchmarks.results import LEFT_OUT, NOT_REACHED, Measurement, Run
 
 SHAPE_OPTIONS: dict[str, dict[str, Any]] = {
     "--head-dim": {"type": int, "nargs": "+"},
-    "--mask": {"nargs": "+", "help": "full, causal, window:LEFT, packed:DOCUMENTS"},
+    "--mask": {
+        "nargs": "+",
+        "help": "full, causal, window:LEFT, packed:DOCUMENTS, documents:DOCUMENTS",
+    },
     "--length": {"type": int, "nargs": "+", "help": "queries (T)"},
     "--keys": {"type": int, "help": "keys (S), where not as many as queries"},
     "--batch": {"type": int, "help": "rows, instead of a token budget"},
@@ -47,7 +51,7 @@ SHAPE_OPTIONS: dict[str, dict[str, Any]] = {
     "--heads": {"type": int, "help": "query heads, instead of a width"},
     "--kv-heads": {"type": int, "help": "key and value heads"},
     "--window": {"type": int, "help": "the window of the preset cpu"},
-    "--dtype": {"choices": ["bfloat16", "float16", "float32"]},
+    "--dtype": {"choices": ["bfloat16", "float16", "float32"], "help": "of all arrays"},
     "--bias": {"action": "store_true", "default": None, "help": "a bias (1, N, T, S)"},
     "--dropout": {"type": float, "help": "dropout rate"},
     "--passes": {"nargs": "+", "choices": ["forward", "gradient", "jvp", "jvp-gradient", "hvp"]},
@@ -59,7 +63,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=[*PRESETS, "custom"])
+    preset = "what is measured; custom: the shapes below (the one for this machine's device)"
+    parser.add_argument("--preset", choices=[*PRESETS, "custom"], help=preset)
     parser.add_argument("--part", nargs="+", default=[], help="run only these parts of the preset")
     parser.add_argument("--resume", action="store_true", help="only what the file lacks")
     parser.add_argument("--cells", nargs="+", default=[], help="run only these (part of the name)")
@@ -133,7 +138,9 @@ def plan(
                 )
                 jobs.setdefault(family, []).append(job)
     if not jobs and not (asked.resume and run.cells):
-        _fail(f"no cell and peer match --cells {asked.cells} --peers {asked.peers}")
+        given = {"--cells": asked.cells, "--peers": asked.peers}
+        asks = " ".join(word for name, x in given.items() if x for word in (name, *x))
+        _fail(f"no cell and peer match {asks}; the peers are {', '.join(every)}")
     return jobs
 
 
@@ -160,12 +167,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, keeps and prints; the exit status."""
     asked = parse(arguments)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as ending:
         lock = Path(folder) / "device"
         try:
             worker = Worker(JAX, lock, asked.timeout)
         except BrokenFamilyError as error:
             _fail(f"jax cannot be used: {error}")
+        ending.callback(worker.stop)  # no job may have been JAX's
         on_gpu = worker.facts["platform"] == "gpu"
         name, preset = chosen_preset(asked, on_gpu=on_gpu)
         run = Run(
@@ -203,8 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pool.run(jobs, {JAX: [worker]}, count)
         except KeyboardInterrupt:
             interrupted, pool.deadline = True, began
-        finally:
-            worker.stop()  # no job may have been JAX's
     if not on_gpu:
         run.machine["load_average"][1] = os.getloadavg()[0]
     run.verdicts = targets.verdicts(preset.targets, run, run.cells)

@@ -7,7 +7,7 @@ import sys
 import types
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -201,3 +201,29 @@ def test_a_part_that_is_not_is_answered_with_those_that_are(
     with pytest.raises(SystemExit):
         attention.plan(all_shapes(), asked, run_of("2026-01-01"), on_gpu=True)
     assert "the preset all has memory, square, users" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_is_answered_with_those_that_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = attention.parse(["--peers", "other"])
+    with pytest.raises(SystemExit):
+        attention.plan(all_shapes(), asked, run_of("2026-01-01"), on_gpu=True)
+    assert "match --peers other; the peers are jattn/flash, " in capsys.readouterr().err
+
+
+def test_no_process_outlives_a_wrong_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+
+    class Worker:
+        facts: ClassVar = {"platform": "cpu"}
+
+        def __init__(self, *arguments: object) -> None: ...
+
+        def stop(self) -> None:
+            stopped.append(self)
+
+    monkeypatch.setattr(attention, "Worker", Worker)
+    with pytest.raises(SystemExit):
+        attention.main(["--mask", "other"])
+    assert stopped

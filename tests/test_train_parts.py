@@ -20,6 +20,7 @@ from training import cli, config, free_memory, run_folder
 from training.config import PRESETS, DataConfig, TrainConfig, from_json
 from training.data import Batch, Text, evaluation_batches, training_batch
 from training.errors import TrainingError
+from training.loop import shape_line
 from training.progress import TrainingProgress
 from training.run_folder import MetricsLog
 from training.step import parameter_count
@@ -220,3 +221,10 @@ def test_the_readme_gives_the_cpu_presets_result_as_measured() -> None:
         f"[{held_out:.2f} bits per byte](training/results/cpu" in (root / "README.md").read_text()
     )
     assert all(run["held_out_bits_per_byte"] > held_out for run in variants)
+
+
+def test_short_steps_say_what_held_out_text_is_read_in() -> None:
+    assert shape_line((8, 256), "bytes", 1024).endswith(
+        "; held-out sequences are of 1,024, which the last steps are for"
+    )
+    assert shape_line((2, 1024), "bytes", 1024) == "2 x 1,024 bytes a step"

@@ -97,7 +97,7 @@ def train(
             break
         if batch.inputs.shape != shape:
             shape = batch.inputs.shape
-            progress.line(f"{shape[0]} x {shape[1]:,} {corpus.unit} a step")
+            progress.line(shape_line(shape, corpus.unit, config.data.sequence_length))
         started = time.perf_counter()
         state, in_flight = programs.update(state, batch)
         next_batch = batch_of(config, corpus, step + 1)  # prepared while the device works
@@ -133,6 +133,14 @@ def train(
     programs.close()
     checkpoints.save(state)
     return state
+
+
+def shape_line(shape: tuple[int, ...], unit: str, length: int) -> str:
+    """What a step learns from, and where that is shorter than what held-out text is read in."""
+    text = f"{shape[0]} x {shape[1]:,} {unit} a step"
+    if shape[1] < length:
+        text += f"; held-out sequences are of {length:,}, which the last steps are for"
+    return text
 
 
 def _line(row: dict[str, float], total: int, training: list[float], rates: dict[str, float]) -> str:
