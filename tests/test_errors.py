@@ -52,6 +52,7 @@ WRONG = [
     case("head_multiple", ValueError, "query heads (3)", "multiple", "(2)", query=Q[:, :, :3]),
     case("fewer_query_heads", ValueError, "query heads (1)", "multiple", "(2)", query=Q[:, :, :1]),
     case("no_head_dim", ValueError, "query", "above 0", query=Q[..., :0], key=KV[..., :0]),
+    case("no_value", TypeError, "value", "array", "None", value=None),
     case("int_query", TypeError, "query", "float32", "int32", query=Q.astype(jnp.int32)),
     case("int_value", TypeError, "value", "float32", "int8", value=KV.astype(jnp.int8)),
     case("complex_key", TypeError, "key", "complex64", key=KV.astype(jnp.complex64)),

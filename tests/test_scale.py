@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jattn
 from jattn.backends.kernels import lacks, only
@@ -282,6 +283,19 @@ def test_numpys_arrays_of_one_are_numbers() -> None:
         return attention_call(*(jnp.ones((1, 2, 1, 8)),) * 3, scale=given).spec.scale
 
     assert [scale(np.full(shape, 0.25)) for shape in ((), (1,), (1, 1))] == [0.25] * 3
+
+
+def test_a_parameter_of_flax_is_an_array() -> None:
+    x = arrays(jnp.float32)["q"]
+
+    def loss(scale: Any) -> jax.Array:
+        return jattn.dot_product_attention(x, x, x, scale=scale).sum()
+
+    # Traced, its value is no number.
+    found = nnx.jit(nnx.grad(loss))(nnx.Param(jnp.float32(0.4)))
+    expected = jax.grad(loss)(jnp.float32(0.4))
+    assert abs(expected) > 0.01
+    np.testing.assert_allclose(jax.tree.leaves(found), [expected], rtol=1e-4)
 
 
 def test_explain_takes_one_by_shape() -> None:

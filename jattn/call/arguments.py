@@ -190,6 +190,9 @@ def _array(x: ArrayLike) -> Array:
 def _query_key_value(
     query: ArrayLike, key: ArrayLike, value: ArrayLike
 ) -> tuple[Array, Array, Array, bool]:
+    for name, given in {"query": query, "key": key, "value": value}.items():
+        if given is None:
+            raise TypeError(f"{name} must be an array, got None")
     q, k, v = (_array(x) for x in (query, key, value))
     layouts = {"query": (q, "BTNH or TNH"), "key": (k, "BSKH or SKH"), "value": (v, "BSKD or SKD")}
     for name, (x, layout) in layouts.items():
@@ -359,6 +362,8 @@ def _flag(name: str, x: object) -> bool:
 
 def _array_scale(scale: ArrayLike | None, dtype: np.dtype[np.generic]) -> Array | None:
     """Scale as an operand (1,), if it is a JAX array; numbers of Python's or NumPy's are not."""
+    if scale is not None and hasattr(scale, "__jax_array__"):  # a parameter of Flax, say
+        scale = _array(scale)
     if isinstance(scale, np.ndarray | Array) and scale.size != 1:
         raise ValueError(
             f"scale must be one number, got shape {scale.shape}; multiply query by one that differs"
