@@ -268,6 +268,19 @@ def test_lengths_may_be_computed_under_jit(backend: Backend) -> None:
         assert_close(run(jnp.array(lengths, jnp.int32)), expected)
 
 
+def test_it_is_transposed_by_value_alone_in_which_it_is_linear() -> None:
+    q, k, v, d_out = (normal(x, B, T, K, H) for x in ("q", "k", "v", "d"))
+
+    @quick_jit
+    def transposed(d_out: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda v: DEFAULT(q, k, v, is_causal=True), v)(d_out)[0]
+
+    _, vjp = jax.vjp(lambda v: EAGER(q, k, v, is_causal=True), v)
+    assert_close(transposed(d_out), vjp(d_out)[0])
+    with pytest.raises(NotImplementedError, match=r"by value alone.* not by query"):
+        jax.linear_transpose(lambda q: DEFAULT(q, k, v), q)(d_out)
+
+
 @pytest.mark.parametrize("backend", first(1, [CHUNKED, EAGER, DEFAULT]), ids=str)
 def test_two_runs_give_the_same_bits(backend: Backend) -> None:
     arguments = {name: one_of(name, 1)[0] for name in ARGUMENTS}

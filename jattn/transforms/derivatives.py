@@ -87,6 +87,23 @@ class _Attention:
         t_out, t_lse = _tangent(self.kernels, spec, arrays | saved, tangents)
         return (out, lse, top, rest), (t_out, t_lse, None, t_lse)
 
+    def transposed(
+        self, spec: AttentionSpec, arrays: Arrays, linear: tuple[str, ...], cotangents: Any
+    ) -> Arrays:
+        """By value, in which the output is linear: its gradient, whatever the value."""
+        d_out, *others = cotangents
+        if linear != ("value",) or any(x is not None for x in others):
+            raise NotImplementedError(
+                "attention can be transposed by value alone, in which its output is linear: "
+                f"not by {', '.join(linear)}, nor through its log-sum-exp"
+            )
+        key = arrays["key"]
+        arrays = arrays | {"value": jnp.zeros((*key.shape[:3], spec.value_dim), key.dtype)}
+        out, _, *sums = bind(self, spec, arrays)
+        saved = dict(zip(SAVED, (out, *sums), strict=True))
+        found = _backward(self.kernels, spec, linear, arrays | saved | {"d_out": d_out})
+        return dict(zip(linear, found, strict=True))
+
 
 def _tangent(
     kernels: Kernels, spec: AttentionSpec, arrays: Arrays, tangents: Arrays
