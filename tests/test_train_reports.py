@@ -193,6 +193,14 @@ def test_a_report_on_whole_steps_has_each_variant_and_its_files(
     assert (tmp_path / "run" / "training_step.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_cpu_does_not_train_what_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = place.Place("cpu", can_run=True)
+    assert [longest.is_too_slow(here, length) for length in (2**13, 2**20)] == [False, True]
+    assert not longest.is_too_slow(place.Place("NVIDIA H100", can_run=False), 2**20)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not longest.is_too_slow(place.Place("NVIDIA H100", can_run=True), 2**20)
+
+
 def test_the_longest_sequence_fits_and_is_trained_for_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ _USABLE = 0.97  # of free memory: the temporary bytes have to be one piece of it
 _MOST = 1 << 24  # tokens
 _SHORTER = 0.97  # of a length whose proof ran out of memory, for the next
 _PROOFS = 3
+_MOST_ON_CPU = 1 << 15  # tokens: two steps of the cpu preset take some minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ def find(config: TrainConfig, place: Place, watch: Watch) -> Longest | None:
         least = f"{grain:,} tokens need {bytes_text(looked_at[grain] or 0)}"
         raise TrainingError(f"nothing trains in {bytes_text(free)}: {least}")
     found = Longest(length, looked_at[length] or 0, free, looked_at)
+    if is_too_slow(place, length):
+        return dataclasses.replace(found, note="two steps of it would take a CPU too long")
     for _ in range(_PROOFS if place.can_run else 0):
         watch.status(f"two steps at T = {length:,}")
         try:
@@ -84,6 +87,11 @@ def find(config: TrainConfig, place: Place, watch: Watch) -> Longest | None:
             found, sequence_length=length, total_bytes=bytes_at(length) or 0, note=note
         )
     return found
+
+
+def is_too_slow(place: Place, length: int) -> bool:
+    """Whether steps of this length end too late to be waited for: their time is quadratic."""
+    return not place.is_gpu and length > _MOST_ON_CPU
 
 
 def search(
