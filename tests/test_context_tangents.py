@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jattn.transforms.context.merge import Merged, Moved
+from jattn.transforms.rows import sink_weights, with_sinks
 from tests.four_devices import run
 
 PRELUDE = """
@@ -81,6 +88,55 @@ for SCHEDULE, allowed in (("ring", "collective-permute"), ("heads", "all-to-all"
     ]
     assert allowed in made and not moved, (SCHEDULE, made, moved)
 """
+
+
+UNIT = 2.0
+
+
+def of_keys(s: Any, ts: Any, v: Any, tv: Any) -> Moved:
+    """What one call makes of logits (T, S) and values (S, D), and their tangents: float64."""
+    top = s.max(axis=-1)
+    weights = np.exp(s - np.where(top == -np.inf, 0, top)[:, None])
+    total = np.maximum(weights.sum(axis=-1), np.finfo(float).tiny)
+    p = weights / total[:, None]
+    mu = (p * ts).sum(axis=-1)
+    t_out = (p * (ts - mu[:, None])) @ v + p @ tv
+    rest: Any = np.where(top == -np.inf, 0, np.log(total))
+    return Moved(Merged(p @ v, top / UNIT, rest), t_out, mu)
+
+
+@pytest.mark.parametrize("sink", [None, 0.5, 80.0, np.inf], ids=str)
+def test_tangents_of_parts_of_keys_are_merged_to_those_of_all(sink: float | None) -> None:
+    """Rows of which some see no key of a part or none at all; the logits' tangents are alike."""
+    drawn = np.random.default_rng(0)
+    s, ts = drawn.standard_normal((2, 5, 9))
+    v, tv = drawn.standard_normal((2, 9, 4))
+    s[1, :3], s[2, 3:], s[3] = -np.inf, -np.inf, -np.inf
+    alike = 1024.0
+    ts += alike
+    found = Moved.of_nothing((1, 5, 1), 4, jnp.dtype(jnp.float32))
+    for keys in (slice(0, 3), slice(3, 7), slice(7, 9)):
+        part = of_keys(s[:, keys], ts[:, keys], v[keys], tv[keys])
+        found = found.and_of(jax.tree.map(_rows, part), UNIT)
+    if sink is not None:
+        sinks, t_sink = jnp.float32([sink]), alike + 1.5
+        numbers = with_sinks(sinks, *found.merged[1:], UNIT)
+        found = found.beside(*numbers, sink_weights(sinks, *numbers, UNIT) * t_sink, UNIT)
+        seen = s.max(axis=-1, keepdims=True) > -np.inf
+        s = np.concatenate([s, np.where(seen, min(sink, 1e6), -np.inf)], axis=1)
+        ts = np.concatenate([ts, np.full_like(ts[:, :1], t_sink)], axis=1)
+        v, tv = (np.concatenate([x, np.zeros_like(x[:1])]) for x in (v, tv))
+    exact = jax.tree.map(_rows, of_keys(s, ts, v, tv))
+    np.testing.assert_allclose(found.merged.out, exact.merged.out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.t_lse, exact.t_lse, rtol=1e-6)
+    # Of what the tangents have in common a rounding is in the differences.
+    np.testing.assert_allclose(found.t_out, exact.t_out, rtol=1e-5, atol=2 * alike * 2**-24)
+
+
+def _rows(x: Any) -> jax.Array:
+    """(B, T, N, ...) float32."""
+    rows: jax.Array = jnp.float32(x)[None, :, None]
+    return rows
 
 
 def program(text: str, bias: str = "(1, N, 1, T)", options: str = "is_causal=True") -> str:

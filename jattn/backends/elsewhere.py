@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +61,6 @@ class WithLoops:
     kernels: Pair
     tangents: SomeTangents | None = None
     interpret: bool = False
-    adds_tangents: ClassVar[bool] = False
 
     @property
     def can_partition(self) -> bool:

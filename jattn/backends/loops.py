@@ -37,7 +37,6 @@ class Loops:
     can_partition = True
     takes_output = False
     takes_parts = True
-    adds_tangents = True
 
     def chunks(self, spec: AttentionSpec) -> Chunks:
         return choose_chunks(spec, self.target, self.queries, self.keys)

@@ -109,9 +109,5 @@ class TangentPair(Protocol):
 class Kernels(Pair, TangentPair, Protocol):
     """All four, and a function for what is of higher order."""
 
-    @property
-    def adds_tangents(self) -> bool:
-        """Whether tangents of the output that each are of some keys that a row sees add up."""
-
     def formula(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
         """Output and natural log-sum-exp by a function that JAX differentiates, to any order."""

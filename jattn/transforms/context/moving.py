@@ -143,10 +143,7 @@ class Moving:
         return tuple(whole(name, found[name]) for name in self.results)
 
     def sums_of_rows(self, given: Given, dtype: Any) -> Found:
-        """The rows' results before anything is added to them."""
-        like = {"t_out": "out", "t_lse": "top", "scale": "top"}
-        shapes = {
-            name: (given.operands.query if name == "query" else given.rows[like[name]]).shape
-            for name in self.named(OF_ROWS)
-        }
+        """The rows' gradients' tangents before anything is added to them."""
+        like = {"query": given.operands.query, "scale": given.rows["top"]}
+        shapes = {name: like[name].shape for name in self.named(OF_ROWS)}
         return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}

@@ -19,7 +19,7 @@ from jattn.call.units import in_bytes
 from jattn.transforms.context.parts import Part, context_of
 from jattn.transforms.context.runs import Run, runs, sight
 
-__all__ = ["Hop", "Plan", "balances", "most_pieces", "plan_of"]
+__all__ = ["Hop", "Plan", "balances", "plan_of"]
 
 # Queries times heads of a kernel: two tiles of 128 for nearly each of an H100's multiprocessors.
 LEAST_ROWS = 1 << 15
@@ -282,14 +282,6 @@ def _possible_pieces(spec: AttentionSpec) -> list[int]:
 
 def _most_pieces(spec: AttentionSpec) -> int:
     return _possible_pieces(spec)[-1]
-
-
-def most_pieces(spec: AttentionSpec) -> int:
-    """Into how many the key heads can be cut that leave a kernel enough rows."""
-    rows = spec.batch * spec.heads * spec.queries
-    if not is_known(rows):
-        return 1
-    return max(p for p in _divisors(spec.kv_heads) if p == 1 or rows // p >= LEAST_ROWS)
 
 
 def _divisors(count: int) -> list[int]:

@@ -16,7 +16,6 @@ parts of the sums, and are added up.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +27,16 @@ from jattn.transforms.context.kernels import Backward, Forward, Gradients
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import Keys, context_of, queries_of
 from jattn.transforms.context.plan import Plan
-from jattn.transforms.context.runs import runs
+from jattn.transforms.context.runs import Run, runs
 
-__all__ = ["added", "backward", "forward", "sent"]
+__all__ = ["added", "backward", "forward", "query_runs", "sent"]
 
 
 def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands) -> Merged:
     """The rows' output without sinks, in float32, and their numbers."""
     merged = [
         Merged.of_nothing((spec.batch, run.count, spec.heads), spec.value_dim, spec.accumulator)
-        for run in _query_runs(spec)
+        for run in query_runs(spec)
     ]
     held, at = _own_keys(operands), 0
     for number, hop in enumerate(plan.hops):
@@ -61,7 +60,7 @@ def backward(
 ) -> Gradients:
     """The gradients of a device's arrays."""
     gradients = Gradients.zeros(spec, operands, wants_bias=kernel.wants_bias)
-    d_query = [queries_of(run, gradients.query) for run in _query_runs(spec)]
+    d_query = [queries_of(run, gradients.query) for run in query_runs(spec)]
     d_bias = gradients.bias
     held, at = _own_keys(operands), 0
     arriving: list[Array] | None = None
@@ -93,7 +92,8 @@ def backward(
     return Gradients(of_query, d_key, d_value, d_bias)
 
 
-def _query_runs(spec: AttentionSpec) -> Any:
+def query_runs(spec: AttentionSpec) -> tuple[Run, ...]:
+    """Those of a device."""
     context = context_of(spec)
     return runs(context.query_layout, context.devices, spec.queries)
 

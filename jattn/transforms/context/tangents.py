@@ -4,16 +4,14 @@
     ring      keys, values and their tangents from device to device
     gather    all keys, values and their tangents, some heads at a time
 
-A ring makes a row's tangent of parts. That is too rough for floats of two bytes, and not what
-kernels on a GPU give: what is taken off the logits' tangents there (`query_tangents`,
-`pallas_kernels.portable.tangent`) is of all keys that a row sees. Then the tangent of a ring's
-output is made by a gather, of as few heads at a time as leave a kernel rows enough; the tangents of
-gradients go round.
+Those of gradients of keys go the way that the keys came.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +21,11 @@ from jattn.call.row_arrays import BackwardTangentRows, TangentRows
 from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.transforms.context import tangents_gather, tangents_heads, tangents_ring
 from jattn.transforms.context.gather import gathered, of_all_keys
+from jattn.transforms.context.kernels import Forward
 from jattn.transforms.context.moving import OF_KEYS, OF_ROWS, Given, Moving
 from jattn.transforms.context.parts import Keys, Part, context_of
 from jattn.transforms.context.pieces import put
-from jattn.transforms.context.plan import Plan, most_pieces, plan_of
+from jattn.transforms.context.plan import Plan, plan_of
 from jattn.transforms.context.spread import Exchange
 from jattn.transforms.kernels import Kernels
 
@@ -44,8 +43,6 @@ def tangent(
     if spec.context is None:
         return kernels.tangent(spec, operands, rows, tangents)
     plan = plan_of(spec)
-    goes_round = plan.schedule == "ring" and kernels.adds_tangents
-    goes_round &= spec.dtype == spec.accumulator
     lowered = jax.jit(kernels.tangent, static_argnums=0)  # once for all parts that are alike
 
     def run(spec: AttentionSpec, given: Given) -> tuple[Array, ...]:
@@ -54,7 +51,10 @@ def tangent(
         return found
 
     kernel, given = Moving(run, ("t_out", "t_lse")), Given.of(operands, rows, tangents)
-    t_out, t_lse = _moved(kernel, plan, spec, given, goes_round=goes_round)
+    around = partial(tangents_ring.of_output, Forward.of(kernels, spec))
+    if plan.schedule == "ring":  # where the output is made again
+        given = given._replace(rows={n: x for n, x in given.rows.items() if n != "out"})
+    t_out, t_lse = _moved(kernel, plan, spec, given, around)
     return t_out, t_lse
 
 
@@ -80,24 +80,25 @@ def backward_tangent(
         return found
 
     kernel, given = Moving(run, wanted), Given.of(operands, rows, tangents)
-    return _moved(kernel, plan, spec, given, goes_round=plan.schedule == "ring")
+    return _moved(kernel, plan, spec, given, tangents_ring.moved)
+
+
+type Around = Callable[[Moving, Plan, AttentionSpec, Given], dict[str, Array]]
 
 
 def _moved(
-    kernel: Moving, plan: Plan, spec: AttentionSpec, given: Given, *, goes_round: bool
+    kernel: Moving, plan: Plan, spec: AttentionSpec, given: Given, around: Around
 ) -> tuple[Array, ...]:
-    """A device's results by the plan's schedule, in order."""
+    """A device's results by the plan's schedule, in order. around: those by a ring, by name."""
     if plan.schedule == "heads":
         return kernel.finished(spec, tangents_heads.moved(kernel, plan, spec, given))
-    pieces = 1
-    if not plan.context.has_whole_keys:
-        pieces = plan.pieces if goes_round or plan.schedule == "gather" else most_pieces(spec)
+    pieces = 1 if plan.context.has_whole_keys else plan.pieces
     found: list[Array] = []
     bias: list[Array] = []
     for number in range(pieces):
         part, own = given.of_heads(spec, number, pieces)
-        if goes_round:
-            made = _around(kernel, plan, part, own)
+        if plan.schedule == "ring":
+            made = _around(kernel, plan, part, own, around)
         else:
             made = tangents_gather.moved(kernel, part, own)
         if "bias" in made:
@@ -112,7 +113,9 @@ def _moved(
     return kernel.finished(spec, whole)
 
 
-def _around(kernel: Moving, plan: Plan, spec: AttentionSpec, given: Given) -> dict[str, Array]:
+def _around(
+    kernel: Moving, plan: Plan, spec: AttentionSpec, given: Given, around: Around
+) -> dict[str, Array]:
     """By a ring, of arrays made zigzag where that makes work even."""
     exchange = Exchange(plan, spec)
     operands, t = given.operands, given.tangents
@@ -126,7 +129,7 @@ def _around(kernel: Moving, plan: Plan, spec: AttentionSpec, given: Given) -> di
     rows = {name: exchange.rows(x) for name, x in given.rows.items()}
     even = Given(operands._replace(**own), rows, t._replace(**moving))
     even = lax.optimization_barrier(even) if plan.is_balanced else even
-    found = tangents_ring.moved(kernel, plan, exchange.spec, even)
+    found = around(kernel, plan, exchange.spec, even)
     return {name: x if name == "bias" else exchange.back(x) for name, x in found.items()}
 
 
