@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -78,6 +78,24 @@ def backward(
     return Gradients(query, key, value, d_bias)
 
 
+class _Results(NamedTuple):
+    """Arrays of queries, of keys, and of queries with few numbers a head."""
+
+    rows: list[Array]
+    keys: list[Array]
+    few: list[Array]
+
+    def like(self, arrays: list[Array]) -> _Results:
+        """As many arrays of each kind."""
+        ends = list(accumulate(map(len, self)))
+        return _Results(*(arrays[end - len(x) : end] for x, end in zip(self, ends, strict=True)))
+
+
+def _has_few_numbers(x: Array) -> bool:
+    """Of each head: such an array takes a small kernel as long as its start does."""
+    return math.prod(x.shape[3:]) <= 2
+
+
 type Compute = Callable[[int, list[Array], list[Array]], tuple[list[Array], list[Array]]]
 
 
@@ -128,12 +146,13 @@ class Work:
           all positions.
         """
         given, rows, keys = (rows, keys), [*map(wide, rows)], [*map(wide, keys)]
-        results: list[Array] = []
+        results = _Results([], [], [])
         held_rows, held_keys = self._come(self._sent(0, rows, keys), [], len(rows))[:2]
         made: list[Array] = []  # by the piece before: of queries, and of keys if they are whole
         sums: list[Array] = []
-        found: tuple[list[Array], list[Array]] = [], []
-        count = 0
+        few: list[list[Array]] = []  # of each piece, arrays of few numbers: sent with the last
+        are_few: list[bool] = []
+        found = _Results([], [], [])
         for piece in range(self.pieces + 1):
             # What came is put where it belongs before the next exchange, and not in the end.
             made, rows, keys, found = lax.optimization_barrier((made, rows, keys, found))
@@ -148,24 +167,33 @@ class Work:
                 # What stays, before the next kernel: it holds the rest of what the last one made.
                 device = device_index(self.spec)
                 own = [_row(self._by_home(x), device)[0] for x in made]
-                found = self._with(found, own, count, piece - 1, device)
+                found = self._with(found, results.like(own), piece - 1, device)
                 held_rows, held_keys, found = lax.optimization_barrier(
                     (held_rows, held_keys, found)
                 )
-                found = self._with(found, [x[0] for x in come], count, piece - 1, 1 - device)
+                part = results.like([x[0] for x in come])
+                found = self._with(found, part, piece - 1, 1 - device)
             elif made:
                 for other in range(self.context.devices):
-                    part = [x[other] for x in come]
-                    found = self._with(found, part, count, piece - 1, other)
+                    part = results.like([x[other] for x in come])
+                    found = self._with(found, part, piece - 1, other)
             if piece == self.pieces:
-                return [*map(narrow, found[0], results)], [*map(narrow, found[1], results[count:])]
+                done = _Results(*([*map(narrow, *x)] for x in zip(found, results, strict=True)))
+                of_rows = [(done.few if is_few else done.rows).pop(0) for is_few in are_few]
+                return of_rows, done.keys
             of_rows, of_keys = compute(
                 piece, [*map(narrow, held_rows, given[0])], [*map(narrow, held_keys, given[1])]
             )
-            count = len(of_rows)
             sums, whole = self._added(sums, of_keys, piece)
-            results = [*of_rows, *whole]
-            made = [*map(wide, results)]
+            are_few = [*map(_has_few_numbers, of_rows)]
+            few.append([x for x, is_few in zip(of_rows, are_few, strict=True) if is_few])
+            is_last = piece + 1 == self.pieces
+            results = _Results(
+                [x for x, is_few in zip(of_rows, are_few, strict=True) if not is_few],
+                whole,
+                [jnp.concatenate(x, axis=2) for x in zip(*few, strict=True)] if is_last else [],
+            )
+            made = [wide(x) for kind in results for x in kind]
             held_rows, held_keys = coming, next_keys or held_keys
         raise AssertionError
 
@@ -266,22 +294,14 @@ class Work:
             x = jnp.pad(x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)])
         return _of_each(layout, n, x)
 
-    def _with(
-        self,
-        found: tuple[list[Array], list[Array]],
-        part: list[Array],
-        count: int,
-        piece: int,
-        device: Array | int,
-    ) -> tuple[list[Array], list[Array]]:
-        """Results (B, t, heads, ...) with a device's of a piece, the first `count` of queries."""
-        n, p = self.context.devices, self.pieces
-        of_rows, of_keys = found
-        of_rows = put(of_rows, part[:count], device * p + piece, n * p)
-        if part[count:]:
-            p, piece = p // self.sharing, piece // self.sharing
-            of_keys = put(of_keys, part[count:], device * p + piece, n * p)
-        return of_rows, of_keys
+    def _with(self, found: _Results, part: _Results, piece: int, device: Array | int) -> _Results:
+        """Results (B, t, heads, ...) with a device's of a piece, or of all if they are whole."""
+        n, found_with = self.context.devices, []
+        for whole, own, shared in zip(found, part, (1, self.sharing, self.pieces), strict=True):
+            p = self.pieces // shared
+            at = device * p + piece // shared
+            found_with.append(put(whole, own, at, n * p) if own else whole)
+        return _Results(*found_with)
 
 
 def exchanged(context: Context, arrays: Sequence[Array]) -> list[Array]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax import Array, lax
 
 __all__ = ["put"]
@@ -22,7 +21,8 @@ def put(
     """
     if not whole:
         shapes = [(*x.shape[:2], pieces * x.shape[2], *x.shape[3:]) for x in piece]
-        whole = [jnp.zeros(shape, x.dtype) for shape, x in zip(shapes, piece, strict=True)]
+        # All of it is to be written: zeros would be a pass over memory more.
+        whole = [lax.empty(shape, x.dtype) for shape, x in zip(shapes, piece, strict=True)]
     return [
         lax.dynamic_update_slice_in_dim(x, part, number * part.shape[2], axis=2)
         for x, part in zip(whole, piece, strict=True)
