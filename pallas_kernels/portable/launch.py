@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import jax.experimental.pallas.triton as plgpu
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.portable.tiles import Tiles
@@ -39,7 +39,12 @@ def launch(
       grow over 65,535: a batch into which `jax.vmap` is folded may.
     zeroed: the results that are full of zeros before; the rest is undefined.
     """
-    zeros = {name: jnp.zeros(results[name].shape, results[name].dtype) for name in zeroed}
+    zeros = {}
+    for name in zeroed:
+        # Of this call's own zero: of one, XLA makes the zeros of all calls together.
+        zero = jnp.zeros((), results[name].dtype)
+        zero, inputs = lax.optimization_barrier((zero, inputs))
+        zeros[name] = jnp.broadcast_to(zero, results[name].shape)
     given, order = len(inputs), list(results)
 
     def body(*refs: Ref) -> None:
