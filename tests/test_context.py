@@ -280,9 +280,10 @@ def refusal(attention, x=x, **context):
 
 assert "eager: the sequence is cut along 'sequence'" in refusal(jattn.eager_attention)
 assert "T 3 and S 3 a device" in refusal(jattn.dot_product_attention, layout="zigzag")
-assert "manual axes here: 'sequence'" in refusal(
-    lambda *x: jattn.context_parallel("rows").__enter__() or jattn.dot_product_attention(*x)
-)
+def along_rows(*x):
+    with jattn.context_parallel("rows"):
+        return jattn.dot_product_attention(*x)
+assert "manual axes here: 'sequence'" in refusal(along_rows)
 assert "schedule 'heads' does not apply: 3 key heads are not a multiple of 2 devices" in refusal(
     jattn.dot_product_attention, jnp.ones((1, 6, 3, 8)), schedule="heads"
 )

@@ -26,8 +26,11 @@ class Devices:
         """So many devices for sequences of the lengths that are configured.
 
         Raises:
-            TrainingError: there are fewer, or they do not divide a length.
+            TrainingError: there are fewer, or they do not divide a length, or JAX has several
+              processes.
         """
+        if jax.process_count() > 1:  # each would write the run's folder
+            raise TrainingError(f"train.py runs in one process; JAX has {jax.process_count()}")
         check_count(count, len(jax.devices()))
         check_lengths(count, "--sequence-length", [data.sequence_length])
         if data.short_share > 0:
@@ -66,7 +69,12 @@ def check_count(count: int, found: int | None) -> None:
     """TrainingError unless there are so many devices; where they need not be there: any number."""
     if count < 1 or (found is not None and count > found):
         most = "at least 1" if found is None else f"1 to the number of devices, {found}"
-        raise TrainingError(f"--sequence-parallel must be {most}; got {count}")
+        remedy = ""
+        if found is not None and count > found and jax.default_backend() == "cpu":
+            remedy = (
+                f" (XLA_FLAGS=--xla_force_host_platform_device_count={count} makes a CPU so many)"
+            )
+        raise TrainingError(f"--sequence-parallel must be {most}; got {count}{remedy}")
 
 
 def check_lengths(count: int, option: str, lengths: Sequence[int]) -> None:
