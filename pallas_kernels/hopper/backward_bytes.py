@@ -24,8 +24,10 @@ def backward_bytes(spec: AttentionSpec, *, deterministic: bool) -> int:
     columns = 0 if tiles.apart or tiles.once else padded_width(spec.head_dim)
     words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
     of_bias = int(form_of(spec) == "rows")
+    # The gradient of a scale is made of dQ in float32 too, in the order of rows.
+    unscaled = columns if spec.scale is None else 0
     heads = spec.batch * spec.heads
-    rows = heads * (whole * (columns + 3 + words + of_bias) + spec.queries * 2) * 4
+    rows = heads * (whole * (columns + 3 + words + of_bias) + spec.queries * (unscaled + 2)) * 4
     return rows + _shares_bytes(spec, tiles) + _copied_bytes(spec, tiles)
 
 
