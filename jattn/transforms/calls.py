@@ -24,6 +24,7 @@ from jax import Array
 from jax.interpreters import ad, batching, mlir
 
 from jattn.call.spec import AttentionSpec, Operands
+from jattn.transforms.constants import none_folded
 from jattn.transforms.folding import Arrays, batched_call
 from jattn.transforms.per_shard import partitioned_call
 
@@ -91,13 +92,14 @@ def primitive(name: str) -> jax.extend.core.Primitive:
     made.multiple_results = True
     made.def_impl(_evaluate_alone)
     made.def_effectful_abstract_eval(_types)
-    mlir.register_lowering(made, mlir.lower_fun(_evaluate, multiple_results=True))
+    mlir.register_lowering(made, none_folded(mlir.lower_fun(_evaluate, multiple_results=True)))
     batching.primitive_batchers[made] = _batched
     ad.primitive_jvps[made] = _jvp
     ad.primitive_transposes[made] = _transposed
     return made
 
 
+@none_folded
 def _run(of: Map, spec: AttentionSpec, names: tuple[str, ...], *held: Array) -> Results:
     return of.run(spec, dict(zip(names, held, strict=True)))
 
@@ -112,6 +114,7 @@ def _evaluate(*held: Array, of: Any, spec: Any, names: Any, call: Any, **_: Any)
 _jitted = partial(jax.jit, static_argnums=(0, 1, 2))(_run)
 
 
+@none_folded
 def _evaluate_alone(*held: Array, call: Any, **how: Any) -> Sequence[Array]:
     """Outside of `jax.jit`."""
     if call is None:

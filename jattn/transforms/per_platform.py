@@ -15,6 +15,8 @@ import jax.extend.core
 from jax import Array
 from jax.interpreters import mlir
 
+from jattn.transforms.constants import none_folded
+
 __all__ = ["on_nvidia"]
 
 type Results = tuple[Array, ...]
@@ -58,7 +60,8 @@ _on_nvidia_p.def_impl(
     lambda *held, **how: jax.jit(lambda *held: _on_nvidia_p.bind(*held, **how))(*held)
 )
 _on_nvidia_p.def_effectful_abstract_eval(lambda *_, call, **__: (call.out_avals, call.effects))
+# Mosaic traces parts of a kernel once more while it lowers it.
 mlir.register_lowering(
-    _on_nvidia_p, mlir.lower_fun(_kernel, multiple_results=True), platform="cuda"
+    _on_nvidia_p, none_folded(mlir.lower_fun(_kernel, multiple_results=True)), platform="cuda"
 )
 mlir.register_lowering(_on_nvidia_p, mlir.lower_fun(_elsewhere, multiple_results=True))
