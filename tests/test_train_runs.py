@@ -126,22 +126,6 @@ def test_metrics_have_each_step_once_and_held_out_text_gets_easier(whole: Path) 
     assert all(row["tokens_per_second"] > 0 for row in found[2:])
 
 
-def test_plain_output_is_one_line_per_interval_without_warnings(
-    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert train.main(_options(corpus, tmp_path / "runs")) == 0
-    out, err = capfd.readouterr()
-    assert err == ""
-    assert "\x1b" not in out
-    shown = re.findall(rf"^step +(\d+)/{STEPS} ", out, flags=re.MULTILINE)
-    assert shown == [str(step) for step in (0, 1, 50, 75, 100, 150, 200, 225, 250, STEPS)]
-    assert "tokens/s" in out
-    assert "held-out bits/byte: 8.000 -> " in out
-    assert "zlib -9" in out
-    (run,) = (tmp_path / "runs").iterdir()
-    assert str(run) in out
-
-
 @pytest.mark.parametrize("number", first(1, [signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_saves_and_the_run_resumes_bit_for_bit(
     number: signal.Signals,
@@ -198,6 +182,11 @@ def test_rows_after_the_checkpoint_are_not_repeated(whole: Path, copy: Path) -> 
     assert results(copy) == results(whole)
 
 
+def _shown(output: str) -> list[int]:
+    """The steps that have a line."""
+    return [int(step) for step in re.findall(rf"^step +(\d+)/{STEPS} ", output, flags=re.MULTILINE)]
+
+
 def test_another_process_stops_at_ctrl_c_and_its_resume_command_works(
     whole: Path,
     corpus: Path,
@@ -205,30 +194,41 @@ def test_another_process_stops_at_ctrl_c_and_its_resume_command_works(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = tmp_path / "runs" / "other"
-    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    """Its plain output is one line per interval, without warnings, before and after."""
     process = subprocess.Popen(
-        [*TRAIN, *OPTIONS, "--data", str(corpus), "--name", run.name],
+        [*TRAIN, *OPTIONS, "--data", str(corpus)],
         cwd=tmp_path,
-        env=environment,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step": 1,' in metrics.read_text()):
+    while process.poll() is None and not any(
+        '"step": 1,' in metrics.read_text() for metrics in tmp_path.glob("runs/*/metrics.jsonl")
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert err == ""
-    assert 1 <= len(results(run)) <= STEPS
+    (run,) = (tmp_path / "runs").iterdir()
+    stopped = results(run)[-1]["step"]
+    assert 1 <= stopped <= STEPS
+    due = (0, 1, 50, 75, 100, 150, 200, 225, 250, STEPS)
+    assert _shown(out) == [step for step in due if step <= stopped]
     *program, option, folder = shlex.split(out.splitlines()[-1])
     assert program == TRAIN
     monkeypatch.chdir(tmp_path)
     assert train.main([option, folder]) == 0
-    assert capfd.readouterr().err == ""
+    more, err = capfd.readouterr()
+    assert err == ""
     assert results(run) == results(whole)
+    assert _shown(more) == sorted({stopped + 1, *(step for step in due if step > stopped)})
+    assert "\x1b" not in out + more
+    assert "tokens/s" in more
+    assert "held-out bits/byte: 8.000 -> " in more
+    assert "zlib -9" in more
+    assert str(run.relative_to(tmp_path)) in out
 
 
 def test_resuming_a_finished_run_changes_no_result(copy: Path) -> None:

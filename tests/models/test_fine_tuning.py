@@ -104,19 +104,24 @@ def test_resuming_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
 
 
 def test_resuming_needs_the_folder_as_it_was(
-    whole: Path, folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(folder, tmp_path / "model")
-    runs = ["--runs-dir", str(tmp_path), "--name", "c", "--steps", "1"]
-    assert train.main(arguments(tmp_path / "model", text, *runs)) == 0
-    write_model(tmp_path / "model", end=True, rms_norm_eps=1e-3)
-    step.fine_tuning._read.cache_clear()
-    assert train.main(["--resume", str(tmp_path / "c")]) == 2
-    assert "was trained on other text" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "model")
-    step.fine_tuning._read.cache_clear()
-    assert train.main(["--resume", str(tmp_path / "c")]) == 2
-    assert f"{tmp_path / 'model'} does not exist" in capsys.readouterr().err
+    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    shutil.move(folder, tmp_path / "model")
+    try:
+        write_model(folder, end=True, rms_norm_eps=1e-3)
+        step.fine_tuning._read.cache_clear()
+        assert train.main(["--resume", str(whole)]) == 2
+        assert "was trained on other text" in capsys.readouterr().err
+        shutil.rmtree(folder)
+        step.fine_tuning._read.cache_clear()
+        assert train.main(["--resume", str(whole)]) == 2
+        assert f"{folder} does not exist" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(tmp_path / "model", folder)
+        step.fine_tuning._read.cache_clear()
+    assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
 def test_first_loss_is_that_of_the_folders_logits(whole: Path, folder: Path, text: Path) -> None:
