@@ -52,7 +52,7 @@ def members(found: blocks.Range) -> set[int]:
     return set(range(first, stop))
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(calls())
 def test_a_query_block_visits_every_key_block_it_sees(call: tuple) -> None:
     intervals, seen, q_block, k_block = call
@@ -64,7 +64,7 @@ def test_a_query_block_visits_every_key_block_it_sees(call: tuple) -> None:
         assert not visited or visited <= set(range(len(needed))), "a block past the last key"
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(calls())
 def test_a_key_block_visits_every_query_block_that_sees_it(call: tuple) -> None:
     intervals, seen, q_block, k_block = call
@@ -76,7 +76,7 @@ def test_a_key_block_visits_every_query_block_that_sees_it(call: tuple) -> None:
         assert not visited or visited <= set(range(len(needed))), "a block past the last query"
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(calls())
 def test_blocks_without_element_mask_are_wholly_visible(call: tuple) -> None:
     intervals, seen, q_block, k_block = call
@@ -90,7 +90,7 @@ def test_blocks_without_element_mask_are_wholly_visible(call: tuple) -> None:
         assert found <= set(np.flatnonzero(by_block(seen[:, start:stop].T, q_block, np.all)))
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(calls())
 def test_no_block_is_visited_or_masked_for_nothing(call: tuple) -> None:
     intervals, seen, q_block, k_block = call

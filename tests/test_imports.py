@@ -12,12 +12,18 @@ ROOT = pathlib.Path(jattn.__file__).parent.parent
 # Of what `jattn` itself imports of the kernels, as any circle goes through one of these, each is
 # the first import of a fork.
 PROGRAM = """
-import importlib, os, subprocess, sys, traceback
-asked = "import sys, jattn; print(*sys.modules)"
-loaded = subprocess.check_output([sys.executable, "-c", asked], text=True).split()
+import importlib, os, traceback
+import jax
+asked, answer = os.pipe()
+if os.fork() == 0:
+    import sys, jattn
+    os.write(answer, " ".join(sys.modules).encode())
+    os._exit(0)
+os.close(answer)
+loaded = os.fdopen(asked).read().split()
+os.wait()
 print(*(x for x in loaded if x.startswith(("jax.experimental.pallas", "jax.experimental.mosaic"))))
 names = [x for x in loaded if x.startswith("pallas_kernels")]
-import jax
 for name in names:
     child = os.fork()
     if child == 0:

@@ -16,7 +16,7 @@ import jattn
 from jattn.backends.flash import interpreted
 from tests import extremes
 from tests.backends import Results
-from tests.cases import Case, chosen
+from tests.cases import Case, chosen, first
 from tests.hopper.calls import Half
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
 from tests.test_large_logits import CASES, check_sums
@@ -79,7 +79,7 @@ def test_as_exact_as_the_formula(case: Case, seed: int) -> None:
     check(FLASH, case, seed)
 
 
-NUMBERS = ["-1e9", "finfo.min", "3e38"]
+NUMBERS = ["finfo.min", "-1e9", "3e38"]
 
 
 def hidden_by_a_number(name: str, **more: Any) -> Results:
@@ -88,7 +88,7 @@ def hidden_by_a_number(name: str, **more: Any) -> Results:
     return {n: x if n == "bias" else np.tile(x, (1, 1, 1, 4)) for n, x in arrays.items()}
 
 
-@pytest.mark.parametrize("name", NUMBERS[:2])
+@pytest.mark.parametrize("name", first(1, NUMBERS[:2]))
 def test_a_row_hidden_by_a_finite_number_is_even_when_interpreted(name: str) -> None:
     extremes.check(INTERPRETED, hidden_by_a_number(name, queries=8, dtype=jnp.bfloat16))
 

@@ -21,7 +21,7 @@ __all__ = ["hopper"]
 
 RAGGED = [
     Half("full", 2, 67, 131, 2, 2, 128),
-    Half("grouped", 1, 131, 203, 4, 2, 128, causal=True),
+    Half("grouped", 1, 131, 203, 2, 1, 128, causal=True),
     Half("lengths", 2, 67, 131, 1, 1, 128, query_lengths=(60, 67), key_lengths=(131, 3)),
     Half("packed", 1, 131, 131, 1, 1, 128, segments="sorted", causal=True),
     Half("window", 1, 231, 235, 2, 1, 128, window=(70, 20), sinks=True),
