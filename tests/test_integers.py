@@ -44,7 +44,7 @@ def offsets(near: int, far: int) -> st.SearchStrategy[int]:
     return st.one_of(st.integers(-near, near), *edges)
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_window_and_any_offset_hide_what_they_should(data: st.DataObject) -> None:
     queries, keys = data.draw(st.sampled_from([(5, 7), (9, 4), (1, 8)]))

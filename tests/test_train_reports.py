@@ -180,15 +180,14 @@ def test_what_libraries_write_is_kept_apart_unless_something_fails(
 def test_a_report_on_whole_steps_has_each_variant_and_its_files(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    report = ["--report", "step", "--step-lengths", "32", "64", "--step-implementations", "sdpa"]
+    report = ["--report", "step", "--step-lengths", "64", "--step-implementations", "sdpa"]
     assert train.main([*OPTIONS, *report, "--runs-dir", str(tmp_path), "--name", "run"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
     assert "sdpa, rematerialised" in out
     stored = json.loads((tmp_path / "run" / "training_step.json").read_text())
-    assert [(c["rematerialized"], c["sequence_length"]) for c in stored["cells"]] == [
-        *((False, 32), (False, 64), (True, 32), (True, 64)),
-    ]
+    cells = [(cell["rematerialized"], cell["sequence_length"]) for cell in stored["cells"]]
+    assert cells == [(False, 64), (True, 64)]
     assert all(cell["status"] == "ok" and cell["seconds"] > 0 for cell in stored["cells"])
     assert (tmp_path / "run" / "training_step.png").read_bytes().startswith(b"\x89PNG")
 
@@ -204,12 +203,12 @@ def test_a_cpu_does_not_train_what_takes_hours(monkeypatch: pytest.MonkeyPatch) 
 def test_the_longest_sequence_fits_and_is_trained_for_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(place, "free_bytes", lambda device: 20_000_000)
+    monkeypatch.setattr(place, "free_bytes", lambda device: 10_000_000)
     options = [*OPTIONS, "--sequence-length", "1024", "--report", "longest"]
     assert train.main([*options, "--runs-dir", str(tmp_path), "--name", "run"]) == 0
     assert "two steps:" in capfd.readouterr().out
     found = json.loads((tmp_path / "run" / "longest.json").read_text())
-    length, budget = found["sequence_length"], 0.97 * 20_000_000
+    length, budget = found["sequence_length"], 0.97 * 10_000_000
     assert found["looked_at"][str(length)] == found["total_bytes"] <= budget
     assert found["looked_at"][str(length + 1024)] > budget
     assert len(found["seconds"]) == 2

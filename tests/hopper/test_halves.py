@@ -12,8 +12,8 @@ import pytest
 import jattn
 from jattn.backends.flash import interpreted
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
-from tests.cases import Case, chosen
-from tests.hopper.calls import Bottom, Half, spec_of
+from tests.cases import Case
+from tests.hopper.calls import SMALL, Bottom, Half, spec_of
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
 from tests.shapes import arguments
 
@@ -21,7 +21,7 @@ __all__ = ["hopper"]
 
 RAGGED = [
     Half("full", 2, 67, 131, 2, 2, 128),
-    Half("grouped", 1, 131, 203, 2, 1, 128, causal=True),
+    Half("grouped", 1, 131, 203, 4, 2, 128, causal=True),
     Half("lengths", 2, 67, 131, 1, 1, 128, query_lengths=(60, 67), key_lengths=(131, 3)),
     Half("packed", 1, 131, 131, 1, 1, 128, segments="sorted", causal=True),
     Half("window", 1, 231, 235, 2, 1, 128, window=(70, 20), sinks=True),
@@ -31,7 +31,14 @@ RAGGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", chosen(RAGGED, "grouped"), ids=str)
+def test_one_that_is_always_interpreted_is_in_halves() -> None:
+    """By tests/hopper/test_exact.py: ragged, of grouped heads, causal."""
+    (case,) = (case for case in SMALL if case.name == "dq_in_fragments")
+    assert choose_backward_tiles(spec_of(case), deterministic=False).halves
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", RAGGED, ids=str)
 def test_interpreted_as_exact(case: Case, seed: int) -> None:
     assert choose_backward_tiles(spec_of(case), deterministic=False).halves
     check(INTERPRETED, case, seed)
