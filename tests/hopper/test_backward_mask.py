@@ -15,7 +15,7 @@ from pallas_kernels.hopper.visits import visits
 from tests.cases import Case, first, operands
 from tests.hopper.calls import Half
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
-from tests.hopper.test_dense_mask import FORMS, LENGTHS, ORDINARY, planted
+from tests.hopper.test_dense_mask import LISTED, planted
 
 __all__ = ["hopper"]
 
@@ -38,8 +38,7 @@ def lists_of(case: Case, seed: int) -> tuple[Any, Any, Any]:
     return tiles, np.broadcast_to(lists, of_rows), np.broadcast_to(drawn.seen, full)
 
 
-@pytest.mark.parametrize("options", [{}, LENGTHS, {"segments": "sorted"}], ids=str)
-@pytest.mark.parametrize("form", first(3, sorted(FORMS, key=lambda form: form not in ORDINARY)))
+@pytest.mark.parametrize(("form", "options"), LISTED, ids=str)
 def test_a_tile_of_keys_visits_the_blocks_that_see_it_and_no_others(
     form: str, options: dict[str, Any], seed: int
 ) -> None:

@@ -11,17 +11,21 @@ import pytest
 from jattn.call.arguments import attention_call
 from pallas_kernels.hopper import dense_mask
 from pallas_kernels.hopper.plan import make_plan
-from tests.cases import Case, first, operands
+from tests.cases import Case, first, operands, thorough
 from tests.hopper.calls import Half
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
 from tests.reference import Bools
 
 __all__ = ["hopper"]
 
-thorough = pytest.mark.thorough
 FORMS = [f"{b}{n}{t}{s}" for b in "B1" for n in "N1" for t in "T1" for s in "S1"]
 ORDINARY = ("1NTS", "B11S", "BN1S")
-LENGTHS = {"causal": True, "query_lengths": (300, 170), "key_lengths": (290, 150)}
+LENGTHS: dict[str, Any] = {"causal": True, "query_lengths": (300, 170), "key_lengths": (290, 150)}
+SEGMENTS: dict[str, Any] = {"segments": "sorted"}
+# Each form by itself, and each way in which the mask's lists meet ranges of blocks.
+_ALWAYS = [*((form, {}) for form in ORDINARY), ("BN1S", LENGTHS), ("B11S", SEGMENTS)]
+_EVERY = [(form, options) for form in FORMS for options in ({}, LENGTHS, SEGMENTS)]
+LISTED = [*_ALWAYS, *thorough(*(each for each in _EVERY if each not in _ALWAYS))]
 
 
 def planted(case: Case, seed: int) -> Bools:
@@ -51,8 +55,7 @@ def lists_of(case: Case, seed: int) -> tuple[Any, Any, Bools]:
     )
 
 
-@pytest.mark.parametrize("options", [{}, LENGTHS, {"segments": "sorted"}], ids=str)
-@pytest.mark.parametrize("form", first(3, sorted(FORMS, key=lambda form: form not in ORDINARY)))
+@pytest.mark.parametrize(("form", "options"), LISTED, ids=str)
 def test_a_tile_visits_the_blocks_that_it_sees_and_no_others(
     form: str, options: dict[str, Any], seed: int
 ) -> None:
