@@ -15,6 +15,7 @@ from jax.extend.core import jaxprs_in_params
 
 from models import TransformerConfig, TransformerLM
 from models.transformer import Rematerialize, normalize
+from tests.cases import thorough
 from tests.promotion import of_others
 
 TINY = TransformerConfig(
@@ -84,7 +85,11 @@ def exact() -> Any:
 
 @pytest.mark.parametrize(
     ("rematerialize", "scan_blocks"),
-    [*((name, True) for name in get_args(Rematerialize)), ("nothing", False), ("block", False)],
+    [
+        *((name, True) for name in get_args(Rematerialize)),
+        ("nothing", False),
+        *thorough(("block", False)),
+    ],
 )
 def test_loss_and_gradients_are_those_of_the_formulas(
     rematerialize: Any, exact: Any, *, scan_blocks: bool
