@@ -41,7 +41,7 @@ KNOWN_SPILLS = {
     "text_64": 72,
     "vision": 112,
     "dropout_64": 100,
-    "dropout_causal_64": 404,
+    "dropout_causal_64": 264,
     "dropout_128": 20,
     "dropout_causal_128": 80,
     "dropout_causal_256": 32,
