@@ -62,7 +62,7 @@ from pallas_kernels.hopper.backward_block import (
 from pallas_kernels.hopper.backward_list import each_listed, schedule, with_index
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
-from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.constant import constant, numbers
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.plain import in_both_ways, named
@@ -102,7 +102,7 @@ def launch(
         if banded(spec):
             inputs = inputs | {"rows": with_index(inputs["rows"])}
     elif banded(spec):
-        inputs = inputs | {"index": jnp.arange(queries, dtype=jnp.int32)}
+        inputs = inputs | {"index": numbers(queries)}
     if dq is not None:
         inputs = inputs | {"dq": dq}
     scratch = _scratch(spec, tiles, head, value, makes_dq=not tiles.apart)

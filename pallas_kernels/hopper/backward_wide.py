@@ -43,6 +43,7 @@ from pallas_kernels.hopper.backward_block import (
     key_gradients,
 )
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.constant import numbers
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
@@ -68,7 +69,7 @@ def launch(
     seam = Seam(interpret)
     head, value = inputs["k"].shape[3], inputs["v"].shape[3]
     if banded(spec):
-        inputs = inputs | {"index": jnp.arange(ROWS, dtype=jnp.int32)}
+        inputs = inputs | {"index": numbers(ROWS)}
     widths = {"s": ROWS, "dp": ROWS, "dk": head, "dv": value}
     scratch = _scratch(spec, tiles, head, value)
     scratch |= seam.stand_ins({name: (ROWS, columns) for name, columns in widths.items()})
