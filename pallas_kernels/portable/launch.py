@@ -40,11 +40,11 @@ def launch(
     zeroed: the results that are full of zeros before; the rest is undefined.
     """
     zeros = {}
-    for name in zeroed:
+    for result in zeroed:
         # Of this call's own zero: of one, XLA makes the zeros of all calls together.
-        zero = jnp.zeros((), results[name].dtype)
+        zero = jnp.zeros((), results[result].dtype)
         zero, inputs = lax.optimization_barrier((zero, inputs))
-        zeros[name] = jnp.broadcast_to(zero, results[name].shape)
+        zeros[result] = jnp.broadcast_to(zero, results[result].shape)
     given, order = len(inputs), list(results)
 
     def body(*refs: Ref) -> None:
@@ -59,7 +59,7 @@ def launch(
         out_shape=list(results.values()),
         grid=(math.prod(grid),),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        input_output_aliases={given + i: order.index(name) for i, name in enumerate(zeros)},
+        input_output_aliases={given + i: order.index(result) for i, result in enumerate(zeros)},
         interpret=interpret,
         name=name,
     )(*inputs.values(), *zeros.values())
