@@ -155,7 +155,7 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
     by_rows = _by_rows(plan)
     scratch = _scratch(plan, out_dtype, columns)
     if by_rows:
-        matrices = [name for name in scratch if name.endswith("_smem") and name != "sums_smem"]
+        matrices = [name for name in scratch if name.endswith("_smem")]
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
     if interpret:
         scratch["s_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, tiles.keys), jnp.float32)
@@ -193,10 +193,21 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
         grid_names=("block",),
         num_threads=tiles.warpgroups + 1,
         # Rows of wgmma's layout are reduced without shared memory.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            unsafe_no_auto_barriers=_needs_no_barriers(plan) and not interpret,
+        ),
         interpret=interpret,
     )
     return out, sums
+
+
+def _needs_no_barriers(plan: Plan) -> bool:
+    """Whether no thread reads shared memory that threads write: values past a length are such."""
+    spec = plan.spec
+    plain = plan.lengths_known and spec.bias_shape is None and spec.dropout_rate == 0
+    return plain and plan.tiles.own_staging and not _by_rows(plan)
 
 
 def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
@@ -216,7 +227,6 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
         **matrix("q", tiles.query_slots, ROWS, widths=head),
         **matrix("k", stages, tiles.keys, widths=head),
         **matrix("v", stages, tiles.keys, widths=value),
-        "sums_smem": plgpu.SMEM((w, 2, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_arrivals=q_arrivals, num_barriers=2 * w),
         "q_free": plgpu.Barrier(num_barriers=tiles.query_slots),
         "k_full": plgpu.Barrier(num_arrivals=len(head) + segments, num_barriers=stages),

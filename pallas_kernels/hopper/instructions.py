@@ -24,10 +24,12 @@ __all__ = [
     "hold",
     "load_fragment",
     "meet",
+    "store_pairs",
     "to_fragment",
 ]
 
 WGMMA = plgpu.Layout.WGMMA
+_ROW = WGMMA.reduce(1)
 _NUMBER = plgpu.Layout.WG_SPLAT(())
 _REF = plgpu.RefType()
 _GROUP = 4 * 4 * 128  # bytes of 8 columns
@@ -127,6 +129,64 @@ def load_fragment(gmem: Any, row: Array, columns: int) -> Array:
 
     found: Array = emit(gmem, row)
     return found
+
+
+def store_pairs(
+    first: Array, second: Array, gmem: Any, *, rows: int, parts: int, step: int, between: int
+) -> None:
+    """Two numbers (64,) of each row to global memory, where the first row's first number is.
+
+    The four threads that hold two rows store one number each.
+
+    rows: of a part, which lie next to each other; those past the last part are left out.
+    step: numbers from a part's first row to the next one's.
+    between: numbers from a row's first to its second.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_ROW, _ROW, _REF))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext,
+        first: mgpu.FragmentedArray,
+        second: mgpu.FragmentedArray,
+        gmem: _Value,
+    ) -> None:
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+
+        def c(x: int) -> _Value:
+            return mgpu.c(x, i32)
+
+        def below(x: _Value, limit: int) -> _Value:
+            return arith.cmpi(arith.CmpIPredicate.ult, x, c(limit))
+
+        thread = mgpu.thread_idx()
+        lane = arith.andi(thread, c(31))
+        # Of a warp's 16 rows a thread has the one of its four, and the one 8 below.
+        lower = arith.andi(lane, c(1))
+        warp = arith.andi(arith.shrui(thread, c(5)), c(3))
+        row = arith.addi(arith.muli(warp, c(16)), arith.shrui(lane, c(2)))
+        row = arith.addi(row, arith.muli(lower, c(8)))
+        is_first, is_upper = below(arith.andi(lane, c(3)), 2), below(lower, 1)
+        numbers = [
+            arith.select(is_upper, *(llvm.extractelement(two, c(0)) for two in x.registers.flat))
+            for x in (first, second)
+        ]
+        at = row
+        if rows < 64:
+            part, at = arith.divui(row, c(rows)), arith.remui(row, c(rows))
+            at = arith.addi(at, arith.muli(part, c(step)))
+        at = arith.addi(at, arith.select(is_first, c(0), c(between)))
+        place = mgpu.utils.getelementptr(
+            mgpu.utils.memref_ptr(gmem), [arith.extui(i64, at)], ir.F32Type.get()
+        )
+        number = arith.select(is_first, *numbers)
+        if rows * parts < 64:
+            some = arith.extui(i32, below(row, rows * parts))
+            text = "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.f32 [$0], $1; }"
+            _asm(text, place, number, some, constraints="l,f,r")
+        else:
+            _asm("st.global.f32 [$0], $1;", place, number, constraints="l,f")
+
+    emit(first, second, gmem)
 
 
 def to_fragment(x: Array) -> Array:

@@ -1,4 +1,8 @@
-"""The end of a tile: O divided by the sum, and the rows' maxima and sums, on their way out."""
+"""The end of a tile: O divided by the sum, on its way out, and the rows' maxima and sums.
+
+These leave from registers: there is no barrier and no copy for them, as there would be on a way
+through shared memory.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.hopper import instructions
 from pallas_kernels.hopper.dropout import kept_factor
-from pallas_kernels.hopper.load import copies, query_parts
+from pallas_kernels.hopper.load import query_parts
 from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.plain import columns_of
 from pallas_kernels.hopper.seam import Ref, Seam
@@ -46,9 +51,6 @@ def store(
         smem, rows_of, slot = refs.o_smem, refs.o_rows, number
     else:
         smem, rows_of = refs.q_smem, refs.q_rows
-    # Before O, beside whose rounding they are on their way.
-    refs.sums_smem[number, 0] = softmax.m
-    refs.sums_smem[number, 1] = softmax.l
     for piece, to in zip(o, smem, strict=True):
         to[slot] = (piece * across(factor, piece.shape[1])).astype(to.dtype)
     plgpu.commit_smem()
@@ -58,12 +60,34 @@ def store(
         for piece, columns in zip(rows_of, found, strict=True):
             out = refs.out.at[(*batch, queries, head, columns)]
             plgpu.copy_smem_to_gmem(piece.at[slot, rows], out)
-        # Together where they are whole rows of shared memory.
-        whole = copies(plan) == 1 and not plan.heads_in_rows
-        for i in [slice(None)] if whole else [0, 1]:
-            place = (queries, i, head) if plan.heads_in_rows else (head, i, queries)
-            plgpu.copy_smem_to_gmem(
-                refs.sums_smem.at[number, i, rows], refs.sums.at[(*batch, *place)]
-            )
+    _store_sums(plan, seam, refs, warpgroup, work, batch, softmax)  # beside O's copies
     if not plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _store_sums(
+    plan: Plan,
+    seam: Seam,
+    refs: Ref,
+    warpgroup: Warpgroup,
+    work: Work,
+    batch: tuple[Array, ...],
+    softmax: Softmax,
+) -> None:
+    """The rows' maxima and sums. Past the last query there is room for those of a whole tile."""
+    parts = query_parts(plan, work, warpgroup.number)
+
+    def place(part: int, i: Any) -> tuple[Any, ...]:
+        _, queries, head = parts[part]
+        return (*batch, queries, i, head) if plan.heads_in_rows else (*batch, head, i, queries)
+
+    if seam.interpret:
+        for part, (rows, _, _) in enumerate(parts):
+            for i, x in enumerate(softmax):
+                refs.sums[place(part, i)] = x[rows.start : rows.start + rows.size]
+        return
+    size = refs.sums.shape[-1]  # between a row's two numbers; a part comes after both of another
+    instructions.store_pairs(
+        softmax.m, softmax.l, refs.sums.at[place(0, slice(None))],
+        rows=parts[0][0].size, parts=len(parts), step=2 * size, between=size,
+    )  # fmt: skip

@@ -54,7 +54,7 @@ KNOWN_SPILLS = {
 # The same of gradients beside a bias that has none.
 OF_STILL = {"bias_soft_cap_sinks": 80}
 # The same of forward, and of the output's tangent.
-OF_FORWARD = {"dropout_causal_128": 8, "dropout_causal_256": 8}
+OF_FORWARD = {"dropout_causal_128": 12, "dropout_causal_256": 8}
 OF_TANGENT = {"window_64": 8}
 # In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
 # lengths of a multiple of 8 where keys are split. One query is padded to eight in backward. Dense
