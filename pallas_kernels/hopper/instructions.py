@@ -153,10 +153,12 @@ def store_pairs(
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
 
         def c(x: int) -> _Value:
-            return mgpu.c(x, i32)
+            found: _Value = mgpu.c(x, i32)
+            return found
 
         def below(x: _Value, limit: int) -> _Value:
-            return arith.cmpi(arith.CmpIPredicate.ult, x, c(limit))
+            found: _Value = arith.cmpi(arith.CmpIPredicate.ult, x, c(limit))
+            return found
 
         thread = mgpu.thread_idx()
         lane = arith.andi(thread, c(31))
