@@ -73,14 +73,14 @@ for tokens, sent in (
 # Six key heads are not for four devices; of 3 of them on 3 devices, 4.5 MiB.
 found = said(24, 6, is_causal=True, device="H100").sequence
 assert found == (
-    "cut over 4 devices along 'x': gather, 2 pieces of 4 MiB, in backward 14 MiB; queries are "
-    "exchanged, so that all see as many keys; the keys of two pieces take no more memory than a "
-    "ring's buffers"
+    "cut over 4 devices along 'x': gather, 2 pieces of 4.5 MiB, in backward 14 MiB; queries are "
+    "exchanged, so that all see as many keys, and results go back: 12 MiB, in backward 18 MiB; the "
+    "keys of two pieces take no more memory than a ring's buffers"
 ), found
 found = said(32, 32, is_causal=True, local_window_size=(1024, 0), device="H100").sequence
 assert found == (
-    "cut over 4 devices along 'x': ring, 1 hop of 16 MiB, in backward 48 MiB; the band leaves 1 of "
-    "3 hops"
+    "cut over 4 devices along 'x': ring, 1 hop of 16 MiB, in backward 48 MiB and 32 MiB home; the "
+    "band leaves 1 of 3 hops"
 ), found
 assert "sequence: cut over 4 devices" in str(said(8, 8))
 mask = jax.ShapeDtypeStruct((1, 1, 4096, 4096), jnp.bool_)
@@ -112,7 +112,7 @@ def test_the_whole_table(way: str, devices: int, group: int) -> None:
 
 
 COUNTED = """
-import re
+import math, re
 from collections import Counter
 from functools import partial
 import jax, jax.numpy as jnp
@@ -138,15 +138,41 @@ def as_planned(found, plan):
     # XLA may send several arrays at once.
     return found.keys() == plan.keys() and found <= Counter(plan)
 
+def sent(compiled, devices):
+    # Arrays with head dims, and not the few numbers of rows.
+    found = 0
+    for line in compiled.as_text().splitlines():
+        if made := COLLECTIVE.search(line):
+            for sizes in re.findall(r"f32\\[([\\d,]+),16\\]", line[: made.start()]):
+                count = 64 * math.prod(map(int, sizes.split(",")))
+                found += count * (devices - 1) // devices if "gather" in made[1] else count
+    return found
+
+def said(sequence):
+    # Bytes forward, and in backward.
+    of = lambda text: float(text.split()[0]) * {"B": 1, "KiB": 1024}[text.split()[1]]
+    times, once, backward, home = re.search(
+        r"(\\d+) \\w+ of (\\S+ \\w+), in backward (\\S+ \\w+)(?: and (\\S+ \\w+) home)?", sequence
+    ).groups()
+    dealt = re.search(r"go back: (\\S+ \\w+), in backward (\\S+ \\w+)", sequence)
+    more = map(of, dealt.groups() if dealt else ["0 B", "0 B"])
+    ends = 0, of(home or "0 B")
+    return [int(times) * of(x) + y + z for x, y, z in zip((once, backward), more, ends)]
+
 def check(mesh, place, options, forward, gradient, arrays=(q, k, v)):
     held = [jax.device_put(x, NamedSharding(mesh, place)) for x in (*arrays, w)]
     attend = partial(jattn.memory_efficient_attention, **options)
     compiled = jax.jit(attend).lower(*held[:3]).compile()
     assert as_planned(counted(compiled), forward), (options, counted(compiled))
     assert compiled(*held[:3]).sharding.is_equivalent_to(held[0].sharding, 4)
+    if mesh.size == 4 and len(mesh.axis_names) == 1:
+        explained = said(jattn.explain(*held[:3], **options).sequence)
+        assert sent(compiled, 4) == explained[0], (options, sent(compiled, 4), explained)
     of = lambda attention: jax.grad(partial(loss, attention, **options), (0, 1, 2))
     compiled = jax.jit(of(jattn.memory_efficient_attention)).lower(*held).compile()
     assert as_planned(counted(compiled), gradient), (options, counted(compiled))
+    if mesh.size == 4 and len(mesh.axis_names) == 1:
+        assert sent(compiled, 4) == sum(explained), (options, sent(compiled, 4), explained)
     for x, like in zip(compiled(*held), held):
         assert x.sharding.is_equivalent_to(like.sharding, 4)
     formula.check(

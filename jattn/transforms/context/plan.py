@@ -73,6 +73,27 @@ class Plan:
         forward, sums = (n * times // self.pieces for n in (self.kv_bytes, self.sum_bytes))
         return forward, forward + sums
 
+    def bytes_home(self) -> int:
+        """What a ring sends at the end of backward: sums that went along begin at the first hop.
+
+        Where that is of a device's own keys they go one way more than the keys do.
+        """
+        is_own_first = bool(self.hops) and self.hops[0].distance == 0
+        return self.sum_bytes if self.schedule == "ring" and self.moves and is_own_first else 0
+
+    def bytes_exchanged(self) -> tuple[int, int]:
+        """What a device sends to balance a causal mask, forward and backward.
+
+        Queries and output, and in backward the gradients of both; in a ring keys, values and their
+        gradients too. Of two devices each keeps one half.
+        """
+        if not self.is_balanced:
+            return 0, 0
+        keys = self.kv_bytes if self.schedule == "ring" else 0
+        rows = self.query_bytes + self.out_bytes
+        halves = 1 if self.context.devices == 2 else 2
+        return (rows + keys) * halves // 2, (rows + self.query_bytes + 2 * keys) * halves // 2
+
     def describe(self) -> str:
         """In words."""
         context = self.context
@@ -83,12 +104,17 @@ class Plan:
             moved += ", keys not sent"
         elif self.moves:
             moved += f" of {forward}, in backward {backward}"
+            moved += f" and {in_bytes(home)} home" if (home := self.bytes_home()) else ""
             if self.schedule == "ring" and self.pieces > 1:
                 moved += f", by {self.pieces} pieces of the heads"
-        exchange = "; queries are exchanged, so that all see as many keys"
+        if self.is_balanced:
+            forward, backward = map(in_bytes, self.bytes_exchanged())
+            arrays = "queries and keys" if self.schedule == "ring" else "queries"
+            moved += f"; {arrays} are exchanged, so that all see as many keys, and results go back:"
+            moved += f" {forward}, in backward {backward}"
         return (
-            f"cut over {context.devices} devices along {context.name}: {self.schedule}, {moved}"
-            f"{exchange if self.is_balanced else ''}; {self.why}"
+            f"cut over {context.devices} devices along {context.name}: {self.schedule}, {moved}; "
+            f"{self.why}"
         )
 
 
