@@ -81,8 +81,9 @@ def backward(
         of_heads, part = exchange.piece(own, number, pieces)
         its = BackwardRows(*(exchange.rows(_of_piece(x, number, pieces)) for x in rows))
         *gradients, more = _SCHEDULES[plan.schedule].backward(kernel, plan, of_heads, part, its)
-        d_query, *of_keys = (exchange.back(x) for x in gradients)
-        results = [d_query, *(x.astype(spec.dtype) for x in of_keys)]
+        d_query, *of_keys = gradients
+        # Sums of keys' gradients are rounded before they go back: half the bytes of float32's.
+        results = [exchange.back(x) for x in (d_query, *(x.astype(spec.dtype) for x in of_keys))]
         found = put(found, results, number, pieces) if pieces > 1 else results
         d_bias = _joined(d_bias, more)
         if pieces > 1:
