@@ -210,7 +210,10 @@ def _added(
     shape: tuple[int, ...] = (b, blocks * queries, n, head)
     if tiles.in_fragments:
         shape = (b * n * blocks * tiles.warpgroups, queries * head // tiles.warpgroups)
-    dq = jnp.zeros(shape, jnp.float32)
+    # Of this call's own zero: of one, XLA makes the zeros of all calls together, before the first.
+    zero, rows = lax.optimization_barrier((jnp.zeros((), jnp.float32), inputs["rows"]))
+    inputs = inputs | {"rows": rows}
+    dq = jnp.broadcast_to(zero, shape)
     made = (jnp.zeros(x.shape, x.dtype) for x in key_gradients(spec, tiles, inputs))
     # Not by `new_ref`, whose effect cannot be partitioned.
     dq, dk, dv = pl.run_state(run)((dq, *made))

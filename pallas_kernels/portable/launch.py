@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import jax.experimental.pallas.triton as plgpu
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.portable.tiles import Tiles
@@ -39,7 +39,12 @@ def launch(
       grow over 65,535: a batch into which `jax.vmap` is folded may.
     zeroed: the results that are full of zeros before; the rest is undefined.
     """
-    zeros = {name: jnp.zeros(results[name].shape, results[name].dtype) for name in zeroed}
+    zeros = {}
+    for result in zeroed:
+        # Of this call's own zero: of one, XLA makes the zeros of all calls together.
+        zero = jnp.zeros((), results[result].dtype)
+        zero, inputs = lax.optimization_barrier((zero, inputs))
+        zeros[result] = jnp.broadcast_to(zero, results[result].shape)
     given, order = len(inputs), list(results)
 
     def body(*refs: Ref) -> None:
@@ -54,7 +59,7 @@ def launch(
         out_shape=list(results.values()),
         grid=(math.prod(grid),),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        input_output_aliases={given + i: order.index(name) for i, name in enumerate(zeros)},
+        input_output_aliases={given + i: order.index(result) for i, result in enumerate(zeros)},
         interpret=interpret,
         name=name,
     )(*inputs.values(), *zeros.values())

@@ -126,6 +126,8 @@ def test_keys_and_values_of_the_next_heads_come_while_a_kernel_runs(version: str
         beside = [steps[at - 1] == "collective-permute-start" for at in kernels]
         assert sum(beside) == 8 * passes, steps
         assert call["temp"] <= 1.1 * call["alone"] + call["hop"], call
+    # The zeros that a piece's gradient of queries is added to are not held before it.
+    assert call["temp"] <= call["alone"] + call["hop"] / 4, call
 
 
 @pytest.mark.parametrize("version", VERSIONS)
