@@ -38,6 +38,7 @@ __all__ = [
     "Block",
     "Turn",
     "banded",
+    "behind",
     "each",
     "grid_of",
     "key_gradients",
@@ -49,7 +50,9 @@ ROW = WGMMA.reduce(1)  # one value a key
 COLUMN = WGMMA.reduce(0)  # one value a query
 # A query's vectors: its log-sum-exp in two, its row term, and of some biases its own.
 HIGH, LOW, ROW_TERM, ROW_BIAS = range(4)
-INDEX = 3  # its number in its block, where thread blocks have lists, which no call with a bias has
+# What the row of shared memory behind a slot's vectors has: the numbers of a block's queries, where
+# thread blocks have lists. A row of its own would be 1 KiB.
+INDEX = 0
 
 
 class Turn(NamedTuple):
@@ -200,7 +203,9 @@ class Block:
             if self.turn is None:
                 query = self.row(refs.index_smem) + first_query
             else:
-                query = self.row(refs.rows_smem.at[slot, INDEX]).astype(jnp.int32) + first_query
+                # A zero that the compiler cannot know: it would keep the numbers in registers.
+                hidden = lax.shift_right_logical(first_query, np.int32(30))
+                query = self.row(behind(refs, hidden + INDEX)).astype(jnp.int32) + first_query
             if spec.band.upper is not None:
                 p = jnp.where(key <= query + spec.band.upper, p, 0.0)
             if spec.band.lower is not None:
@@ -248,6 +253,11 @@ def key_gradients(
 def banded(spec: AttentionSpec) -> bool:
     """Whether a band hides some keys."""
     return spec.band.lower is not None or spec.band.upper is not None
+
+
+def behind(refs: Ref, slot: Array | int) -> Ref:
+    """The row of shared memory behind this slot's vectors."""
+    return refs.rows_smem.at[slot, refs.rows.shape[3]]
 
 
 def each(start: Any, stop: Any, body: Callable[[Array], None]) -> None:

@@ -48,6 +48,7 @@ from pallas_kernels.hopper import backward_bias, backward_mask
 from pallas_kernels.hopper.backward_block import (
     HALF,
     HIGH,
+    INDEX,
     LOW,
     ROW,
     ROW_TERM,
@@ -55,11 +56,12 @@ from pallas_kernels.hopper.backward_block import (
     Block,
     Turn,
     banded,
+    behind,
     each,
     grid_of,
     key_gradients,
 )
-from pallas_kernels.hopper.backward_list import each_listed, schedule, with_index
+from pallas_kernels.hopper.backward_list import each_listed, schedule
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant, numbers
@@ -99,10 +101,9 @@ def launch(
     grid = grid_of(spec, tiles)
     if tiles.listed:
         inputs = inputs | {"schedule": constant(schedule(spec, tiles, grid))}
-        if banded(spec):
-            inputs = inputs | {"rows": with_index(inputs["rows"])}
-    elif banded(spec):
-        inputs = inputs | {"index": numbers(queries)}
+    if banded(spec):
+        kind = np.float32 if tiles.listed else np.int32  # beside vectors that are
+        inputs = inputs | {"index": numbers(queries, kind)}
     if dq is not None:
         inputs = inputs | {"dq": dq}
     scratch = _scratch(spec, tiles, head, value, makes_dq=not tiles.apart)
@@ -155,6 +156,8 @@ def launch(
         @pl.when(warpgroup == w)
         def _() -> None:
             plgpu.set_max_registers(24, action="decrease")
+            if "index_full" in scratch:
+                plgpu.copy_gmem_to_smem(refs.index, behind(refs, INDEX), refs.index_full)
             every_tile(_load)
             _finish(tiles, refs)
 
@@ -194,7 +197,7 @@ def _scratch(
     arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
     of_mask = backward_mask.scratch(spec, tiles)
     arrivals += len(of_mask)
-    vectors = 3 + (form_of(spec) == "rows" or (tiles.listed > 0 and banded(spec)))
+    vectors = 3 + (form_of(spec) == "rows") + (tiles.listed > 0 and banded(spec))
     scratch = {
         "k_smem": operand(slots * tiles.keys, head, swizzle=swizzle),
         "v_smem": operand(slots * tiles.keys, value),
@@ -208,6 +211,8 @@ def _scratch(
     }
     if tiles.listed:
         scratch["kv_free"] = plgpu.Barrier(num_arrivals=w, num_barriers=slots)
+        if banded(spec):
+            scratch["index_full"] = plgpu.Barrier(num_arrivals=1)
     if makes_dq:
         scratch["ds_smem"] = matrix(2, tiles.keys, queries, swizzle=swizzle)
         shares = dq_columns(head) if queries == ROWS else (head, head)
@@ -233,12 +238,14 @@ def _scratch(
 
 
 def _start(tiles: BackwardTiles, refs: Ref) -> None:
-    """All slots are free."""
+    """All slots are free; and waits for what is copied once."""
     for slot in range(tiles.stages):
         plgpu.barrier_arrive(refs.free.at[slot])
     if tiles.listed:
         for slot in range(2):
             plgpu.barrier_arrive(refs.kv_free.at[slot])
+    if "index_full" in vars(refs):
+        plgpu.barrier_wait(refs.index_full)
 
 
 def _finish(tiles: BackwardTiles, refs: Ref) -> None:
@@ -286,7 +293,8 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
                 plgpu.copy_gmem_to_smem(own, part, refs.full.at[slot])
 
         copy_matrix(refs.q, refs.q_rows)
-        copy(refs.rows.at[batch, head, at], refs.rows_smem)
+        vectors = refs.rows_smem.at[slot, pl.ds(0, refs.rows.shape[3])]
+        plgpu.copy_gmem_to_smem(refs.rows.at[batch, head, at], vectors, refs.full.at[slot])
         copy_matrix(refs.do, refs.do_rows)
         if spec.dropout_rate > 0:
             copy(refs.words.at[batch, words_head(spec, head), at], refs.words_smem)

@@ -19,11 +19,10 @@ from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.hopper.backward_block import INDEX, Block, Turn
+from pallas_kernels.hopper.backward_block import Block, Turn
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import remainder
@@ -33,7 +32,7 @@ from pallas_kernels.hopper.visits import known_counts
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["each_listed", "schedule", "with_index"]
+__all__ = ["each_listed", "schedule"]
 
 TILE_COST = 1.0  # of a tile's start and end, in visits
 
@@ -59,15 +58,6 @@ def schedule(
         heapq.heappush(free, (now + cost, block))
     most = max(map(len, mine))
     return np.array([[len(x), *x, *[0] * (most + 1 - len(x))] for x in mine], np.int32)
-
-
-def with_index(rows: Array) -> Array:
-    """Vectors of rows by blocks, (.., 3, queries), and each query's number in its block."""
-    shape = (*rows.shape[:-2], INDEX + 1, rows.shape[-1])
-    number = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1).astype(jnp.float32)
-    which = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
-    padded = jnp.pad(rows, ((0, 0),) * (rows.ndim - 2) + ((0, 1), (0, 0)))
-    return jnp.where(which == INDEX, number, padded)
 
 
 def each_listed(
