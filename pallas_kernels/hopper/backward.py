@@ -78,7 +78,8 @@ def backward(
     if spec.dropout_rate > 0:
         row_term = row_term / kept_factor(spec)
     # In whole tiles of every kernel: a copy of one dimension is not cut at the end of a row.
-    count = -(-spec.queries // (2 * ROWS)) * (2 * ROWS) // tiles.queries
+    whole = tiles.queries if tiles.in_fragments else 2 * ROWS
+    count = -(-spec.queries // whole) * whole // tiles.queries
     more = ((0, 0), (0, 0), (0, count * tiles.queries - spec.queries))
     if spec.bias_shape is None:
         high, low = in_two(top, rest * LOG2E)
@@ -199,25 +200,31 @@ def _by_block(*vectors: Array, queries: int) -> Array:
 def _added(
     spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
 ) -> tuple[Array, Array, Array]:
-    """dQ unscaled in float32, as the kernel adds to it, dK and dV."""
-
-    def run(results: tuple[Ref, Ref, Ref]) -> None:
-        dq, dk, dv = results
-        dk[...], dv[...] = backward_kernel.launch(spec, tiles, inputs, dq, interpret=interpret)
-
+    """dQ unscaled in float32, as the kernel stores it or adds to it, dK and dV."""
     b, n, blocks, _, queries = inputs["rows"].shape
     head = inputs["q"].shape[3]
     shape: tuple[int, ...] = (b, blocks * queries, n, head)
     if tiles.in_fragments:
-        shape = (b * n * blocks * tiles.warpgroups, queries * head // tiles.warpgroups)
-    # Of this call's own zero: of one, XLA makes the zeros of all calls together, before the first.
-    zero, rows = lax.optimization_barrier((jnp.zeros((), jnp.float32), inputs["rows"]))
-    inputs = inputs | {"rows": rows}
-    dq = jnp.broadcast_to(zero, shape)
-    made = (jnp.zeros(x.shape, x.dtype) for x in key_gradients(spec, tiles, inputs))
+        shape = backward_kernel.fragments(tiles, inputs)
+    results = [jnp.zeros(x.shape, x.dtype) for x in key_gradients(spec, tiles, inputs)]
+    if tiles.first_stores:
+        name, changed = "words", jnp.zeros(b * n * blocks, jnp.int32)
+        results.append(jnp.zeros(shape, jnp.float32))
+    else:
+        # Of this call's own zero: of one, XLA makes those of all calls together, before the first.
+        zero, rows = lax.optimization_barrier((jnp.zeros((), jnp.float32), inputs["rows"]))
+        inputs = inputs | {"rows": rows}
+        name, changed = "dq", jnp.broadcast_to(zero, shape)
+
+    def run(refs: tuple[Ref, ...]) -> None:
+        changed, *results = refs
+        found = backward_kernel.launch(spec, tiles, inputs, **{name: changed}, interpret=interpret)
+        for ref, x in zip(results, found, strict=True):
+            ref[...] = x
+
     # Not by `new_ref`, whose effect cannot be partitioned.
-    dq, dk, dv = pl.run_state(run)((dq, *made))
-    return dq, dk, dv
+    changed, dk, dv, *stored = pl.run_state(run)((changed, *results))
+    return stored[0] if tiles.first_stores else changed, dk, dv
 
 
 def _whole(matrices: dict[str, Array]) -> dict[str, Array]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
 __all__ = [
+    "CLAIMS",
     "HALF",
     "HIGH",
     "INDEX",
@@ -50,9 +51,9 @@ ROW = WGMMA.reduce(1)  # one value a key
 COLUMN = WGMMA.reduce(0)  # one value a query
 # A query's vectors: its log-sum-exp in two, its row term, and of some biases its own.
 HIGH, LOW, ROW_TERM, ROW_BIAS = range(4)
-# What the row of shared memory behind a slot's vectors has: the numbers of a block's queries, where
-# thread blocks have lists. A row of its own would be 1 KiB.
-INDEX = 0
+# What has the row of shared memory behind a slot's vectors: the numbers of a block's queries, where
+# thread blocks have lists, and which blocks of dQ were claimed. Rows of their own would be 1 KiB.
+INDEX, CLAIMS = range(2)
 
 
 class Turn(NamedTuple):
@@ -102,6 +103,13 @@ class Block:
             self.heads = 1  # the list is of all of them
         else:
             self.visits = Visits(*(refs.ranges[of, row, i] for i in range(4)))
+        # Where tiles that run at a time would all be at one block, each begins at its own.
+        self.stagger: Array | None = None
+        if tiles.first_stores and not (banded(spec) or spec.has_segments):
+            if shares.queries == 1:  # one register less
+                self.visits = self.visits._replace(first=np.int32(0))
+            ahead = self.tile * np.int32(tiles.keys // tiles.queries)
+            self.stagger = remainder(ahead, jnp.maximum(self.visits.count, 1))
         # Whether log-sum-exps of the group's heads have a second part that counts.
         self.in_two = refs.in_two[self.batch, self.kv_head] > 0
 
@@ -153,6 +161,8 @@ class Block:
     def visit(self, n: Array) -> tuple[Array, Array]:
         """Which head of the group, and which of its visits, the n-th of all visits is."""
         count = self.visits.count
+        if self.tiles.first_stores and self.heads == 1:  # two registers less
+            return jnp.int32(0), n
         if self.tiles.heads_inner:
             i, h = divided(n, self.heads)
             return h, count - 1 - i
@@ -161,9 +171,12 @@ class Block:
     def visited(self, i: Array) -> Array:
         """The i-th block of queries that is visited: those that need an element mask come first."""
         visits = self.visits
-        if self.spec.band.lower is None and not self.spec.has_segments:
+        if self.stagger is not None:
+            i += self.stagger
+        elif self.spec.band.lower is None and not self.spec.has_segments:
             return visits.first + i  # type: ignore[no-any-return]
-        i += visits.clear_to
+        else:
+            i += visits.clear_to
         return visits.first + i - jnp.where(i < visits.count, np.int32(0), visits.count)  # type: ignore[no-any-return]
 
     def weights(self, x: Array, c: float, lse: Ref, *, in_two: bool) -> Array:

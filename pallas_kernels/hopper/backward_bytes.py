@@ -20,7 +20,8 @@ def backward_bytes(spec: AttentionSpec, *, deterministic: bool) -> int:
     tiles = choose_backward_tiles(spec, deterministic=deterministic)
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
-    whole = -(-spec.queries // (2 * ROWS)) * 2 * ROWS
+    block = tiles.queries if tiles.in_fragments else 2 * ROWS
+    whole = -(-spec.queries // block) * block
     columns = 0 if tiles.apart or tiles.once else padded_width(spec.head_dim)
     words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
     of_bias = int(form_of(spec) == "rows")

@@ -19,6 +19,9 @@ both warpgroups' dS are in shared memory; each makes one half of the block's dQ,
 of its columns, which is added while dK is computed: from the registers, in the order in which they
 hold it (`instructions.py`), or by way of shared memory.
 
+Where every block of queries is visited, by few tiles, the first to visit one stores its dQ, and no
+zeros are made (`backward_claims.py`).
+
 Shared memory, with the barriers that guard it (`full`: a copy has landed; `free`: its readers are
 done; both for each slot of a ring):
 
@@ -61,6 +64,7 @@ from pallas_kernels.hopper.backward_block import (
     grid_of,
     key_gradients,
 )
+from pallas_kernels.hopper.backward_claims import claim, claims_none, publish, put_dq
 from pallas_kernels.hopper.backward_list import each_listed, schedule
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
@@ -76,7 +80,7 @@ from pallas_kernels.hopper.warpgroups import run
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["launch"]
+__all__ = ["fragments", "launch"]
 
 
 def launch(
@@ -85,10 +89,14 @@ def launch(
     inputs: dict[str, Array],
     dq: Ref | None = None,
     *,
+    words: Ref | None = None,
     unscaled: float | None = None,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """dK and dV, as `key_gradients` says; and dQ (B, T, N, H) in the call's dtype if `tiles.once`.
+
+    Or dQ unscaled and in fragments, as below, if `tiles.first_stores`; `words` are then zeros, one
+    for each block of queries of each head, int32.
 
     Adds the unscaled dQ to `dq` if there is one: (B, T, N, H) float32, or if `tiles.in_fragments`
     (B N blocks parts, 64 columns) for each part of a block's columns, in fragment order.
@@ -106,16 +114,21 @@ def launch(
         inputs = inputs | {"index": numbers(queries, kind)}
     if dq is not None:
         inputs = inputs | {"dq": dq}
+    if words is not None:
+        inputs = inputs | {"words_of_dq": words}
     scratch = _scratch(spec, tiles, head, value, makes_dq=not tiles.apart)
     widths = {"s": queries, "dp": queries, "dq": head, "dk": head, "dv": value}
     scratch |= seam.stand_ins({name: (w, ROWS, columns) for name, columns in widths.items()})
     out_type = key_gradients(spec, tiles, inputs)
     if tiles.once:
         out_type.append(jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype))
+    if tiles.first_stores:
+        out_type.append(jax.ShapeDtypeStruct(fragments(tiles, inputs), jnp.float32))
     if by_rows(spec, tiles):
         matrices = ("q_smem", "k_smem", "v_smem", "do_smem", *(["dq_smem"] if tiles.once else []))
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
-    names = [*inputs, "dk", "dv", *(["dq"] if tiles.once else []), *scratch]
+    returns_dq = tiles.once or tiles.first_stores
+    names = [*inputs, "dk", "dv", *(["dq"] if returns_dq else []), *scratch]
 
     def kernel(*args: Ref) -> None:
         refs = named(scratch, names, args)
@@ -133,12 +146,17 @@ def launch(
         only = block_at(grid.place()) if spec.dropout_rate > 0 else None
         warpgroup = lax.axis_index("warpgroup")
 
-        def every_tile(each_tile: Callable[[Block, Callable[[], None]], None]) -> None:
-            """each_tile(the tile, what is called where the next may be looked up), one by one."""
+        def every_tile(each_tile: Callable[[Block, Callable[[], None]], None]) -> Array:
+            """each_tile(the tile, what is called where the next may be looked up), one by one.
+
+            Returns how many blocks of queries were visited in all.
+            """
             if tiles.listed:
-                each_listed(refs, grid, block_at, each_tile)
-            else:
-                each_tile(only or block_at(grid.place()), lambda: None)
+                return each_listed(refs, grid, block_at, each_tile)
+            block = only or block_at(grid.place())
+            each_tile(block, lambda: None)
+            visited: Array = block.visits.count * block.heads
+            return visited
 
         def compute(number: Array | int) -> None:
             plgpu.set_max_registers(240, action="increase")
@@ -156,10 +174,12 @@ def launch(
         @pl.when(warpgroup == w)
         def _() -> None:
             plgpu.set_max_registers(24, action="decrease")
+            if tiles.first_stores:
+                claims_none(tiles, seam, refs)
             if "index_full" in scratch:
                 plgpu.copy_gmem_to_smem(refs.index, behind(refs, INDEX), refs.index_full)
-            every_tile(_load)
-            _finish(tiles, refs)
+            visited = every_tile(_load)
+            _finish(tiles, seam, refs, visited)
 
     found: tuple[Array, ...] = run(
         kernel,
@@ -174,6 +194,13 @@ def launch(
         interpret=interpret,
     )
     return found
+
+
+def fragments(tiles: BackwardTiles, inputs: dict[str, Array]) -> tuple[int, int]:
+    """The shape of dQ in fragment order."""
+    b, n, blocks, _, queries = inputs["rows"].shape
+    head = inputs["q"].shape[3]
+    return b * n * blocks * tiles.warpgroups, queries * head // tiles.warpgroups
 
 
 def _scratch(
@@ -196,8 +223,9 @@ def _scratch(
     once_a_tile = both + spec.has_segments + (banded(spec) and not tiles.listed)
     arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
     of_mask = backward_mask.scratch(spec, tiles)
-    arrivals += len(of_mask)
-    vectors = 3 + (form_of(spec) == "rows") + (tiles.listed > 0 and banded(spec))
+    arrivals += len(of_mask) + tiles.first_stores
+    vectors = 3 + (form_of(spec) == "rows")
+    vectors += tiles.first_stores or (tiles.listed > 0 and banded(spec))
     scratch = {
         "k_smem": operand(slots * tiles.keys, head, swizzle=swizzle),
         "v_smem": operand(slots * tiles.keys, value),
@@ -248,10 +276,15 @@ def _start(tiles: BackwardTiles, refs: Ref) -> None:
         plgpu.barrier_wait(refs.index_full)
 
 
-def _finish(tiles: BackwardTiles, refs: Ref) -> None:
-    """Waits until they are again."""
+def _finish(tiles: BackwardTiles, seam: Seam, refs: Ref, visited: Array) -> None:
+    """Waits until all slots are free again, in the order of visits where that matters."""
     for slot in range(tiles.stages):
-        plgpu.barrier_wait(refs.free.at[slot])
+        if tiles.first_stores:
+            n = visited + np.int32(slot)
+            plgpu.barrier_wait(refs.free.at[remainder(n, tiles.stages)])
+            publish(tiles, seam, refs, n)
+        else:
+            plgpu.barrier_wait(refs.free.at[slot])
     if tiles.listed:
         for slot in range(2):
             plgpu.barrier_wait(refs.kv_free.at[slot])
@@ -278,11 +311,13 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, full)
 
     def fetch(n: Array) -> None:
-        h, at = block.located(*block.visit(n))
+        h, at = block.located(*block.visit(n if block.turn is None else n - before))
         head = block.first_head + h
         queries = pl.ds(at * tiles.queries, tiles.queries)
-        slot = remainder(n if block.turn is None else n + before, tiles.stages)
+        slot = remainder(n, tiles.stages)
         plgpu.barrier_wait(refs.free.at[slot])
+        if tiles.first_stores:
+            publish(tiles, block.seam, refs, n)
 
         def copy(source: Ref, place: Ref) -> None:
             plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
@@ -305,8 +340,10 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
             copy(
                 backward_mask.words_at(spec, tiles, refs, batch, head, block.tile, at), refs.w_smem
             )
+        if tiles.first_stores:
+            claim(block, n, head, at)
 
-    each(0, visit.count * block.heads, fetch)
+    each(before, before + visit.count * block.heads, fetch)
     ends()
 
 
@@ -601,7 +638,10 @@ def _step(
     if tiles.in_fragments:
         place = (block.batch * spec.heads + block.first_head + h) * refs.rows.shape[2]
         part = (place + at) * tiles.warpgroups + warpgroup
-        seam.add_fragment(dq, refs.dq, part)
+        if tiles.first_stores:
+            put_dq(block, n, dq, part)
+        else:
+            seam.add_fragment(dq, refs.dq, part)
     else:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if tiles.once:

@@ -65,8 +65,11 @@ def each_listed(
     grid: Grid,
     block_at: Callable[[dict[str, Array], Turn], Block],
     body: Callable[[Block, Callable[[], None]], None],
-) -> None:
-    """body(a tile, what is called when the next one's number may be read), for each of the list."""
+) -> Array:
+    """body(a tile, what is called when the next one's number may be read), for each of the list.
+
+    Returns how many blocks of queries were visited in all.
+    """
     own = lax.axis_index("block")
     count = refs.schedule[own, 0]
 
@@ -78,4 +81,6 @@ def each_listed(
         return turn + 1, visited + block.visits.count * block.heads, after[0]
 
     zero = count * 0
-    lax.while_loop(lambda carry: carry[0] < count, one, (zero, zero, refs.schedule[own, 1]))
+    start = (zero, zero, refs.schedule[own, 1])
+    visited: Array = lax.while_loop(lambda carry: carry[0] < count, one, start)[1]
+    return visited

@@ -12,7 +12,7 @@ from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_o
 from pallas_kernels.hopper.piece_widths import has_plain_halves, needs_plain_rows
 from pallas_kernels.hopper.shares import ENOUGH, MULTIPROCESSORS, WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY
-from pallas_kernels.hopper.visits import known_counts
+from pallas_kernels.hopper.visits import known_counts, visits_every_block
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -40,6 +40,8 @@ class BackwardTiles:
     in_fragments: dQ is added from registers, to an array in their order (`instructions.py`).
     listed: how many thread blocks there are, each with a list of tiles, the next of which is on its
       way while one is computed; 0: one for each tile.
+    first_stores: in fragments, it is stored by the first thread block that visits a block of
+      queries, and added by the others.
     halves: matrices are two halves of their columns, each one tile wide and copied as plain rows.
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     shares: the thread blocks that share a tile's work.
@@ -56,6 +58,7 @@ class BackwardTiles:
     once: bool = False
     in_fragments: bool = False
     listed: int = 0
+    first_stores: bool = False
     halves: bool = False
     values_first: bool = False
     shares: Shares = WHOLE
@@ -74,6 +77,7 @@ def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> Backwa
         tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
     tiles = replace(tiles, shares=_shares(spec, tiles), halves=_halves(spec, tiles))
     tiles = replace(tiles, **_order(spec, tiles))
+    tiles = replace(tiles, first_stores=_first_stores(spec, tiles))
     listed = _listed(spec, replace(tiles, stages=2))
     return replace(tiles, listed=listed, stages=2) if listed else tiles
 
@@ -86,6 +90,25 @@ def _halves(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     # ms on an H200, forward and backward, padded and in halves: T = 577, B 32, N 16, full 1.18,
     # 0.88; 257, B 64, 0.96, 0.68; but 12,345, causal, 3.67, 3.90, 0.13 of which are the padding.
     return alone and spec.keys <= SHORT and has_plain_halves(spec)
+
+
+# Tiles of keys that visit a block of queries, in the mean. What a block's first visit saves is of
+# each block, what claims cost is of each visit.
+MOST_VISITS = 24
+
+
+def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether blocks of dQ are stored by the first to visit them, and none is filled before."""
+    # ms on an H200, forward and backward of head dim 128, filled and stored, the least of 40 runs,
+    # no lists where stored: visited 4.5 times (1k causal) 0.633, 0.617; 8 (full) 0.960, 0.932; 16.5
+    # (4k causal) 1.692, 1.672; 20 (5000) 1.255, 1.244; 32 (4k full) 3.161, 3.168, (32 heads of 8,
+    # 8k causal) 6.24, 6.34; 48 (12,345 causal) 3.64, 3.85; 64 (16k) 5.76, 5.95; 128 (full) 12.16,
+    # 12.28.
+    sizes = {"queries": tiles.queries, "keys": tiles.keys}
+    if not tiles.in_fragments or not visits_every_block(spec, **sizes):
+        return False
+    visited = int(known_counts(spec, **sizes).sum())
+    return visited <= MOST_VISITS * -(-spec.queries // tiles.queries)
 
 
 def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:

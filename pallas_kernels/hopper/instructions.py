@@ -20,10 +20,14 @@ from jaxlib.mlir.dialects import arith, llvm
 
 __all__ = [
     "add_fragment",
+    "claim",
+    "claims_none",
     "from_fragments",
     "hold",
     "load_fragment",
     "meet",
+    "publish",
+    "put_fragment",
     "store_pairs",
     "to_fragment",
 ]
@@ -33,6 +37,13 @@ _ROW = WGMMA.reduce(1)
 _NUMBER = plgpu.Layout.WG_SPLAT(())
 _REF = plgpu.RefType()
 _GROUP = 4 * 4 * 128  # bytes of 8 columns
+
+# Of a word that says how far a block of dQ is: four times the visits that began, and what is added
+# once the first one's numbers are there.
+BEGUN, STORED = 4, 2
+
+# A thread's number in its warpgroup, for one use: as an operand it would be kept in a register.
+_THREAD = ".reg .u32 thread; mov.u32 thread, %tid.x; and.b32 thread, thread, 127;\n"
 
 type _Value = ir.Value[Any]
 
@@ -90,6 +101,123 @@ def add_fragment(x: Array, gmem: Any, row: Array) -> None:
         _asm("// $0", mgpu.c(0, ir.IntegerType.get_signless(32)), constraints="r")
 
     emit(gmem, x, row)
+
+
+def put_fragment(x: Array, gmem: Any, row: Array, smem: Any, slot: Array) -> None:
+    """gmem[row] = x where smem[slot], 4 bytes, is not negative, else gmem[row] += x.
+
+    x: (64, columns), there (64 columns,) float32 in fragment order.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, WGMMA, _NUMBER, _REF, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext,
+        gmem: _Value,
+        x: mgpu.FragmentedArray,
+        row: mgpu.FragmentedArray,
+        smem: _Value,
+        slot: mgpu.FragmentedArray,
+    ) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        claimed = llvm.inline_asm(
+            i32,
+            [_shared(smem, slot.registers.item())],
+            "ld.volatile.shared.s32 $0, [$1];",
+            "=r,r,~{memory}",
+            has_side_effects=True,
+        )
+        place = _place(gmem, row)
+        for i, four in enumerate(_fours(x)):
+            at = f"[$0 + {_GROUP * i}], {{$1, $2, $3, $4}};"
+            text = (
+                "{ .reg .pred p; setp.ge.s32 p, $5, 0;\n"
+                f"@p st.global.v4.f32 {at}\n"
+                f"@!p red.relaxed.gpu.global.add.v4.f32 {at} }}"
+            )
+            _asm(text, place, *four, claimed, constraints="l,f,f,f,f,r")
+        _asm("// $0", mgpu.c(0, i32), constraints="r")  # as in add_fragment
+
+    emit(gmem, x, row, smem, slot)
+
+
+def claims_none(smem: Any, count: int) -> None:
+    """smem[:count] = -1, int32, by a thread each; for the warpgroup once it has met."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF,))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, smem: _Value) -> None:
+        text = f"{{ .reg .pred p; setp.lt.u32 p, $1, {count};\n@p st.shared.s32 [$0], -1; }}"
+        _asm(text, _shared(smem, _thread()), _thread(), constraints="r,r")
+
+    emit(smem)
+
+
+def claim(gmem: Any, index: Array, smem: Any, slot: Array) -> None:
+    """smem[slot] = index if nobody was at the word gmem[index] before, else -1.
+
+    Then what the first one stores there is waited for. By the warpgroup's first thread alone: all
+    is for those that see its next arrival at a barrier.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _NUMBER, _REF, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext,
+        gmem: _Value,
+        index: mgpu.FragmentedArray,
+        smem: _Value,
+        slot: mgpu.FragmentedArray,
+    ) -> None:
+        text = (
+            "{ .reg .pred p; .reg .u32 word, bits; .reg .u64 place;\n"
+            f"{_THREAD}"
+            "setp.ne.u32 p, thread, 0;\n"
+            "@p bra CLAIMED;\n"
+            "mad.wide.u32 place, $1, 4, $0;\n"
+            f"atom.acquire.gpu.global.add.u32 word, [place], {BEGUN};\n"
+            f"setp.lt.u32 p, word, {BEGUN};\n"
+            "selp.b32 bits, $1, -1, p;\n"
+            "st.shared.u32 [$2], bits;\n"
+            "@p bra CLAIMED;\n"
+            "WAITING:\n"
+            f"and.b32 bits, word, {STORED};\n"
+            "setp.ne.u32 p, bits, 0;\n"
+            "@p bra CLAIMED;\n"
+            "ld.acquire.gpu.global.u32 word, [place];\n"
+            "bra WAITING;\n"
+            "CLAIMED: }"
+        )
+        words, own = mgpu.utils.memref_ptr(gmem), _shared(smem, slot.registers.item())
+        _asm(text, words, index.registers.item(), own, constraints="l,r,r")
+
+    emit(gmem, index, smem, slot)
+
+
+def publish(gmem: Any, smem: Any, slot: Array) -> None:
+    """Says at the word gmem[smem[slot]] that what was stored by those now waited for is there.
+
+    Nothing if smem[slot] is negative, which it is afterwards. By a thread of the warpgroup's second
+    warp, so that none that waits in `claim` keeps others waiting.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _REF, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, gmem: _Value, smem: _Value, slot: mgpu.FragmentedArray) -> None:
+        text = (
+            "{ .reg .pred p; .reg .s32 index; .reg .u64 word;\n"
+            f"{_THREAD}"
+            "setp.ne.u32 p, thread, 32;\n"
+            "@p bra PUBLISHED;\n"
+            "ld.shared.s32 index, [$1];\n"
+            "setp.lt.s32 p, index, 0;\n"
+            "@p bra PUBLISHED;\n"
+            "mad.wide.s32 word, index, 4, $0;\n"
+            "fence.acq_rel.gpu;\n"
+            f"red.relaxed.gpu.global.add.u32 [word], {STORED};\n"
+            "st.shared.s32 [$1], -1;\n"
+            "PUBLISHED: }"
+        )
+        words = mgpu.utils.memref_ptr(gmem)
+        _asm(text, words, _shared(smem, slot.registers.item()), constraints="l,r")
+
+    emit(gmem, smem, slot)
 
 
 def load_fragment(gmem: Any, row: Array, columns: int) -> Array:
@@ -215,12 +343,26 @@ def _place(gmem: _Value, row: mgpu.FragmentedArray) -> _Value:
     """The address of a thread's first four numbers of a row."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
     row_bytes = mgpu.c(4 * ir.MemRefType(gmem.type).shape[-1], i64)
-    thread = arith.andi(mgpu.thread_idx(), mgpu.c(127, i32))
-    own = arith.extui(i64, arith.muli(thread, mgpu.c(16, i32)))
+    own = arith.extui(i64, arith.muli(_thread(), mgpu.c(16, i32)))
     offset = arith.addi(arith.muli(arith.extui(i64, row.registers.item()), row_bytes), own)
     place: _Value = mgpu.utils.getelementptr(
         mgpu.utils.memref_ptr(gmem), [offset], ir.IntegerType.get_signless(8)
     )
+    return place
+
+
+def _thread() -> _Value:
+    """A thread's number in its warpgroup."""
+    thread: _Value = arith.andi(mgpu.thread_idx(), mgpu.c(127, ir.IntegerType.get_signless(32)))
+    return thread
+
+
+def _shared(smem: _Value, index: _Value) -> _Value:
+    """The address of one of a vector's numbers of four bytes."""
+    i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
+    offset = arith.muli(index, mgpu.c(4, i32))
+    own = mgpu.utils.memref_ptr(smem)
+    place: _Value = mgpu.utils.getelementptr(own, [offset], i8)
     return place
 
 

@@ -87,6 +87,38 @@ class Seam:
         else:
             instructions.add_fragment(x, gmem, row)
 
+    def put_fragment(self, x: Array, gmem: Ref, row: Array, claimed: Ref, slot: Array) -> None:
+        """gmem[row] = x where this thread block claimed it, else gmem[row] += x; as above."""
+        if self.interpret:
+            x = instructions.to_fragment(x)
+            gmem[row] = jnp.where(claimed[slot] >= 0, x, gmem[row] + x)
+        else:
+            instructions.put_fragment(x, gmem, row, claimed, slot)
+
+    def claims_none(self, claimed: Ref, count: int) -> None:
+        """claimed[:count] = -1."""
+        if not self.interpret:
+            instructions.claims_none(claimed, count)
+            plgpu.commit_smem()
+
+    def claim(self, words: Ref, index: Array, claimed: Ref, slot: Array) -> None:
+        """claimed[slot] = index if this is the first claim to words[index], else -1.
+
+        Then what the first one put there has been published, and is there for those that see this
+        warpgroup's next arrival at a barrier.
+        """
+        if self.interpret:  # where thread blocks run one after another
+            begun = words[index]
+            words[index] = begun + instructions.BEGUN
+            claimed[slot] = jnp.where(begun == 0, index, -1).astype(claimed.dtype)
+        else:
+            instructions.claim(words, index, claimed, slot)
+
+    def publish(self, words: Ref, claimed: Ref, slot: Array) -> None:
+        """What those put that this warpgroup waited for is there for all that claim it later."""
+        if not self.interpret:
+            instructions.publish(words, claimed, slot)
+
     def meet(self, warpgroups: int, barrier: Ref) -> None:
         """Waits until as many have written to shared memory what products are to read.
 

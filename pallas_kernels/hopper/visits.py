@@ -27,7 +27,7 @@ from pallas_kernels.hopper.constant import constant
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["Visits", "edge_padded", "known_counts", "visits"]
+__all__ = ["Visits", "edge_padded", "known_counts", "visits", "visits_every_block"]
 
 
 MOST_KNOWN = 4096  # tiles of a constant, which takes 5 us of tracing each
@@ -115,6 +115,21 @@ def known_counts(
     """(tiles,): how many visits each tile has, as far as shapes tell: the most with lengths."""
     tiles = -(-spec.keys // keys)
     return _known(spec, tiles, queries=queries, keys=keys, every=False)[:, 1]
+
+
+def visits_every_block(spec: AttentionSpec, *, queries: int, keys: int) -> bool:
+    """Whether it is known that each block of queries is visited by some tile of keys."""
+    unknown = spec.has_segments or spec.has_query_lengths or spec.has_key_lengths
+    if unknown or spec.has_query_offset or spec.mask_shape is not None:
+        return False
+    tiles = -(-spec.keys // keys)
+    if tiles > MOST_KNOWN:
+        return False
+    found = _known(spec, tiles, queries=queries, keys=keys, every=False)
+    visited = np.zeros(-(-spec.queries // queries), bool)
+    for first, count, *_ in found:
+        visited[first : first + count] = True
+    return bool(visited.all())
 
 
 def _known(

@@ -48,11 +48,18 @@ KNOWN_SPILLS = {
     "array_scale_64": 88,
     "array_scale_full_64": 40,
     "mask_keys": 24,
+    # Lists whose loading warpgroup, which has 24 registers, claims blocks of dQ.
+    "lists_full": 24,
+    "lists_causal": 12,
+    "lists_window": 40,
+    "ragged": 16,
+    "window_128": 20,
+    "array_scale_vision": 4,
     "bias_shared_segments_64": 32,
     "bias_shared_segments_128": 84,
 }
 # The same of gradients beside a bias that has none.
-OF_STILL = {"bias_soft_cap_sinks": 80}
+OF_STILL = {"bias_soft_cap_sinks": 80, "bias_columns_128": 8}
 # The same of forward, and of the output's tangent.
 OF_FORWARD = {"dropout_causal_128": 12, "dropout_causal_256": 8}
 OF_TANGENT = {"window_64": 8}

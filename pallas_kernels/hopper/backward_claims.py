@@ -1,0 +1,52 @@
+"""Who is the first to visit a block of queries, and stores its dQ: the others add to it.
+
+So no zeros are made before, nor read by the first. A word of global memory for each block counts
+the visits that began, and says whether what the first one stored is there:
+
+    loader's 1st warp   wait free[slot] .. fetch n       claim n, wait for the first one's dQ > full
+    loader's 2nd warp   wait free[slot] > publish n - stages
+    compute                                                    dQ of n, stored or added > free[slot]
+
+A visit's claim is kept twice as long as its slot, as the second warp may be behind the first. No
+thread of the second waits for another thread block, and a loader claims one block after another, so
+what is waited for always comes.
+"""
+
+from __future__ import annotations
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import numpy as np
+from jax import Array
+
+from pallas_kernels.hopper.backward_block import CLAIMS, Block, behind
+from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.indices import remainder
+from pallas_kernels.hopper.seam import Ref, Seam
+
+__all__ = ["claim", "claims_none", "publish", "put_dq"]
+
+
+def claims_none(tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
+    """Before the loading warpgroup's first visit."""
+    seam.claims_none(behind(refs, CLAIMS), 2 * tiles.stages)
+
+
+def claim(block: Block, n: Array, head: Array, at: Array) -> None:
+    """The n-th visit of all is to this block of queries of this head; arrives at `full`."""
+    stages, refs = block.tiles.stages, block.refs
+    word = (block.batch * block.spec.heads + head) * refs.rows.shape[2] + at
+    block.seam.claim(refs.words_of_dq, word, behind(refs, CLAIMS), remainder(n, 2 * stages))
+    plgpu.barrier_arrive(refs.full.at[remainder(n, stages)])
+
+
+def publish(tiles: BackwardTiles, seam: Seam, refs: Ref, n: Array) -> None:
+    """The visit that had the n-th one's slot before is done."""
+    before = remainder(n + np.int32(tiles.stages), 2 * tiles.stages)
+    seam.publish(refs.words_of_dq, behind(refs, CLAIMS), before)
+
+
+def put_dq(block: Block, n: Array, dq: Array, part: Array) -> None:
+    """The n-th visit's part of a block's dQ is stored, or added."""
+    claims = behind(block.refs, CLAIMS)
+    slot = remainder(n, 2 * block.tiles.stages)
+    block.seam.put_fragment(dq, block.refs.dq, part, claims, slot)

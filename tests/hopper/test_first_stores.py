@@ -1,0 +1,65 @@
+"""The first thread block that visits a block of queries stores its dQ: nothing is filled before.
+
+With lists, which `test_key_tile_lists.py` forces on small calls, and without.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
+from tests.cases import Case, chosen
+from tests.hopper.calls import Bottom, Half, spec_of
+from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+
+__all__ = ["hopper"]
+
+CASES = [
+    Half("full", 1, 330, 390, 2, 2, 128),
+    Half("causal", 1, 150, 270, 2, 2, 128, causal=True),
+    Half("halves", 1, 67, 390, 1, 1, 128),
+    Half("grouped", 1, 130, 270, 4, 2, 128, causal=True, sinks=True),
+    Half("window", 1, 270, 400, 2, 1, 128, causal=True, window=(100, 0)),
+    Bottom("bottom_right", 1, 65, 264, 2, 1, 128),
+]
+LARGE = [
+    Half("many_full", 8, 1024, 1024, 16, 16, 128),
+    Half("many_causal", 8, 1000, 1000, 16, 16, 128, causal=True),
+    Half("short", 64, 257, 257, 16, 16, 128),
+    Half("one_key_head", 2, 1024, 1024, 32, 1, 128, causal=True),
+    Half("one_block", 16, 50, 700, 16, 16, 128),
+]
+
+
+@pytest.mark.parametrize("case", chosen(CASES, "causal"), ids=str)
+def test_interpreted_as_exact(case: Case, seed: int) -> None:
+    assert choose_backward_tiles(spec_of(case), deterministic=False).first_stores
+    check(INTERPRETED, case, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
+    tiles = choose_backward_tiles(spec_of(case), deterministic=False)
+    assert tiles.first_stores
+    assert bool(tiles.listed) == (case in LARGE and case.kv_heads > 1)
+    for again in range(5):
+        check(FLASH, case, seed + again)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Half("segments", 1, 200, 200, 2, 2, 128, segments="sorted"),
+        Half("lengths", 1, 200, 200, 2, 2, 128, query_lengths=(9,), key_lengths=(9,)),
+        Half("unseen", 1, 400, 100, 2, 2, 128, causal=True, window=(10, 0)),
+        Half("wide", 1, 200, 200, 2, 2, 192),
+        Half("narrow", 1, 200, 200, 2, 2, 64),
+        Half("long", 1, 16384, 16384, 16, 16, 128, causal=True),
+        Half("visited_often", 1, 4096, 4096, 16, 16, 128),
+    ],
+    ids=str,
+)
+def test_others_are_filled(case: Case) -> None:
+    assert not choose_backward_tiles(spec_of(case), deterministic=False).first_stores
