@@ -36,7 +36,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +49,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.hopper import backward_bias, backward_mask
 from pallas_kernels.hopper.backward_block import (
     HALF,
-    HIGH,
     INDEX,
-    LOW,
-    ROW,
-    ROW_TERM,
-    WGMMA,
     Block,
     Turn,
     banded,
@@ -64,16 +58,16 @@ from pallas_kernels.hopper.backward_block import (
     grid_of,
     key_gradients,
 )
-from pallas_kernels.hopper.backward_claims import claim, claims_none, publish, put_dq
+from pallas_kernels.hopper.backward_claims import claim, claims_none, publish
 from pallas_kernels.hopper.backward_list import each_listed, schedule
+from pallas_kernels.hopper.backward_step import meet, visit_block
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant, numbers
-from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
+from pallas_kernels.hopper.dropout import kept_factor, words_head
 from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.plain import in_both_ways, named
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
-from pallas_kernels.hopper.softmax import LOG2E, across, logits
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.warpgroups import run
 
@@ -363,7 +357,7 @@ def _compute(block: Block, warpgroup: Array | int, ends: Callable[[], None]) -> 
     if not (tiles.in_fragments or tiles.listed):
         plgpu.wait_smem_to_gmem(0)
     if block.makes_dq:  # both warpgroups' dQ read all of k_smem
-        _meet(block)
+        meet(block)
     mine = block.keys_at(warpgroup * ROWS)
     if block.spec.dropout_rate > 0:
         dk, dv = ([x * kept_factor(block.spec) for x in of] for of in (dk, dv))
@@ -424,7 +418,7 @@ def _visit_all(
 ) -> tuple[list[Array], list[Array]]:
     """Every visit of the tile in every head of the group; dK and dV, or the halves of them."""
     seam, visit = block.seam, block.visits
-    step = partial(_step, block, warpgroup, accumulator, dk_acc, dv_acc)
+    step = partial(visit_block, block, warpgroup, accumulator, dk_acc, dv_acc)
 
     def masked() -> Array:
         # Where low parts count every visit is, so that the loop of most has less to do.
@@ -458,205 +452,3 @@ def _visit_all(
         each(0, block.heads, over_head)
     dk, dv = ([seam.wait(x, in_flight=0) for x in accs] for accs in (dk_acc, dv_acc))
     return dk, dv
-
-
-def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
-    """dO and D of a block times what the low part of the log-sum-exp takes from P.
-
-        P = f P'      dV = P'ᵀ (f dO)      dSᵀ = P'ᵀ (V (f dO)ᵀ - f D)      f = 2^-low
-
-    So that P', which knows the high part alone, does for P.
-    """
-    spec, seam, refs = block.spec, block.seam, block.refs
-    by_hand = block.tiles.values_first  # then Pallas puts no barriers around loads and stores
-
-    @pl.when(warpgroup == 0)
-    def _() -> None:
-        for row in range(0, block.tiles.queries, ROWS):
-            rows = pl.ds(row, ROWS)
-            factor = jnp.exp2(-seam.load(refs.rows_smem.at[slot, LOW, rows], ROW))
-            row_term = refs.rows_smem.at[slot, ROW_TERM, rows]
-            folded_term = seam.load(row_term, ROW) * factor
-            if by_hand:  # several threads hold a row's
-                plgpu.commit_smem()
-            row_term[...] = folded_term
-            value = refs.do_smem.shape[-1]
-            width = gcd(value, 64)
-            for part, column in product(block.parts(refs.do_smem, slot), range(0, value, width)):
-                do = part.at[rows, pl.ds(column, width)]
-                folded = seam.load(do, WGMMA).astype(jnp.float32) * across(factor, width)
-                if by_hand:
-                    plgpu.commit_smem()
-                do[...] = folded.astype(spec.dtype)
-        plgpu.commit_smem()
-
-    _meet(block)
-
-
-def _meet(block: Block) -> None:
-    """Both compute warpgroups are here, and what they committed to shared memory is."""
-    refs = block.refs
-    if block.tiles.values_first:
-        block.seam.meet(block.tiles.warpgroups, refs.both)
-        return
-    plgpu.barrier_arrive(refs.both)
-    plgpu.barrier_wait(refs.both)
-
-
-def _step(
-    block: Block,
-    warpgroup: Array | int,
-    accumulator: Any,
-    dk_acc: tuple[Ref, ...],
-    dv_acc: tuple[Ref, ...],
-    n: Array,
-    h: Array,
-    i: Array,
-    *,
-    masked: bool,
-    folds: bool,
-) -> None:
-    """Visit i of head h, the n-th of all: one block of queries.
-
-    masked: it needs an element mask.
-    folds: low parts of its log-sum-exps may count.
-    """
-    spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
-    if block.turn is not None:
-        n += block.turn.visited
-    slot = remainder(n, tiles.stages)
-    mine = pl.ds(warpgroup * ROWS, ROWS)
-    # A zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is kept
-    # in two registers, 32 in all, which then spill.
-    hidden = lax.shift_right_logical(n, np.int32(30))
-    k, v = (
-        [x.at[block.keys_at((warpgroup + hidden) * ROWS)] for x in block.parts(smem)]
-        for smem in (refs.k_smem, refs.v_smem)
-    )
-    q, do = (block.parts(smem, slot) for smem in (refs.q_smem, refs.do_smem))
-
-    def sum_into(acc: Ref, a: list[Ref], b: list[Ref]) -> None:
-        for x, y in zip(a, b, strict=True):
-            seam.matmul_into(acc, x, y.T)
-
-    def each_into(accs: tuple[Ref, ...], a: Array | Ref, b: list[Ref]) -> None:
-        for acc, y in zip(accs, b, strict=True):
-            seam.matmul_into(acc, a, y)
-
-    h, at = block.located(h, i)
-    first_query = at * tiles.queries
-
-    def gradients(s_acc: Ref, dp_acc: Ref) -> tuple[Array, Array]:
-        sum_into(s_acc, k, q)  # Sᵀ = K Qᵀ
-        sum_into(dp_acc, v, do)  # dPᵀ = V dOᵀ
-        capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
-        s = seam.wait(s_acc, in_flight=0 if capped else len(v))
-        x, c = logits(spec, block.scale, s)
-        if has_bias:
-            lse = block.row(refs.rows_smem.at[slot, HIGH])
-            p = jnp.exp2((backward_bias.added(block, warpgroup, slot, x, c) - lse) * LOG2E)
-            if spec.has_query_lengths:  # of a query past one, the bias may be no number
-                p = jnp.where(lse < jnp.inf, p, 0.0)
-        else:
-            p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
-        if masked:
-            p = block.hide(p, warpgroup * ROWS, first_query, slot)
-        if spec.dropout_rate > 0:
-            p = block.marked(p, (warpgroup + hidden) * ROWS, slot)
-        unseen, slope = p == 0, p
-        if capped:
-            slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
-            p = (kept(p) if spec.dropout_rate > 0 else p).astype(spec.dtype)
-        elif first:
-            seam.hold(p, hidden)
-        if first:
-            each_into(dv_acc, p.astype(spec.dtype), do)  # dV += Pᵀ dO
-        dp = seam.wait(dp_acc, in_flight=len(dv_acc) if first else 0)
-        row_term = block.row(refs.rows_smem.at[slot, ROW_TERM])
-        if spec.dropout_rate > 0:
-            ds = kept(slope) * dp - jnp.abs(slope) * row_term
-            p = p if capped else kept(p)
-        else:
-            ds = slope * (dp - row_term)
-        if masked or has_bias:  # a hidden value may be so large that dP is infinite
-            ds = jnp.where(unseen, 0.0, ds)
-        return p.astype(spec.dtype), ds.astype(spec.dtype)
-
-    first = tiles.values_first
-    shape = (ROWS, tiles.queries)
-    plgpu.barrier_wait(refs.full.at[slot])
-    if folds:
-        pl.when(block.in_two)(partial(_fold, block, warpgroup, slot))
-    p, ds = accumulator(
-        "s", shape, lambda s_acc: accumulator("dp", shape, partial(gradients, s_acc))
-    )
-    if not block.makes_dq:
-        if not first:
-            each_into(dv_acc, p, do)
-        each_into(dk_acc, ds, q)  # dK += dSᵀ Q
-        seam.drain(0)
-        plgpu.barrier_arrive(refs.free.at[slot])
-        return
-    ds_smem = refs.ds_smem.at[remainder(n, 2)]
-    ds_smem[mine] = ds
-    if first:
-        _meet(block)
-    else:
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(refs.both)
-        each_into(dv_acc, p, do)
-        plgpu.barrier_wait(refs.both)
-
-    by_columns = tiles.queries == ROWS
-    dq_smem: Any = None
-    dq_rows: Any = None
-    if isinstance(warpgroup, int):
-        dq_smem, dq_rows = (getattr(refs, f"dq{warpgroup}_{name}") for name in ("smem", "rows"))
-        own = dq_smem.shape[1]
-        columns = pl.ds(warpgroup * refs.dq0_smem.shape[1], own)
-    else:
-        if tiles.in_fragments:
-            own = refs.dq.shape[1] // ROWS
-        else:
-            dq_smem, dq_rows = refs.dq_smem.at[warpgroup], refs.dq_rows.at[warpgroup]
-            own = dq_smem.shape[1]
-        columns = pl.ds(warpgroup * own, own)
-
-    def products(dq_acc: Ref) -> Array:
-        if by_columns:
-            every = slice(None)
-            if block.turn is not None:
-                every = block.keys_at(hidden * ROWS, tiles.keys)
-            own_k = refs.k_smem.at[(warpgroup, every) if tiles.halves else (every, columns)]
-            seam.matmul_into(dq_acc, ds_smem.T, own_k)  # dQ = dS K
-        else:
-            seam.matmul_into(dq_acc, ds_smem.at[:, mine].T, refs.k_smem)
-        each_into(dk_acc, ds_smem.at[mine] if tiles.shared_ds else ds, q)  # dK += dSᵀ Q
-        return seam.wait(dq_acc, in_flight=len(dk_acc))
-
-    dq = accumulator("dq", (ROWS, own), products)
-    if tiles.in_fragments:
-        place = (block.batch * spec.heads + block.first_head + h) * refs.rows.shape[2]
-        part = (place + at) * tiles.warpgroups + warpgroup
-        if tiles.first_stores:
-            put_dq(block, n, dq, part)
-        else:
-            seam.add_fragment(dq, refs.dq, part)
-    else:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if tiles.once:
-            dq = (dq * block.dq_scale).astype(spec.dtype)
-        dq_smem[...] = dq
-        plgpu.commit_smem()
-        gmem = refs.dq.at[block.batch, :, block.first_head + h]
-        if by_columns:
-            gmem = gmem.at[pl.ds(first_query, tiles.queries), columns]
-        else:
-            gmem = gmem.at[pl.ds(first_query + warpgroup * ROWS, ROWS)]
-        if tiles.once:
-            plgpu.copy_smem_to_gmem(dq_rows, gmem)
-        else:
-            seam.add(dq_smem, gmem)
-    for acc in dk_acc:
-        seam.wait(acc, in_flight=0)
-    plgpu.barrier_arrive(refs.free.at[slot])

@@ -1,0 +1,284 @@
+"""A compute warpgroup's part of one visit of the Hopper backward kernel: one block of queries.
+
+    Sᵀ = K Qᵀ     Pᵀ = exp(Sᵀ - lse)       dV += Pᵀ dO
+    dPᵀ = V dOᵀ   dSᵀ = Pᵀ (dPᵀ - D)       dK += dSᵀ Q       dQ = dS K
+
+`backward_kernel.py` draws who does what when.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from math import gcd
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.hopper import backward_bias
+from pallas_kernels.hopper.backward_block import HIGH, LOW, ROW, ROW_TERM, WGMMA, Block
+from pallas_kernels.hopper.backward_claims import put_dq
+from pallas_kernels.hopper.dropout import kept
+from pallas_kernels.hopper.indices import remainder
+from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.softmax import LOG2E, across, logits
+from pallas_kernels.hopper.tiles import ROWS
+
+__all__ = ["meet", "visit_block"]
+
+
+def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
+    """dO and D of a block times what the low part of the log-sum-exp takes from P.
+
+        P = f P'      dV = P'ᵀ (f dO)      dSᵀ = P'ᵀ (V (f dO)ᵀ - f D)      f = 2^-low
+
+    So that P', which knows the high part alone, does for P.
+    """
+    spec, seam, refs = block.spec, block.seam, block.refs
+    by_hand = block.tiles.values_first  # then Pallas puts no barriers around loads and stores
+
+    @pl.when(warpgroup == 0)
+    def _() -> None:
+        for row in range(0, block.tiles.queries, ROWS):
+            rows = pl.ds(row, ROWS)
+            factor = jnp.exp2(-seam.load(refs.rows_smem.at[slot, LOW, rows], ROW))
+            row_term = refs.rows_smem.at[slot, ROW_TERM, rows]
+            folded_term = seam.load(row_term, ROW) * factor
+            if by_hand:  # several threads hold a row's
+                plgpu.commit_smem()
+            row_term[...] = folded_term
+            value = refs.do_smem.shape[-1]
+            width = gcd(value, 64)
+            for part, column in product(block.parts(refs.do_smem, slot), range(0, value, width)):
+                do = part.at[rows, pl.ds(column, width)]
+                folded = seam.load(do, WGMMA).astype(jnp.float32) * across(factor, width)
+                if by_hand:
+                    plgpu.commit_smem()
+                do[...] = folded.astype(spec.dtype)
+        plgpu.commit_smem()
+
+    meet(block)
+
+
+def meet(block: Block) -> None:
+    """Both compute warpgroups are here, and what they committed to shared memory is."""
+    refs = block.refs
+    if block.tiles.values_first:
+        block.seam.meet(block.tiles.warpgroups, refs.both)
+        return
+    plgpu.barrier_arrive(refs.both)
+    plgpu.barrier_wait(refs.both)
+
+
+class _Visit(NamedTuple):
+    """One block of queries of one head, to a compute warpgroup.
+
+    mine: the rows of its 64 keys in a tile's.
+    hidden: a zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is
+      kept in two registers, 32 in all, which then spill.
+    k, v: this warpgroup's 64 keys; like q and do, each whole or in halves.
+    n: it is the n-th of the thread block's.
+    h, at: the head, counted from the first, and the block of queries.
+    """
+
+    warpgroup: Array | int
+    n: Array
+    slot: Array
+    mine: Any
+    hidden: Array
+    k: list[Ref]
+    v: list[Ref]
+    q: list[Ref]
+    do: list[Ref]
+    h: Array
+    at: Array
+    first_query: Array
+
+
+def _visit_at(block: Block, warpgroup: Array | int, n: Array, h: Array, i: Array) -> _Visit:
+    """Visit i of head h, the n-th of the tile's."""
+    tiles, refs = block.tiles, block.refs
+    if block.turn is not None:
+        n += block.turn.visited
+    slot = remainder(n, tiles.stages)
+    mine = pl.ds(warpgroup * ROWS, ROWS)
+    hidden = lax.shift_right_logical(n, np.int32(30))
+    k, v = (
+        [x.at[block.keys_at((warpgroup + hidden) * ROWS)] for x in block.parts(smem)]
+        for smem in (refs.k_smem, refs.v_smem)
+    )
+    q, do = (block.parts(smem, slot) for smem in (refs.q_smem, refs.do_smem))
+    h, at = block.located(h, i)
+    return _Visit(warpgroup, n, slot, mine, hidden, k, v, q, do, h, at, at * tiles.queries)
+
+
+def _each_into(seam: Seam, accs: tuple[Ref, ...], a: Array | Ref, b: list[Ref]) -> None:
+    for acc, y in zip(accs, b, strict=True):
+        seam.matmul_into(acc, a, y)
+
+
+def _weights(
+    block: Block,
+    visit: _Visit,
+    dv_acc: tuple[Ref, ...],
+    s_acc: Ref,
+    dp_acc: Ref,
+    *,
+    masked: bool,
+) -> tuple[Array, Array]:
+    """P and dS of a visit; adds to dV, if values come first."""
+    spec, seam, refs, slot = block.spec, block.seam, block.refs, visit.slot
+    first, own = block.tiles.values_first, visit.warpgroup
+    for acc, a, b in ((s_acc, visit.k, visit.q), (dp_acc, visit.v, visit.do)):
+        for x, y in zip(a, b, strict=True):
+            seam.matmul_into(acc, x, y.T)  # Sᵀ = K Qᵀ, dPᵀ = V dOᵀ
+    capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
+    s = seam.wait(s_acc, in_flight=0 if capped else len(visit.v))
+    x, c = logits(spec, block.scale, s)
+    if has_bias:
+        lse = block.row(refs.rows_smem.at[slot, HIGH])
+        p = jnp.exp2((backward_bias.added(block, own, slot, x, c) - lse) * LOG2E)
+        if spec.has_query_lengths:  # of a query past one, the bias may be no number
+            p = jnp.where(lse < jnp.inf, p, 0.0)
+    else:
+        p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
+    if masked:
+        p = block.hide(p, own * ROWS, visit.first_query, slot)
+    if spec.dropout_rate > 0:
+        p = block.marked(p, (own + visit.hidden) * ROWS, slot)
+    unseen, slope = p == 0, p
+    if capped:
+        slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
+        p = (kept(p) if spec.dropout_rate > 0 else p).astype(spec.dtype)
+    elif first:
+        seam.hold(p, visit.hidden)
+    if first:
+        _each_into(seam, dv_acc, p.astype(spec.dtype), visit.do)  # dV += Pᵀ dO
+    dp = seam.wait(dp_acc, in_flight=len(dv_acc) if first else 0)
+    row_term = block.row(refs.rows_smem.at[slot, ROW_TERM])
+    if spec.dropout_rate > 0:
+        ds = kept(slope) * dp - jnp.abs(slope) * row_term
+        p = p if capped else kept(p)
+    else:
+        ds = slope * (dp - row_term)
+    if masked or has_bias:  # a hidden value may be so large that dP is infinite
+        ds = jnp.where(unseen, 0.0, ds)
+    return p.astype(spec.dtype), ds.astype(spec.dtype)
+
+
+def visit_block(
+    block: Block,
+    warpgroup: Array | int,
+    accumulator: Any,
+    dk_acc: tuple[Ref, ...],
+    dv_acc: tuple[Ref, ...],
+    n: Array,
+    h: Array,
+    i: Array,
+    *,
+    masked: bool,
+    folds: bool,
+) -> None:
+    """Visit i of head h, the n-th of the tile's: one block of queries.
+
+    masked: it needs an element mask.
+    folds: low parts of its log-sum-exps may count.
+    """
+    tiles, seam, refs = block.tiles, block.seam, block.refs
+    visit = _visit_at(block, warpgroup, n, h, i)
+    free = refs.free.at[visit.slot]
+    plgpu.barrier_wait(refs.full.at[visit.slot])
+    if folds:
+        pl.when(block.in_two)(partial(_fold, block, warpgroup, visit.slot))
+    weights = partial(_weights, block, visit, dv_acc, masked=masked)
+    shape = (ROWS, tiles.queries)
+    p, ds = accumulator("s", shape, lambda s_acc: accumulator("dp", shape, partial(weights, s_acc)))
+    if not block.makes_dq:
+        if not tiles.values_first:
+            _each_into(seam, dv_acc, p, visit.do)
+        _each_into(seam, dk_acc, ds, visit.q)  # dK += dSᵀ Q
+        seam.drain(0)
+        plgpu.barrier_arrive(free)
+        return
+    ds_smem = refs.ds_smem.at[remainder(visit.n, 2)]
+    ds_smem[visit.mine] = ds
+    if tiles.values_first:
+        meet(block)
+    else:
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.both)
+        _each_into(seam, dv_acc, p, visit.do)
+        plgpu.barrier_wait(refs.both)
+    _make_dq(block, visit, accumulator, dk_acc, ds, ds_smem)
+    for acc in dk_acc:
+        seam.wait(acc, in_flight=0)
+    plgpu.barrier_arrive(free)
+
+
+def _make_dq(
+    block: Block,
+    visit: _Visit,
+    accumulator: Any,
+    dk_acc: tuple[Ref, ...],
+    ds: Array,
+    ds_smem: Ref,
+) -> None:
+    """This warpgroup's share of the block's dQ, on its way while dK is computed."""
+    spec, tiles, seam, refs = block.spec, block.tiles, block.seam, block.refs
+    warpgroup = visit.warpgroup
+    by_columns = tiles.queries == ROWS
+    dq_smem: Any = None
+    dq_rows: Any = None
+    if isinstance(warpgroup, int):
+        dq_smem, dq_rows = (getattr(refs, f"dq{warpgroup}_{name}") for name in ("smem", "rows"))
+        own = dq_smem.shape[1]
+        columns = pl.ds(warpgroup * refs.dq0_smem.shape[1], own)
+    else:
+        if tiles.in_fragments:
+            own = refs.dq.shape[1] // ROWS
+        else:
+            dq_smem, dq_rows = refs.dq_smem.at[warpgroup], refs.dq_rows.at[warpgroup]
+            own = dq_smem.shape[1]
+        columns = pl.ds(warpgroup * own, own)
+
+    def products(dq_acc: Ref) -> Array:
+        if by_columns:
+            every = slice(None)
+            if block.turn is not None:
+                every = block.keys_at(visit.hidden * ROWS, tiles.keys)
+            own_k = refs.k_smem.at[(warpgroup, every) if tiles.halves else (every, columns)]
+            seam.matmul_into(dq_acc, ds_smem.T, own_k)  # dQ = dS K
+        else:
+            seam.matmul_into(dq_acc, ds_smem.at[:, visit.mine].T, refs.k_smem)
+        _each_into(
+            seam, dk_acc, ds_smem.at[visit.mine] if tiles.shared_ds else ds, visit.q
+        )  # dK += dSᵀ Q
+        return seam.wait(dq_acc, in_flight=len(dk_acc))
+
+    dq = accumulator("dq", (ROWS, own), products)
+    if tiles.in_fragments:
+        place = (block.batch * spec.heads + block.first_head + visit.h) * refs.rows.shape[2]
+        part = (place + visit.at) * tiles.warpgroups + warpgroup
+        if tiles.first_stores:
+            put_dq(block, visit.n, dq, part)
+        else:
+            seam.add_fragment(dq, refs.dq, part)
+        return
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if tiles.once:
+        dq = (dq * block.dq_scale).astype(spec.dtype)
+    dq_smem[...] = dq
+    plgpu.commit_smem()
+    gmem = refs.dq.at[block.batch, :, block.first_head + visit.h]
+    if by_columns:
+        gmem = gmem.at[pl.ds(visit.first_query, tiles.queries), columns]
+    else:
+        gmem = gmem.at[pl.ds(visit.first_query + warpgroup * ROWS, ROWS)]
+    if tiles.once:
+        plgpu.copy_smem_to_gmem(dq_rows, gmem)
+    else:
+        seam.add(dq_smem, gmem)
