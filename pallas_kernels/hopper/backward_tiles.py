@@ -128,6 +128,9 @@ def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     # 5.9. 80 at 257 0.721, 0.662, 4k causal 1.408, 1.354; 96 1.462, 1.450. Deterministic, 128, 1k
     # causal 0.689, 0.646, 4k full 3.62, 3.55; 64 0.915, 0.853, 4.35, 4.26.
     most = 4096 if tiles.apart else 1024 if tiles.in_fragments else 2112
+    # Where the first to visit stores, on an H100: 577 1.759, 1.724, 257 0.676, 0.645, 1k causal
+    # 0.668, 0.660, but full 1.009, 1.027.
+    most = 768 if tiles.first_stores else most
     visits = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
     visited = float(visits.mean()) * tiles.queries * spec.group
     return MULTIPROCESSORS if visited <= most else 0

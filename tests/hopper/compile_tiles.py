@@ -44,9 +44,9 @@ CASES = [
     Long("latent_causal", head_dim=192, value_dim=128, causal=True),
     Long("short_causal_64", batch=8, queries=1024, keys=1024, head_dim=64, causal=True),
     *(
-        Long(f"lists_{mask}", batch=16, queries=1024, keys=1024, **options)
+        Long(f"lists_{mask}", **({"batch": 16, "queries": 1024, "keys": 1024} | options))
         for mask, options in (
-            ("full", {}),
+            ("full", {"queries": 640, "keys": 640}),
             ("causal", {"causal": True}),
             ("window", {"window": (255, 0)}),
         )

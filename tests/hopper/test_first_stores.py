@@ -23,7 +23,8 @@ CASES = [
     Bottom("bottom_right", 1, 65, 264, 2, 1, 128),
 ]
 LARGE = [
-    Half("many_full", 8, 1024, 1024, 16, 16, 128),
+    Half("many_full", 8, 577, 577, 16, 16, 128),
+    Half("longer", 8, 1024, 1024, 16, 16, 128),
     Half("many_causal", 8, 1000, 1000, 16, 16, 128, causal=True),
     Half("short", 64, 257, 257, 16, 16, 128),
     Half("one_key_head", 2, 1024, 1024, 32, 1, 128, causal=True),
@@ -43,7 +44,8 @@ def test_interpreted_as_exact(case: Case, seed: int) -> None:
 def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
     tiles = choose_backward_tiles(spec_of(case), deterministic=False)
     assert tiles.first_stores
-    assert bool(tiles.listed) == (case in LARGE and case.kv_heads > 1)
+    listed = case in LARGE and case.kv_heads > 1 and case.name != "longer"
+    assert bool(tiles.listed) == listed
     for again in range(5):
         check(FLASH, case, seed + again)
 

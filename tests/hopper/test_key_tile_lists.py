@@ -34,7 +34,7 @@ CASES = [
 LARGE = [
     Half("causal", 2, 700, 700, 16, 16, 128, causal=True),
     Half("full", 3, 577, 577, 16, 16, 128),
-    Half("grouped", 10, 800, 800, 16, 8, 128, causal=True),
+    Half("grouped", 10, 600, 600, 16, 8, 128, causal=True),
     Half("narrower", 2, 1000, 1000, 16, 16, 72),
     Half("window", 2, 1024, 1024, 12, 12, 128, causal=True, window=(255, 0)),
     Half("four_each_and_some", 14, 256, 256, 19, 19, 128, causal=True),
