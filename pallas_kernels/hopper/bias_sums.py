@@ -9,16 +9,20 @@ That is two products more than the other gradients need, whose operands come fro
 tile, the fewer times. The tile of the bias is read once, and the sum goes out through it.
 
     loader         bias  Q0 dO0  K0 V0 chunk 0  chunk 1 ..  Q1 dO1  K1 V1 chunk 0 ..
-    warpgroup 0                        [S|dP]  +dS  [S|dP]  +dS ..        [S|dP]  +dS     write
-    warpgroup 1                        [S|dP]  +dS  [S|dP]  +dS ..        [S|dP]  +dS     write
+    warpgroup 0                    [S|dP]  +dS  [S|dP]  +dS ..        [S|dP]  +dS     write
+    warpgroup 1                      [S|dP]  +dS  [S|dP]  +dS ..        [S|dP]  +dS     write
+
+Warpgroups take turns: one's products start when the other's S is done, so that they run beside its
+softmax; and each has queries of its own, which the next sharer's replace when it is done with them.
 
 Shared memory, with the barriers that guard it (`full`: a copy has landed; `free`: its readers are
 done), for 2 warpgroups and chunks of 64 keys:
 
     b_smem                    (chunks, 128, 64)                   b_full
-    q_smem, do_smem           (sharers, 128, H), (.., 128, D)     q_full[slot], q_free[slot]
+    q_smem, do_smem           (sharers, 128, H), (.., 128, D)     q_full[2 slot + w], q_free[..]
     rows_smem                 (sharers, 2, 3, 64)
     k_smem, v_smem            (stages, 64, H), (stages, 64, D)    k_full[slot], k_free[slot]
+    nothing                                                       turn[w]
 
 Where thread blocks are few beside what shares the bias, each tile is shared out to `parts` of them,
 whose sums are added afterwards.
@@ -156,10 +160,11 @@ def _scratch(spec: AttentionSpec, tiles: SumTiles, head: int, value: int) -> dic
         "v_smem": matrix(dtype, stages, CHUNK, value),
         "rows_smem": plgpu.SMEM((own, WARPGROUPS, 3, ROWS), jnp.float32),
         "b_full": plgpu.Barrier(num_arrivals=tiles.chunks),
-        "q_full": ring(own, 2 + WARPGROUPS + WARPGROUPS * spec.has_segments),
-        "q_free": ring(own, WARPGROUPS),
+        "q_full": ring(own * WARPGROUPS, 3 + spec.has_segments),
+        "q_free": ring(own * WARPGROUPS, 1),
         "k_full": ring(stages, 2 + spec.has_segments),
         "k_free": ring(stages, WARPGROUPS),
+        "turn": ring(WARPGROUPS, 1),
     }
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((own, WARPGROUPS, ROWS), jnp.int32)
@@ -267,7 +272,7 @@ class Tile:
             at = (bias_row, self.own_head, queries, pl.ds(self.first_key + c * CHUNK, CHUNK))
             plgpu.copy_gmem_to_smem(refs.bias.at[at], refs.b_smem.at[c], refs.b_full)
         self.for_each_sharer(self._fetch, jnp.int32(0))
-        for slot in range(tiles.sharers):
+        for slot in range(tiles.sharers * WARPGROUPS):
             plgpu.barrier_wait(refs.q_free.at[slot])
         for slot in range(tiles.stages):
             plgpu.barrier_wait(refs.k_free.at[slot])
@@ -291,12 +296,14 @@ class Tile:
         return state
 
     def _fetch_queries(self, work: Work, slot: Array) -> None:
-        refs, full = self.refs, self.refs.q_full.at[slot]
-        plgpu.barrier_wait(refs.q_free.at[slot])
-        rows, size = pl.ds(work.query, QUERIES), refs.rows.shape[-1]
-        for gmem, smem in ((refs.q, refs.q_smem), (refs.do, refs.do_smem)):
-            plgpu.copy_gmem_to_smem(gmem.at[work.batch, rows, work.head], smem.at[slot], full)
+        refs, size = self.refs, self.refs.rows.shape[-1]
         for w in range(WARPGROUPS):
+            full = refs.q_full.at[slot * WARPGROUPS + w]
+            plgpu.barrier_wait(refs.q_free.at[slot * WARPGROUPS + w])
+            rows, mine = pl.ds(work.query + w * ROWS, ROWS), pl.ds(w * ROWS, ROWS)
+            for gmem, smem in ((refs.q, refs.q_smem), (refs.do, refs.do_smem)):
+                own = gmem.at[work.batch, rows, work.head]
+                plgpu.copy_gmem_to_smem(own, smem.at[slot, mine], full)
             block = quotient(work.query, size) + w * ROWS // size
             own = refs.rows.at[work.batch, work.head, block, :, pl.ds(w * ROWS % size, ROWS)]
             plgpu.copy_gmem_to_smem(own, refs.rows_smem.at[slot, w], full)
@@ -307,10 +314,12 @@ class Tile:
     def compute(self, warpgroup: Warpgroup) -> None:
         """The sum of this warpgroup's 64 queries, and its way to the gradient."""
         refs, tiles, seam = self.refs, self.tiles, self.seam
+        number = warpgroup.number
         for slot in range(tiles.sharers):
-            plgpu.barrier_arrive(refs.q_free.at[slot])
+            plgpu.barrier_arrive(refs.q_free.at[slot * WARPGROUPS + number])
         for slot in range(tiles.stages):
             plgpu.barrier_arrive(refs.k_free.at[slot])
+        pl.when(number == WARPGROUPS - 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
         plgpu.barrier_wait(refs.b_full)
 
         def visit(turn: Array, n: Array, sums: Sums, *, masked: bool) -> Sums:
@@ -318,6 +327,7 @@ class Tile:
 
         zero = seam.layout(jnp.zeros((ROWS, CHUNK), jnp.float32), WGMMA)
         _, sums = self.for_each_sharer(visit, (zero,) * tiles.chunks)
+        pl.when(number == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
         self._store(warpgroup, sums)
 
     def _plus(
@@ -328,7 +338,9 @@ class Tile:
         work = self.work(n)
         scale = scale_of(spec, refs, work.batch)
         q_slot = remainder(turn, tiles.sharers)
-        plgpu.barrier_wait(refs.q_full.at[q_slot])
+        number = warpgroup.number
+        following = remainder(number + 1, WARPGROUPS)
+        plgpu.barrier_wait(refs.q_full.at[q_slot * WARPGROUPS + number])
         mine = pl.ds(warpgroup.number * ROWS, ROWS)
         # As the element mask looks for segment ids: those of this sharer.
         its = SimpleNamespace(**vars(refs))
@@ -339,13 +351,14 @@ class Tile:
             smem = refs.rows_smem.at[q_slot, warpgroup.number, which]
             return across(seam.load(smem, ROW), CHUNK)
 
-        def gradient(slot: Array, c: int, s_acc: Ref, dp_acc: Ref) -> Array:
+        def added(slot: Array, c: int, total: Array, s_acc: Ref, dp_acc: Ref) -> Array:
             # A zero that the compiler cannot know: else it keeps each product's address of rows.
             hidden = (turn * tiles.chunks + c) * refs.zero[0]
             own = pl.ds((warpgroup.number + hidden) * ROWS, ROWS)
             seam.matmul_into(s_acc, refs.q_smem.at[q_slot, own], refs.k_smem.at[slot].T)
             seam.matmul_into(dp_acc, refs.do_smem.at[q_slot, own], refs.v_smem.at[slot].T)
             s = seam.layout(seam.wait(s_acc, in_flight=1), WGMMA)
+            plgpu.barrier_arrive(refs.turn.at[following])
             x, base = logits(spec, scale, s)
             factor = base * LN2
             x = x if factor == 1.0 else x * factor
@@ -358,15 +371,18 @@ class Tile:
             dp = seam.layout(seam.wait(dp_acc, in_flight=0), WGMMA)
             plgpu.barrier_arrive(refs.k_free.at[slot])
             if c == tiles.chunks - 1:
-                plgpu.barrier_arrive(refs.q_free.at[q_slot])
+                plgpu.barrier_arrive(refs.q_free.at[q_slot * WARPGROUPS + number])
             # A hidden value may be so large that dP is infinite.
-            return jnp.where(p == 0, 0.0, p * (dp - row_term))
+            if tiles.chunks > 2:  # an addition in place would spill
+                return total + jnp.where(p == 0, 0.0, p * (dp - row_term))
+            return jnp.where(p == 0, total, total + p * (dp - row_term))
 
         found = []
         for c, total in enumerate(sums):
             slot = remainder(turn * tiles.chunks + c, tiles.stages)
             plgpu.barrier_wait(refs.k_full.at[slot])
-            found.append(total + self._accumulated(warpgroup, partial(gradient, slot, c)))
+            plgpu.barrier_wait(refs.turn.at[number])
+            found.append(self._accumulated(warpgroup, partial(added, slot, c, total)))
         return tuple(found)
 
     def _accumulated(self, warpgroup: Warpgroup, body: Callable[[Ref, Ref], Array]) -> Array:

@@ -19,6 +19,7 @@ MULTIPROCESSORS = 132
 CHUNK = 64  # keys of a product
 WARPGROUPS = 2
 QUERIES = WARPGROUPS * ROWS
+ENOUGH = MULTIPROCESSORS * 9 // 10  # tiles that are worth their size though some have none
 MOST_PARTIAL = 8 << 20  # bytes of sums that are yet to be added
 
 
@@ -60,7 +61,7 @@ def choose_sum_tiles(spec: AttentionSpec) -> SumTiles:
     if keys > 128 and hides_some(spec) and max(spec.head_dim, spec.value_dim) <= 64:
         keys = 192  # 256 would spill 100 bytes
     parts = 1
-    if _blocks(spec, keys) < MULTIPROCESSORS:
+    if _blocks(spec, keys) < ENOUGH:
         keys = 128
         blocks = _blocks(spec, keys)
         most = MOST_PARTIAL // (blocks * QUERIES * keys * 4)

@@ -56,7 +56,7 @@ KNOWN_SPILLS = {
     "window_128": 20,
     "array_scale_vision": 4,
     "bias_shared_segments_64": 32,
-    "bias_shared_segments_128": 84,
+    "bias_shared_segments_128": 124,
 }
 # The same of gradients beside a bias that has none.
 OF_STILL = {"bias_soft_cap_sinks": 80, "bias_columns_128": 8}
