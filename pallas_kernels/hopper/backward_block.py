@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,9 +16,11 @@ from jax.experimental import pallas as pl
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper import backward_mask
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
+from pallas_kernels.hopper.bias_form import rows_share
 from pallas_kernels.hopper.dropout import Words, marked
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import divided, quotient, remainder
+from pallas_kernels.hopper.plan import L2_BYTES
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import scale_of
 from pallas_kernels.hopper.tiles import ROWS
@@ -245,7 +248,17 @@ def grid_of(spec: AttentionSpec, tiles: BackwardTiles) -> Grid:
         batch, head = ("batch", spec.batch * lots), ("head", tiles.heads_together)
     if shares.count > 1:  # few: the longest of all batch rows first
         return Grid((tile, batch, head))
+    if rows_share(spec) and _outgrows_l2(spec):
+        # Rows side by side, so that a block of the bias comes from memory once for all of them.
+        return Grid((head, batch, tile) if tiles.tiles_first else (head, tile, batch))
     return Grid((batch, head, tile) if tiles.tiles_first else (batch, tile, head))
+
+
+def _outgrows_l2(spec: AttentionSpec) -> bool:
+    """Whether a bias does not stay in L2 from one row that shares it to the next."""
+    assert spec.bias_shape is not None
+    assert spec.bias_dtype is not None
+    return prod(spec.bias_shape) * spec.bias_dtype.itemsize > L2_BYTES // 2
 
 
 def key_gradients(
