@@ -78,8 +78,10 @@ def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> Backwa
     tiles = replace(tiles, shares=_shares(spec, tiles), halves=_halves(spec, tiles))
     tiles = replace(tiles, **_order(spec, tiles))
     tiles = replace(tiles, first_stores=_first_stores(spec, tiles))
-    listed = _listed(spec, replace(tiles, stages=2))
-    return replace(tiles, listed=listed, stages=2) if listed else tiles
+    for stages in sorted({2, tiles.stages if form_of(spec) == "whole" else 2}, reverse=True):
+        if listed := _listed(spec, replace(tiles, stages=stages)):
+            return replace(tiles, listed=listed, stages=stages)
+    return tiles
 
 
 def _halves(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
@@ -105,7 +107,10 @@ def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     # 8k causal) 6.24, 6.34; 48 (12,345 causal) 3.64, 3.85; 64 (16k) 5.76, 5.95; 128 (full) 12.16,
     # 12.28.
     sizes = {"queries": tiles.queries, "keys": tiles.keys}
-    if not tiles.in_fragments or not visits_every_block(spec, **sizes):
+    # Beside a bias, whose gradient lends dQ its room, it was not tried.
+    if spec.bias_shape is not None or not tiles.in_fragments:
+        return False
+    if not visits_every_block(spec, **sizes):
         return False
     visited = int(known_counts(spec, **sizes).sum())
     return visited <= MOST_VISITS * -(-spec.queries // tiles.queries)
@@ -113,7 +118,8 @@ def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
 
 def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     """Thread blocks that go through lists of tiles, whose lengths are known beforehand; or 0."""
-    others = spec.mask_shape is not None or spec.bias_shape is not None or spec.dropout_rate > 0
+    others = spec.mask_shape is not None or form_of(spec) in ("columns", "rows")
+    others |= spec.dropout_rate > 0
     unknown = (
         spec.has_segments or spec.has_query_lengths or spec.has_key_lengths or spec.has_query_offset
     )
@@ -145,6 +151,9 @@ def _two_fit(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
         matrices += 2 * 2 * tiles.keys * tiles.queries
         if not tiles.in_fragments:
             matrices += 4 * head * (tiles.queries if tiles.queries == ROWS else tiles.keys)
+    if form_of(spec) == "whole":
+        assert spec.bias_dtype is not None
+        matrices += tiles.stages * tiles.queries * tiles.keys * spec.bias_dtype.itemsize
     vectors = -(-tiles.stages * 4 * tiles.queries * 4 // 1024) * 1024
     return matrices + vectors <= SHARED_MEMORY
 
