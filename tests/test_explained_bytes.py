@@ -45,6 +45,9 @@ def test_bytes_are_those_that_were_measured(peer: str) -> None:
         for x in cell["measurements"]:
             if (x["peer"], x["which"]) == (peer, "gradient") and "temp_bytes" in x and said:
                 more = said - x["temp_bytes"]
+                if cell["bias"] and cell["head_dim"] >= 64 and peer == "jattn/flash":
+                    # Hopper's sums of dQ, where the bias's gradient will be.
+                    more -= 4 * cell["batch"] * cell["queries"] * cell["heads"] * cell["head_dim"]
                 # What is held where the program leaves no room for it in its results.
                 assert -0.01 <= more / (operands + x["temp_bytes"]) <= 0.08, cell["name"]
                 compared += 1

@@ -65,7 +65,8 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     portable = portable_gradient_bytes(spec, target) if limits.portable_part(spec) else 0
     if leaves:
         return portable + beside
-    return max(backward_bytes(spec, deterministic=is_deterministic()), portable) + beside
+    own = backward_bytes(spec, deterministic=is_deterministic(), wants_bias=sums)
+    return max(own, portable) + beside
 
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:

@@ -68,7 +68,7 @@ def backward(
       tiles: tile shapes to use instead of the table's.
       interpret: run on a CPU, thread by thread.
     """
-    tiles = tiles or choose_backward_tiles(spec, deterministic=deterministic)
+    tiles = tiles or choose_backward_tiles(spec, deterministic=deterministic, wants_bias=wants_bias)
     query, key, value = operands.query, operands.key, operands.value
     if operands.query_lengths is not None:
         query = past_zeroed(query, operands.query_lengths)
@@ -135,8 +135,6 @@ def backward(
         dq, *d_bias = backward_queries.launch(
             spec, operands, inputs, unscaled=unit, wants_bias=writes_bias, interpret=interpret
         )
-        if wants_bias and not writes_bias:
-            d_bias = [bias_sums.launch(spec, operands, inputs, interpret=interpret)]
     elif tiles.once:
         dk, dv, dq = backward_kernel.launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
     else:
@@ -158,6 +156,9 @@ def backward(
                 dq = (dq * spec.scale_beside(dq, operands) * kept_factor(spec)).astype(spec.dtype)
             elif spec.dropout_rate > 0:
                 dq = dq * kept_factor(spec)
+    if wants_bias and not d_bias:
+        # Only when dQ is rounded, so that its sums can be where this gradient will be.
+        d_bias = [bias_sums.launch(spec, operands, inputs | {"dq": dq}, interpret=interpret)]
     if unit is not None:
         dq = dq.astype(jnp.float32) / unit
     if tiles.shares.count > 1:

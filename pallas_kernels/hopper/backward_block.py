@@ -216,7 +216,7 @@ class Block:
             # Comes from memory: of an iota the compiler would keep every element in registers.
             if spec.has_query_offset:
                 first_query += refs.query_offset[self.batch]
-            if self.turn is None:
+            if "index_smem" in vars(refs):
                 query = self.row(refs.index_smem) + first_query
             else:
                 # A zero that the compiler cannot know: it would keep the numbers in registers.

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["backward_bytes"]
 
 
-def backward_bytes(spec: AttentionSpec, *, deterministic: bool) -> int:
-    """Bytes for the gradients of query, key and value."""
-    tiles = choose_backward_tiles(spec, deterministic=deterministic)
+def backward_bytes(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool = False) -> int:
+    """Bytes for the gradients of query, key and value.
+
+    Sums of dQ are counted also where XLA can put them where a bias's gradient will be: of several
+    calls in a program it does so for some.
+
+    wants_bias: as `backward` takes it.
+    """
+    tiles = choose_backward_tiles(spec, deterministic=deterministic, wants_bias=wants_bias)
     # dQ in float32 where thread blocks add to it; of a row its log-sum-exp in two numbers, as
     # forward and as backward has it, and the row term.
     block = tiles.queries if tiles.in_fragments else 2 * ROWS

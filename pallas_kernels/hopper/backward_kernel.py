@@ -104,7 +104,7 @@ def launch(
     if tiles.listed:
         inputs = inputs | {"schedule": constant(schedule(spec, tiles, grid))}
     if banded(spec):
-        kind = np.float32 if tiles.listed else np.int32  # beside vectors that are
+        kind = np.float32 if _numbers_behind(spec, tiles) else np.int32  # behind vectors that are
         inputs = inputs | {"index": numbers(queries, kind)}
     if dq is not None:
         inputs = inputs | {"dq": dq}
@@ -214,12 +214,13 @@ def _scratch(
     swizzle = dq_swizzle(head) if makes_dq and queries == ROWS else None
     both = 4 if tiles.halves else 2  # copies of two matrices
     slots = 2 if tiles.listed else 1  # tiles of keys
-    once_a_tile = both + spec.has_segments + (banded(spec) and not tiles.listed)
+    numbers_behind = _numbers_behind(spec, tiles)
+    once_a_tile = both + spec.has_segments + (banded(spec) and not numbers_behind)
     arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
     of_mask = backward_mask.scratch(spec, tiles)
     arrivals += len(of_mask) + tiles.first_stores
     vectors = 3 + (form_of(spec) == "rows")
-    vectors += tiles.first_stores or (tiles.listed > 0 and banded(spec))
+    vectors += tiles.first_stores or numbers_behind
     scratch = {
         "k_smem": operand(slots * tiles.keys, head, swizzle=swizzle),
         "v_smem": operand(slots * tiles.keys, value),
@@ -233,8 +234,6 @@ def _scratch(
     }
     if tiles.listed:
         scratch["kv_free"] = plgpu.Barrier(num_arrivals=w, num_barriers=slots)
-        if banded(spec):
-            scratch["index_full"] = plgpu.Barrier(num_arrivals=1)
     if makes_dq:
         scratch["ds_smem"] = matrix(2, tiles.keys, queries, swizzle=swizzle)
         shares = dq_columns(head) if queries == ROWS else (head, head)
@@ -249,7 +248,9 @@ def _scratch(
             for number, columns in enumerate(shares):
                 scratch[f"dq{number}_smem"] = matrix(ROWS, columns, dtype=dtype, swizzle=own)
     scratch |= backward_bias.scratch(spec, tiles) | of_mask
-    if banded(spec) and not tiles.listed:
+    if numbers_behind:
+        scratch["index_full"] = plgpu.Barrier(num_arrivals=1)
+    elif banded(spec):
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.dropout_rate > 0:
         scratch["words_smem"] = plgpu.SMEM((stages, 2, queries), jnp.uint32)
@@ -257,6 +258,15 @@ def _scratch(
         scratch["q_segments"] = plgpu.SMEM((stages, queries), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((tiles.keys,), jnp.int32)
     return scratch
+
+
+def _numbers_behind(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether the numbers of a block's queries have the row of shared memory behind its vectors.
+
+    Where thread blocks have lists, or a float32 bias leaves no kilobyte for them.
+    """
+    wide_bias = form_of(spec) == "whole" and spec.bias_dtype == jnp.float32 and not tiles.apart
+    return banded(spec) and (tiles.listed > 0 or wide_bias)
 
 
 def _start(tiles: BackwardTiles, refs: Ref) -> None:
@@ -299,7 +309,7 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
             place = (batch, keys, block.kv_head, *block.columns(i))
             own = part if block.turn is None else part.at[block.keys_at(0, tiles.keys)]
             plgpu.copy_gmem_to_smem(gmem.at[place], own, full)
-    if banded(spec) and block.turn is None:
+    if "index_smem" in vars(refs):
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, full)
     if spec.has_segments:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, full)

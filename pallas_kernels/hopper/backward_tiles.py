@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jattn.call.masking import hides_some
-from pallas_kernels.hopper.bias_form import form_of
+from pallas_kernels.hopper.bias_form import form_of, lends_memory, rows_share
 from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
 from pallas_kernels.hopper.piece_widths import has_plain_halves, needs_plain_rows
@@ -69,9 +69,11 @@ class BackwardTiles:
         return self.warpgroups * ROWS
 
 
-def choose_backward_tiles(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
+def choose_backward_tiles(
+    spec: AttentionSpec, *, deterministic: bool, wants_bias: bool = False
+) -> BackwardTiles:
     """The tiles for a call."""
-    tiles = _of_head_dims(spec, deterministic=deterministic)
+    tiles = _of_head_dims(spec, deterministic=deterministic, wants_bias=wants_bias)
     if not tiles.apart and writes_dq_once(spec):
         shared = tiles.shared_ds or tiles.in_fragments
         tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
@@ -144,20 +146,35 @@ def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:
 
 def _two_fit(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     """Whether shared memory has room for two tiles of keys."""
+    vectors = -(-tiles.stages * 4 * tiles.queries * 4 // 1024) * 1024
+    return _matrices_bytes(spec, tiles, slots=2) + vectors <= SHARED_MEMORY
+
+
+def _fits(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether shared memory has room for one, and a whole bias."""
+    vectors = -(-tiles.stages * 4 * tiles.queries * 4 // 1024) * 1024
+    vectors += 2 * 1024 * spec.has_segments
+    return _matrices_bytes(spec, tiles, slots=1) + vectors <= SHARED_MEMORY
+
+
+def _matrices_bytes(spec: AttentionSpec, tiles: BackwardTiles, *, slots: int) -> int:
+    """Bytes of shared memory of all matrices, with so many tiles of keys."""
     head, value = (padded_width(x) for x in (spec.head_dim, spec.value_dim))
     columns = 2 * (head + value)  # bytes
-    matrices = (2 * tiles.keys + tiles.stages * tiles.queries) * columns
+    found = (slots * tiles.keys + tiles.stages * tiles.queries) * columns
     if not tiles.apart:
-        matrices += 2 * 2 * tiles.keys * tiles.queries
+        found += 2 * 2 * tiles.keys * tiles.queries
         if not tiles.in_fragments:
-            matrices += 4 * head * (tiles.queries if tiles.queries == ROWS else tiles.keys)
+            found += 4 * head * (tiles.queries if tiles.queries == ROWS else tiles.keys)
     if form_of(spec) == "whole":
         assert spec.bias_dtype is not None
-        matrices += tiles.stages * tiles.queries * tiles.keys * spec.bias_dtype.itemsize
-    vectors = -(-tiles.stages * 4 * tiles.queries * 4 // 1024) * 1024
-    return matrices + vectors <= SHARED_MEMORY
+        found += tiles.stages * tiles.queries * tiles.keys * spec.bias_dtype.itemsize
+    return found
 
 
+# Keys up to which rows that share a whole bias have dQ in float32, as rows without one have. Longer
+# rows have it only where it has room: their bias is most of what there is.
+SHORT_ROWS = 1024
 # Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends.
 SIDE_BY_SIDE = 250
 SHORT = 2048  # keys
@@ -203,7 +220,7 @@ def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:
     )
 
 
-def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
+def _of_head_dims(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool) -> BackwardTiles:
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048, all that backward runs
     # counted; T = 16k, 4k, 1k.
     head, value = (-(-x // 64) * 64 for x in (spec.head_dim, spec.value_dim))
@@ -216,7 +233,18 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool) -> BackwardTiles:
         return BackwardTiles(64, stages=1, warpgroups=1, apart=True)
     if form_of(spec) == "whole":
         assert spec.bias_dtype is not None
-        return BackwardTiles(64, stages=3 if spec.bias_dtype.itemsize == 2 else 2, apart=True)
+        stages = 3 if spec.bias_dtype.itemsize == 2 else 2
+        tiles = BackwardTiles(64, stages=stages)
+        if head + value > 128:
+            tiles = BackwardTiles(
+                64, in_fragments=even, values_first=even, shared_ds=not even, tiles_first=full
+            )
+        adds = rows_share(spec) and spec.keys <= SHORT_ROWS
+        adds |= wants_bias and lends_memory(spec)
+        adds &= spec.logits_soft_cap is None and not deterministic
+        if adds and _fits(spec, tiles):
+            return tiles
+        return BackwardTiles(64, stages=stages, apart=True)
     if has_dq_apart(spec, deterministic=deterministic):
         narrow = head + value <= 128
         capped, added = spec.logits_soft_cap is not None, spec.bias_shape or spec.mask_shape

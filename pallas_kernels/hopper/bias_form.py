@@ -16,6 +16,7 @@ __all__ = [
     "d_bias_sharers",
     "form_of",
     "has_ring",
+    "lends_memory",
     "padding",
     "rows_share",
     "sums_gradient",
@@ -52,6 +53,17 @@ def sums_gradient(spec: AttentionSpec) -> bool:
     if form_of(spec) != "whole" or writes_gradient(spec):
         return False
     return spec.d_bias_shape == spec.bias_shape and spec.rows("d_bias") == spec.rows("bias")
+
+
+def lends_memory(spec: AttentionSpec) -> bool:
+    """Whether a gradient that is summed afterwards has room for dQ in float32 until then."""
+    if not sums_gradient(spec) or max(spec.head_dim, spec.value_dim) > 128:
+        return False
+    assert spec.bias_dtype is not None
+    assert spec.d_bias_shape is not None
+    width = -(-spec.head_dim // 64) * 64
+    dq = 4 * spec.batch * spec.heads * -(-spec.queries // 128) * 128 * width
+    return dq <= prod(spec.d_bias_shape) * spec.bias_dtype.itemsize
 
 
 def d_bias_sharers(spec: AttentionSpec) -> tuple[int, int, int]:

@@ -87,7 +87,8 @@ def launch(
 ) -> Array:
     """The gradient (rows, N or 1, T, S) in the bias's dtype, T and S in sizes that can be copied.
 
-    inputs: as `backward_queries.launch` takes them, with log-sum-exps natural.
+    inputs: as `backward_queries.launch` takes them, with log-sum-exps natural; and `dq`, which is
+      not read: this kernel runs when it is made.
     """
     seam = Seam(interpret)
     head, value = inputs["q"].shape[3], inputs["v"].shape[3]
@@ -96,7 +97,7 @@ def launch(
     assert operands.bias is not None
     rows, heads, _ = d_bias_sharers(spec)
     key_tiles = -(-spec.keys // tiles.keys)
-    inputs = {name: inputs[name] for name in ("q", "k", "v", "do", "rows")}
+    inputs = {name: inputs[name] for name in ("q", "k", "v", "do", "rows", "dq")}
     inputs |= {"bias": whole(spec, operands.bias), "zero": constant(np.zeros(1, np.int32))}
     for name in ("query_lengths", "key_lengths", "query_offset"):
         if getattr(operands, name) is not None:

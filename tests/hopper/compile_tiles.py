@@ -146,10 +146,47 @@ BIASES = [
             ("soft_cap", {"kv_heads": 4, "soft_cap": 50.0}),
         )
     ),
+    # With what takes shared memory beside a bias that leaves little.
+    *(
+        Long(
+            f"bias_shared_float32_{name}",
+            batch=2,
+            bias="1NTS",
+            bias_dtype="float32",
+            causal=True,
+            **options,
+        )
+        for name, options in (
+            ("causal_128", {}),
+            ("packed_128", {"segments": "sorted"}),
+            ("offsets_128", {"offset": (9, 9)}),
+            ("window_96", {"window": (1023, 0), "head_dim": 96}),
+        )
+    ),
+    *(
+        Long(
+            f"bias_short_{h}",
+            batch=64,
+            queries=512,
+            keys=512,
+            head_dim=h,
+            bias="1NTS",
+            bias_dtype=dtype,
+            causal=True,
+        )
+        for h, dtype in ((64, "bfloat16"), (128, "float32"))
+    ),
     Long("bias_shared_by_many", batch=64, queries=256, keys=256, head_dim=64, bias="1NTS"),
     Long("bias_one_query", queries=1, keys=4096, kv_heads=4, bias="1N1S"),
 ]
-OF_BIASES = ("bias_own", "bias_shared", "bias_full", "bias_float32", "bias_window")  # gradients
+OF_BIASES = (
+    "bias_own",
+    "bias_shared",
+    "bias_short",
+    "bias_full",
+    "bias_float32",
+    "bias_window",
+)  # gradients
 # What is compiled of each case, but gradients that the portable kernels make, and of one query with
 # many heads, which are shared out as others are. "backward" is the gradient without the forward it
 # starts from, "still" that without the bias's, "deterministic" the same where that is computed in

@@ -34,6 +34,16 @@ CASES = [
     Shared("shared_query", queries=1),
     Shared("shared_key", keys=1),
     Shared("shared_in_parts", batch=9, queries=70, keys=64),
+    # Of so many keys that dQ's float32 sums have room where the bias's gradient will be.
+    Shared("shared_lends", keys=530),
+    Shared("shared_lends_fragments", queries=250, keys=300, head_dim=128, causal=True,
+        bias_dtype="float32"),
+    Shared("shared_lends_segments", keys=330, head_dim=64, segments="sorted",
+        bias_dtype="float32"),
+    Shared("shared_lends_window", queries=250, keys=333, head_dim=96, window=(90, 40),
+        bias_dtype="float32"),
+    Shared("shared_lends_lengths", queries=250, keys=300, head_dim=128, bias_dtype="float32",
+        query_lengths=(100, 0), key_lengths=(300, 70)),
     Shared("shared_float16", dtype="float16", bias_dtype="float16", keys=256),
 ]  # fmt: skip
 
@@ -66,8 +76,9 @@ def test_sums_apart_are_few_and_counted(sizes: tuple[int, ...], bias_dtype: str)
     assert (parts > 1) == (heads == 4)  # whose tiles are fewer than multiprocessors
     explained = jattn.explain(x, x, x, bias=bias, device="H100")
     (own,) = (report for report in explained.reports if report.name == "flash")
+    dq = batch * length * heads * head_dim * 4  # its sums, where the bias's gradient will be or not
     rows = batch * length * heads * 4 * 5
-    assert own.gradient_bytes == held + rows
+    assert own.gradient_bytes == held + rows + dq
     assert explained.kernel == "Pallas Mosaic GPU, Hopper"
 
 

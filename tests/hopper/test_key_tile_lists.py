@@ -48,8 +48,8 @@ def listing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has so many thread blocks share all tiles by lists."""
 
     def force(blocks: int) -> None:
-        def forced(spec: Any, *, deterministic: bool) -> Any:
-            tiles = choose_backward_tiles(spec, deterministic=deterministic)
+        def forced(spec: Any, **options: bool) -> Any:
+            tiles = choose_backward_tiles(spec, **options)
             return replace(tiles, shares=Shares(), listed=blocks)
 
         monkeypatch.setattr(backward, "choose_backward_tiles", forced)

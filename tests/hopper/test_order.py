@@ -39,8 +39,8 @@ def ordering(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has so many heads side by side, whatever would be chosen, and no tile shared."""
 
     def force(together: int) -> None:
-        def forced(spec: Any, *, deterministic: bool) -> Any:
-            tiles = choose_backward_tiles(spec, deterministic=deterministic)
+        def forced(spec: Any, **options: bool) -> Any:
+            tiles = choose_backward_tiles(spec, **options)
             inner = spec.group > 1
             return replace(tiles, shares=Shares(), heads_together=together, heads_inner=inner)
 

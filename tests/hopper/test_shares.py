@@ -55,8 +55,8 @@ def sharing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shares], None]:
     """Has backward computed in these shares, whatever would be chosen."""
 
     def force(shares: Shares) -> None:
-        def forced(spec: Any, *, deterministic: bool) -> Any:
-            return replace(choose_backward_tiles(spec, deterministic=deterministic), shares=shares)
+        def forced(spec: Any, **options: bool) -> Any:
+            return replace(choose_backward_tiles(spec, **options), shares=shares)
 
         monkeypatch.setattr(backward, "choose_backward_tiles", forced)
 
