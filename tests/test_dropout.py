@@ -78,12 +78,13 @@ def test_neighbours_are_independent(axis: int, step: int) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.1])
-def test_keys_that_share_a_hash_are_independent(rate: float) -> None:
-    mask = keep_mask(rate, **SHAPE).reshape(-1, SHAPE["keys"] // 16, 2, 8)
-    first, second = (mask[:, :, i].astype(np.float64) - (1 - rate) for i in (0, 1))
-    for pair in range(8):
-        correlation = (first[..., pair] * second[..., pair]).mean() / (rate * (1 - rate))
-        assert abs(correlation) < 5 / np.sqrt(first[..., pair].size)
+def test_pairs_of_keys_are_dropped_together_as_often_as_by_chance(rate: float) -> None:
+    kept = keep_mask(rate, 2, 4, 256, 64).reshape(-1, 64)
+    dropped = (~kept).astype(np.float64) - rate
+    correlation = dropped.T @ dropped / (len(dropped) * rate * (1 - rate))
+    np.fill_diagonal(correlation, 0.0)
+    assert np.abs(correlation).max() < 5 / np.sqrt(len(dropped))
+    assert 0.9 < correlation[np.triu_indices(64, 1)].std() * np.sqrt(len(dropped)) < 1.1
 
 
 def test_no_two_rows_and_no_two_columns_are_equal() -> None:

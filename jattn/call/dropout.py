@@ -1,19 +1,18 @@
 """The dropout mask: a fixed function of (key, batch row, head, query, key position).
 
-A counter-based hash: a row of the logits has two words, derived from the random key, the batch row,
-the head and the query; the key position is mixed into them with two multiplications. Nothing is
-stored: forward, backward and every backend, whatever its blocks, compute the same bits. The mixer
-is the "lowbias32" integer hash of C. Wellons, "Prospecting for Hash Functions" (2018), whose two
-multipliers were found by search.
+A row of the logits has two words (a, c), a odd, derived from the random key, the batch row, the
+head and the query; a key position has a word b. The element's bits are one multiplication,
 
-The 32 bits are for two keys, 16 for each, so a rate is a multiple of 2^-16. The two are 8 apart:
+    bits = a b + c  mod 2^32
 
-    key          0 1 2 3 4 5 6 7   8 9 10 11 12 13 14 15   16 17 ..
-    hash of      0 1 2 3 4 5 6 7   0 1  2  3  4  5  6  7   16 17 ..
-    half           the lower             the upper         the lower
-
-A thread of a GPU's matrix instructions holds both, whether keys lie across or down the tile, and
-so makes their hash once (PTX ISA, "wgmma": accumulator fragments).
+of which the upper 16 count, so that a rate is a multiple of 2^-16: it is dropped if they are, as a
+number, below rate 2^16. That is the hash
+of Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer
+arithmetic without primes" (1996): over the rows' words, a key's bits are uniform, and two keys' all
+but independent. Nothing is stored: forward, backward and every backend, whatever its blocks,
+compute the same bits. The words are mixed by the "lowbias32" integer hash of C. Wellons,
+"Prospecting for Hash Functions" (2018), whose two multipliers were found by search; it is a
+bijection, so that no two keys have the same word.
 """
 
 from __future__ import annotations
@@ -23,17 +22,15 @@ import jax.numpy as jnp
 from jax import Array
 
 __all__ = [
-    "KEYS_A_HASH",
     "element_bits",
     "keep",
+    "key_words",
     "limit",
-    "pairs",
     "row_words",
     "seeds",
     "seeds_from_head",
 ]
 
-KEYS_A_HASH = 16  # positions after which the pairs of keys begin again
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive counters over the range
 _SECOND = 0x85EBCA6B  # another odd constant, so that the two words of a row are unrelated
 
@@ -57,7 +54,7 @@ def keep(seed: tuple[Array, Array], head: Array, query: Array, key: Array, rate:
 
     seed: the two words of the batch row, from `seeds`; head, query, key: absolute positions.
     """
-    bits = element_bits(row_words(seed, head, query), *pairs(key))
+    bits = element_bits(row_words(seed, head, query), key_words(key))
     kept: Array = bits >= jnp.uint32(limit(rate))
     return kept
 
@@ -68,23 +65,21 @@ def limit(rate: float) -> int:
 
 
 def row_words(seed: tuple[Array, Array], head: Array, query: Array) -> tuple[Array, Array]:
-    """What `keep_of_words` needs of a row of the logits."""
+    """What `element_bits` needs of a row of the logits: an odd word, and another."""
     head, query = _word(head), _word(query)
     first = _mix(_mix(seed[0] + head * jnp.uint32(_GOLDEN)) ^ query * jnp.uint32(_SECOND))
     second = _mix(_mix(seed[1] + head * jnp.uint32(_SECOND)) + query * jnp.uint32(_GOLDEN))
-    return first, second
+    return first | jnp.full_like(first, 1), second
 
 
-def pairs(key: Array) -> tuple[Array, Array]:
-    """Of each key the one whose hash it has, itself or 8 before, and whether it is the latter."""
-    return key & jnp.full_like(key, ~8), (key & 8) != 0
+def key_words(key: Array) -> Array:
+    """What `element_bits` needs of a key position."""
+    return _mix(_word(key) * jnp.uint32(_GOLDEN) + jnp.uint32(_SECOND))
 
 
-def element_bits(row: tuple[Array, Array], pair: Array, is_second: Array) -> Array:
-    """Uint32 of which the upper 16 bits count, from a row's words and `pairs` of its keys."""
-    x = (row[0] ^ _word(pair) * jnp.uint32(_GOLDEN)) * jnp.uint32(0x7FEB352D) + row[1]
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return jnp.where(is_second, x, x << 16)
+def element_bits(row: tuple[Array, Array], key_word: Array) -> Array:
+    """Uint32 that are below `limit` where the element is dropped."""
+    return row[0] * key_word + row[1]
 
 
 def _mix(x: Array) -> Array:

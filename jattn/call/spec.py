@@ -73,8 +73,7 @@ class AttentionSpec:
     context: the longer call that this is a device's part of.
     directions: the batch is so many times the same rows, one after another: operands and what
       forward saved are alike in all of them, tangents and gradients need not be.
-    dropout_from: whether dropout counts from `Operands.dropout_start`, and whether keys there begin
-      where its pairs of keys do.
+    dropout_from: whether dropout counts from `Operands.dropout_start`.
     """
 
     batch: int
@@ -102,7 +101,7 @@ class AttentionSpec:
     has_sinks: bool = False
     wants_residual: bool = False
     context: Context | None = None
-    dropout_from: Literal["zero", "pairs", "anywhere"] = "zero"
+    dropout_from: Literal["zero", "anywhere"] = "zero"
     directions: int = 1
 
     @property

@@ -30,7 +30,7 @@ from pallas_kernels.hopper.backward_block import key_gradients
 from pallas_kernels.hopper.backward_round import in_rows, rounded
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
 from pallas_kernels.hopper.bias_form import writes_gradient
-from pallas_kernels.hopper.dropout import kept_factor, words_by_block
+from pallas_kernels.hopper.dropout import kept_factor, key_words, words_by_block
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
@@ -123,8 +123,7 @@ def backward(
         inputs["scale"] = operands.scale
     if spec.dropout_rate > 0:
         inputs["words"] = words_by_block(spec, operands, blocks=count, queries=tiles.queries)
-        if operands.dropout_start is not None:
-            inputs["dropout_start"] = operands.dropout_start
+        inputs["dropout_words"] = key_words(spec, operands, tiles.keys)
     # About what the scale would be, so that float16 does not overflow; exact as a power of two.
     unit = 2.0 ** -(spec.head_dim.bit_length() // 2) if wants_scale else None
     d_bias: list[Array] = []
@@ -145,9 +144,11 @@ def backward(
             if wants_scale:
                 # Parts of float32 are wider than a tile, so in whole tiles of rows.
                 shape = (-(-shape[0] // 8) * 8, shape[1])
-                dq = rounded(spec, dq, shape, jnp.float32, 1.0)
+                dq = rounded(spec, dq, shape, jnp.float32, kept_factor(spec))
             else:
                 scale = inputs["scale"] if spec.scale is None else float(spec.scale)
+                if spec.dropout_rate > 0:
+                    scale = scale * kept_factor(spec)
                 dq = rounded(spec, dq, shape, spec.dtype, scale)
         else:
             if tiles.in_fragments:

@@ -17,7 +17,7 @@ from jattn.call.masking import hides_some
 from pallas_kernels.hopper import backward_mask
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.bias_form import rows_share
-from pallas_kernels.hopper.dropout import Words, marked
+from pallas_kernels.hopper.dropout import Words, kept_down, marked
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import divided, quotient, remainder
 from pallas_kernels.hopper.plan import L2_BYTES
@@ -192,16 +192,24 @@ class Block:
         x = self.seam.load(ref, COLUMN)
         return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
 
-    def marked(self, p: Array, own: Array | int, slot: Array) -> Array:
-        """p (64, queries), with a negative sign where dropout drops.
+    def words(self, shape: tuple[int, ...], own: Array | int, slot: Array) -> tuple[Words, Array]:
+        """Those of dropout for a matrix (64, queries): of its queries, and of its keys.
 
         own: the first of the 64 keys, counted from the tile's.
         slot: where the queries' words are.
         """
-        first_key = self.tile * self.tiles.keys + own
         both = self.refs.words_smem.at[slot]
         words = Words(*(self.row(both.at[i]) for i in range(2)))
-        return marked(self.spec, self.refs, words, first_key, p, axis=0)
+        mine = self.seam.load(self.refs.dropout_keys.at[pl.ds(own, ROWS)], ROW)
+        return words, lax.broadcast_in_dim(mine, shape, [0])
+
+    def marked(self, p: Array, own: Array | int, slot: Array) -> Array:
+        """p (64, queries), with a negative sign where dropout drops."""
+        return marked(self.spec, *self.words(p.shape, own, slot), p)
+
+    def kept(self, p: Array, own: Array | int, slot: Array) -> Array:
+        """p (64, queries), with zeros where dropout drops."""
+        return kept_down(self.spec, self.seam, *self.words(p.shape, own, slot), p)
 
     def hide(self, p: Array, own: Array | int, first_query: Array, slot: Array) -> Array:
         """p (64, queries), with 0 where a query does not see a key.

@@ -216,6 +216,7 @@ def _scratch(
     slots = 2 if tiles.listed else 1  # tiles of keys
     numbers_behind = _numbers_behind(spec, tiles)
     once_a_tile = both + spec.has_segments + (banded(spec) and not numbers_behind)
+    once_a_tile += spec.dropout_rate > 0
     arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
     of_mask = backward_mask.scratch(spec, tiles)
     arrivals += len(of_mask) + tiles.first_stores
@@ -254,6 +255,7 @@ def _scratch(
         scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.dropout_rate > 0:
         scratch["words_smem"] = plgpu.SMEM((stages, 2, queries), jnp.uint32)
+        scratch["dropout_keys"] = plgpu.SMEM((tiles.keys,), jnp.uint32)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((stages, queries), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((tiles.keys,), jnp.int32)
@@ -313,6 +315,8 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, full)
     if spec.has_segments:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, full)
+    if spec.dropout_rate > 0:
+        plgpu.copy_gmem_to_smem(refs.dropout_words.at[keys], refs.dropout_keys, full)
 
     def fetch(n: Array) -> None:
         h, at = block.located(*block.visit(n if block.turn is None else n - before))

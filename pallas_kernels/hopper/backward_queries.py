@@ -41,17 +41,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jattn.call.masking import hides_some
-from pallas_kernels.hopper import bias
+from pallas_kernels.hopper import bias, dropout
 from pallas_kernels.hopper.backward_block import LOW, ROW_BIAS, ROW_TERM
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.dense_mask import mask_arrays, words_of
 from pallas_kernels.hopper.dropout import (
     Words,
-    dropout_inputs,
-    kept,
+    kept_across,
     kept_factor,
-    marked,
     words_of_rows,
 )
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
@@ -110,7 +108,7 @@ def launch(
         inputs |= mask_arrays(plan, operands)
     if operands.scale is not None:
         inputs["scale"] = operands.scale
-    inputs |= dropout_inputs(spec, operands)
+    inputs |= dropout.dropout_inputs(plan, operands, beside_rows=tiles.has_words_beside(spec))
     widths = {"s": tiles.keys, "dp": tiles.keys, "dq": head}
     scratch = _scratch(plan, tiles, head, value)
     scratch |= seam.stand_ins({x: (tiles.warpgroups, ROWS, size) for x, size in widths.items()})
@@ -165,6 +163,11 @@ class QueryTiles(Tiles):
 
     key_slots: int = 2
 
+    def has_words_beside(self, spec: AttentionSpec) -> bool:
+        """Whether the words of two blocks of keys for dropout are what the rows' vectors leave."""
+        fit = self.keys == ROWS and self.warpgroups == dropout.SLOTS
+        return spec.dropout_rate > 0 and fit
+
 
 def choose_query_tiles(spec: AttentionSpec, head: int, value: int) -> QueryTiles:
     """The tiles for a call, whose arrays have these head dims."""
@@ -183,7 +186,8 @@ def choose_query_tiles(spec: AttentionSpec, head: int, value: int) -> QueryTiles
     # A bias takes registers that a block of 128 keys leaves none of.
     keys = 64 if form_of(spec) == "whole" else keys
     tiles = QueryTiles(w, keys, 1, query_slots=w, overlap=overlap, key_slots=1)
-    vectors = 1024 * (2 + 2 * spec.has_segments)  # each in a kilobyte of its own
+    words = spec.dropout_rate > 0 and not tiles.has_words_beside(spec)
+    vectors = 1024 * (2 + 2 * spec.has_segments + words)  # each in a kilobyte of its own
     for key_slots, stages in ((4, 3), (3, 2), (2, 1)):
         blocks = keys * (key_slots * head + stages * value) + w * ROWS * (head + value)
         if blocks * 2 + vectors + tiles.bias_bytes(spec) <= SHARED_MEMORY:
@@ -200,19 +204,21 @@ def plan_of(spec: AttentionSpec, tiles: QueryTiles) -> Plan:
 def _scratch(plan: Plan, tiles: QueryTiles, head: int, value: int) -> dict[str, Any]:
     spec, dtype = plan.spec, plan.spec.dtype
     w, stages, key_slots = tiles.warpgroups, tiles.stages, tiles.key_slots
+    beside = form_of(spec) == "rows" or tiles.has_words_beside(spec)
 
     scratch = {
         "q_smem": matrix(dtype, w, ROWS, head),
         "do_smem": matrix(dtype, w, ROWS, value),
         "k_smem": matrix(dtype, key_slots, tiles.keys, head),
         "v_smem": matrix(dtype, stages, tiles.keys, value),
-        "rows_smem": plgpu.SMEM((w, 3 + (form_of(spec) == "rows"), ROWS), jnp.float32),
+        "rows_smem": plgpu.SMEM((w, 3 + beside, ROWS), jnp.float32),
         "rows_full": ring(w, 3 + spec.has_segments),
         "k_full": ring(key_slots, 1 + spec.has_segments),
         "k_free": ring(key_slots, w),
         "v_full": ring(stages, 1),
         "v_free": ring(stages, w),
     }
+    scratch |= dropout.scratch(plan, beside_rows=tiles.has_words_beside(spec))
     if has_ring(spec):
         scratch |= bias.scratch(plan)
     if spec.has_segments:
@@ -231,7 +237,8 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         size = refs.rows.shape[-1]
         block = quotient(work.query, size) + w * ROWS // size
         own = refs.rows.at[batch, work.head, block, :, pl.ds(w * ROWS % size, ROWS)]
-        plgpu.copy_gmem_to_smem(own, refs.rows_smem.at[w], full)
+        vectors = pl.ds(0, refs.rows.shape[-2])
+        plgpu.copy_gmem_to_smem(own, refs.rows_smem.at[w, vectors], full)
         if plan.spec.has_segments:
             ids = refs.query_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.q_segments.at[w], full)
@@ -246,6 +253,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
             ids = refs.key_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.k_segments.at[slot], full)
         bias.load_block(plan, refs, work, steps.stop - 1 - i, i)
+        dropout.load_block(plan, refs, steps.block(i), i)
         slot = remainder(i, tiles.stages)
         plgpu.barrier_wait(refs.v_free.at[slot])
         plgpu.copy_gmem_to_smem(
@@ -258,6 +266,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
     for slot in range(tiles.stages):
         plgpu.barrier_wait(refs.v_free.at[slot])
     bias.drain(plan, refs)
+    dropout.drain(plan, refs)
 
 
 @dataclass(frozen=True)
@@ -285,6 +294,7 @@ class Rows:
         for slot in range(tiles.stages):
             plgpu.barrier_arrive(refs.v_free.at[slot])
         bias.start(self.plan, refs)
+        dropout.start(self.plan, refs)
         plgpu.barrier_wait(refs.rows_full.at[number])
         dq = self.accumulator(self.visit_all, "dq", refs.q_smem.shape[-1])
         q_smem = refs.q_smem.at[number]
@@ -362,16 +372,17 @@ class Rows:
             if self.writes_bias:
                 exponent -= self.row(refs.rows_smem.at[self.warpgroup.number, LOW])
             p = jnp.exp2(exponent)
-            if self.words is not None:
-                first_key = self.steps.block(i) * self.tiles.keys
-                p = marked(spec, refs, self.words, first_key, p, axis=1)
             hidden = p == 0
             if slope is not None and not self.writes_bias:
                 p = p * slope  # d tanh(y) = 1 - tanh² y
             dp = seam.wait(dp_acc, in_flight=late)
             row_term = self.row(refs.rows_smem.at[self.warpgroup.number, ROW_TERM])
             dp = seam.layout(dp, WGMMA)
-            ds = p * (dp - row_term) if self.words is None else kept(p) * dp - jnp.abs(p) * row_term
+            if self.words is None:
+                ds = p * (dp - row_term)
+            else:
+                own = kept_across(self.plan, seam, refs, self.words, jnp.int32(i), p)
+                ds = own * dp - p * row_term
             if masked or has_bias:  # a hidden value may be so large that dP is infinite
                 ds = jnp.where(hidden, 0.0, ds)
             plgpu.barrier_arrive(refs.v_free.at[v_slot])

@@ -148,21 +148,24 @@ def _weights(
         p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
     if masked:
         p = block.hide(p, own * ROWS, visit.first_query, slot)
-    if spec.dropout_rate > 0:
-        p = block.marked(p, (own + visit.hidden) * ROWS, slot)
+    drops, keys = spec.dropout_rate > 0, (own + visit.hidden) * ROWS
+    if drops and capped:
+        p = block.marked(p, keys, slot)
     unseen, slope = p == 0, p
     if capped:
         slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
-        p = (kept(p) if spec.dropout_rate > 0 else p).astype(spec.dtype)
+        p = (kept(p) if drops else p).astype(spec.dtype)
     elif first:
         seam.hold(p, visit.hidden)
     if first:
         _each_into(seam, dv_acc, p.astype(spec.dtype), visit.do)  # dV += Pᵀ dO
     dp = seam.wait(dp_acc, in_flight=len(dv_acc) if first else 0)
     row_term = block.row(refs.rows_smem.at[slot, ROW_TERM])
-    if spec.dropout_rate > 0:
+    if drops and capped:
         ds = kept(slope) * dp - jnp.abs(slope) * row_term
-        p = p if capped else kept(p)
+    elif drops:
+        p = block.kept(p, keys, slot)
+        ds = p * dp - slope * row_term
     else:
         ds = slope * (dp - row_term)
     if masked or has_bias:  # a hidden value may be so large that dP is infinite

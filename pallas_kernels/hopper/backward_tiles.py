@@ -226,7 +226,8 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool)
     head, value = (-(-x // 64) * 64 for x in (spec.head_dim, spec.value_dim))
     full = not hides_some(spec)
     # Warpgroups make 64 columns of dQ each; with dropout both forms of P are in use at once.
-    even = padded_width(spec.head_dim) == 128 and spec.dropout_rate == 0
+    in_fragments = padded_width(spec.head_dim) == 128
+    even = in_fragments and spec.dropout_rate == 0
     if max(head, value) > 128:
         # 256: causal 481, 483, 357; full 495, 508, 439. dK and dV alone (four products): causal
         # 699, 651; full 682, 684; with two blocks of dO 647, 640; 666, 675. 192/128: causal 604.
@@ -269,7 +270,7 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool)
     # 565, 411; full 651, 632, 562, without 617, 595, 540.
     if even:
         return BackwardTiles(64, in_fragments=True, values_first=True, tiles_first=full)
-    return BackwardTiles(64, shared_ds=True, tiles_first=full)
+    return BackwardTiles(64, shared_ds=True, in_fragments=in_fragments, tiles_first=full)
 
 
 def by_rows(spec: AttentionSpec, tiles: BackwardTiles) -> bool:

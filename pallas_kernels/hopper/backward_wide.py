@@ -120,7 +120,9 @@ def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -
         "lse_smem": plgpu.SMEM((q_slots, 2, ROWS), jnp.float32),
         "row_term_smem": plgpu.SMEM((do_slots, ROWS), jnp.float32),
         "p_smem": matrix(dtype, RING, ROWS, ROWS),
-        "kv_full": plgpu.Barrier(num_arrivals=2 + banded(spec) + spec.has_segments),
+        "kv_full": plgpu.Barrier(
+            num_arrivals=2 + banded(spec) + spec.has_segments + (spec.dropout_rate > 0)
+        ),
         "q_full": ring(q_slots, 2 + spec.has_segments + (spec.dropout_rate > 0)),
         "q_free": ring(q_slots, 2),
         "do_full": ring(do_slots, 2),
@@ -133,6 +135,7 @@ def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -
         scratch["index_smem"] = plgpu.SMEM((ROWS,), jnp.int32)
     if spec.dropout_rate > 0:
         scratch["words_smem"] = plgpu.SMEM((q_slots, 2, ROWS), jnp.uint32)
+        scratch["dropout_keys"] = plgpu.SMEM((ROWS,), jnp.uint32)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((q_slots, ROWS), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((ROWS,), jnp.int32)
@@ -187,6 +190,8 @@ def _load(block: WideBlock) -> None:
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, refs.kv_full)
     if spec.has_segments:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, refs.kv_full)
+    if spec.dropout_rate > 0:
+        plgpu.copy_gmem_to_smem(refs.dropout_words.at[keys], refs.dropout_keys, refs.kv_full)
 
     def fetch(n: Array) -> None:
         head, first = block.place(n)

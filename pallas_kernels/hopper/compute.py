@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper import bias
+from pallas_kernels.hopper import bias, dropout
 from pallas_kernels.hopper.dense_mask import words_of
 from pallas_kernels.hopper.dropout import Words, dropped, words_of_rows
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
@@ -70,6 +70,7 @@ def compute(plan: Plan, seam: Seam, refs: Ref, warpgroup: Warpgroup) -> None:
         plgpu.barrier_arrive(refs.k_free.at[slot])
         plgpu.barrier_arrive(refs.v_free.at[slot])
     bias.start(plan, refs)
+    dropout.start(plan, refs)
     if tiles.in_turn:
         pl.when(warpgroup.number == tiles.warpgroups - 1)(
             lambda: plgpu.barrier_arrive(refs.turn.at[0])
@@ -152,7 +153,7 @@ class Rows:
             p, softmax, _ = self.weigh(tile, s, 0, None, words, masked=self.plan.masked)
             plgpu.barrier_arrive(refs.k_free.at[slot])
             self.await_first_values(tile)
-            return Weights(p.astype(self.plan.spec.dtype), softmax)
+            return Weights(self.rounded(tile, 0, p), softmax)
 
         self.await_queries(tile)
         plgpu.barrier_wait(refs.k_full.at[slot])
@@ -249,7 +250,7 @@ class Rows:
                 o_acc[...] = value
             # With several loops only now: else ptxas sees an operand written while a product is in
             # flight, and waits for every single one (C7513).
-            return Weights(p.astype(spec.dtype), now)
+            return Weights(self.rounded(tile, i, p), now)
 
         # Between an accumulator's birth and its product no branch may come: ptxas would add a wait.
         plgpu.barrier_wait(refs.k_full.at[slot])
@@ -306,12 +307,19 @@ class Rows:
         p, softmax, correction = (softmax or Softmax.start(self.seam)).update(
             x, c, masked=masked is not False, natural=has_bias
         )
-        if tile.words is not None:
-            first_key = tile.steps.block(i) * plan.tiles.keys
-            p = dropped(plan.spec, self.seam, self.refs, tile.words, first_key, p)
+        if tile.words is not None and dropout.drops_early(plan):
+            count = tile.visited + i
+            p = dropout.kept_across(plan, self.seam, self.refs, tile.words, count, p)
         # What dropout leaves is rounded later too, for the reason that `two_products` gives.
         early = plan.one_loop and tile.words is None
         return p.astype(plan.spec.dtype) if early else p, softmax, correction
+
+    def rounded(self, tile: Tile, i: Array | int, p: Array) -> Array:
+        """P of a tile's i-th block as the product takes it, with zeros where dropout drops."""
+        plan = self.plan
+        if tile.words is None or dropout.drops_early(plan):
+            return p.astype(plan.spec.dtype)
+        return dropped(plan, self.seam, self.refs, tile.words, tile.visited + i, p)
 
     def store(self, tile: Tile, o: list[Array], softmax: Softmax) -> None:
         """O and the log-sum-exp on their way to their arrays."""

@@ -1,9 +1,12 @@
 """Dropout in the kernels: the mask of `jattn.call.dropout`, made again in registers by each.
 
-A thread of wgmma's accumulator holds the keys of a pair, 8 apart, whether keys lie across or down
-the tile, and makes their hash once: see `jattn.call.dropout`. Where queries lie down, their two
-words are made by the thread block; where they lie across, as backward's, a thread would make those
-of many queries, and XLA makes them before (`words_by_block`).
+An element's bits are a word of its query by one of its key, and another of its query: see
+`jattn.call.dropout`. Where queries lie down, their two words are made by the thread block; where
+they lie across, as backward's, a thread would make those of many queries, and XLA makes them before
+(`words_by_block`), as it does those of keys. These come with each block of keys where keys lie
+across, in a ring with slots of its own, else once for a tile.
+
+    dropout_keys  (slots, keys)      keys_full[slot], keys_free[slot]
 
     out    O   = (P M) V f          f = 1 / (1 - rate), M the mask
     back   dV  = (P M)ᵀ dO f        dS = f (P M dO Vᵀ - P D / f)
@@ -13,31 +16,48 @@ The factor f is applied where a gradient or an output is written.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 from jattn.call import dropout
+from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.masks import WGMMA, Warpgroup
-from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.seam import Ref, Seam, ring
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
     from pallas_kernels.hopper.plan import Plan, Work
 
 __all__ = [
+    "BESIDE",
+    "SLOTS",
     "Words",
+    "drain",
     "dropout_inputs",
     "dropped",
+    "drops_early",
     "kept",
+    "kept_across",
+    "kept_down",
     "kept_factor",
+    "key_words",
+    "load_block",
     "marked",
+    "scratch",
+    "start",
     "words_by_block",
     "words_head",
     "words_of_rows",
 ]
+
+
+SLOTS = 2  # blocks of keys whose words are in flight
+BESIDE = 3  # where they are among the vectors of rows, in a kernel that has them there
+LOWEST_HALF, SIGN = 0xFC00, 0x8000  # bits of float16: -inf, and the sign
 
 
 class Words(NamedTuple):
@@ -58,15 +78,79 @@ def kept_factor(spec: AttentionSpec) -> float:
     return 1 / (1 - spec.dropout_rate)
 
 
-def dropout_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
-    """The arrays that kernels whose queries lie down need: seeds (B, 2), and where counts start."""
+def key_words(spec: AttentionSpec, operands: Operands, size: int) -> Array:
+    """Those of all keys, in whole tiles of this size."""
+    key = jnp.arange(-(-spec.keys // size) * size, dtype=jnp.int32)
+    if operands.dropout_start is not None:
+        key = key + operands.dropout_start[1]
+    return dropout.key_words(key)
+
+
+def dropout_inputs(
+    plan: Plan, operands: Operands, *, beside_rows: bool = False
+) -> dict[str, Array]:
+    """What kernels whose queries lie down need: seeds (B, 2), where counts start, keys' words.
+
+    beside_rows: as `scratch` takes it.
+    """
+    spec = plan.spec
     if spec.dropout_rate == 0:
         return {}
     assert operands.dropout_seeds is not None
     inputs = {"dropout_seeds": operands.dropout_seeds}
+    words = key_words(spec, operands, plan.tiles.keys)
+    if beside_rows:
+        words = lax.bitcast_convert_type(words, jnp.float32)
+    inputs["dropout_words"] = words
     if operands.dropout_start is not None:
         inputs["dropout_start"] = operands.dropout_start
     return inputs
+
+
+def scratch(plan: Plan, *, beside_rows: bool = False) -> dict[str, Any]:
+    """Shared memory and barriers of a kernel whose queries lie down.
+
+    beside_rows: slots are `rows_smem[slot, BESIDE]`, float32 of the same bits, not a kilobyte more.
+    """
+    if plan.spec.dropout_rate == 0:
+        return {}
+    found = {
+        "keys_full": ring(SLOTS, 1),
+        "keys_free": ring(SLOTS, plan.tiles.warpgroups),
+    }
+    if not beside_rows:
+        found["dropout_keys"] = plgpu.SMEM((SLOTS, plan.tiles.keys), jnp.uint32)
+    return found
+
+
+def _keys_smem(refs: Ref, slot: Array) -> Ref:
+    own = vars(refs).get("dropout_keys")
+    return refs.rows_smem.at[slot, BESIDE] if own is None else own.at[slot]
+
+
+def start(plan: Plan, refs: Ref) -> None:
+    """A reader's: all slots are free."""
+    if plan.spec.dropout_rate > 0:
+        for slot in range(SLOTS):
+            plgpu.barrier_arrive(refs.keys_free.at[slot])
+
+
+def drain(plan: Plan, refs: Ref) -> None:
+    """The loader's: all readers are done."""
+    if plan.spec.dropout_rate > 0:
+        for slot in range(SLOTS):
+            plgpu.barrier_wait(refs.keys_free.at[slot])
+
+
+def load_block(plan: Plan, refs: Ref, block: Array | int, count: Array) -> None:
+    """The words of a block of keys, on their way to the slot of its number."""
+    if plan.spec.dropout_rate == 0:
+        return
+    slot = remainder(count, SLOTS)
+    keys = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
+    plgpu.barrier_wait(refs.keys_free.at[slot])
+    own = refs.dropout_words.at[keys]
+    plgpu.copy_gmem_to_smem(own, _keys_smem(refs, slot), refs.keys_full.at[slot])
 
 
 def words_by_block(spec: AttentionSpec, operands: Operands, *, blocks: int, queries: int) -> Array:
@@ -110,47 +194,65 @@ def words_head(spec: AttentionSpec, head: Array) -> Array | int:
     return 0 if spec.broadcast_dropout else head
 
 
-def dropped(
-    spec: AttentionSpec, seam: Seam, refs: Ref, words: Words, first_key: Array, p: Array
-) -> Array:
-    """p, a tile (64, keys), with zeros where dropout drops; what is kept is not scaled.
+def drops_early(plan: Plan) -> bool:
+    """Whether forward drops before P V of the block before has ended, one element at a time.
 
-    first_key: the tile's first, a multiple of 16.
+    Two at once, after P is rounded, is fewer instructions; but for wide heads their products are
+    what there is to run beside, and no other warpgroup's.
     """
-    bits = _bits(spec, refs, words, first_key, p.shape, axis=1)
+    return max(plan.spec.head_dim, plan.spec.value_dim) > 128
+
+
+def dropped(plan: Plan, seam: Seam, refs: Ref, words: Words, count: Array, p: Array) -> Array:
+    """p, a tile (64, keys), rounded, with zeros where dropout drops; what is kept is not scaled.
+
+    count: the number of its block of keys.
+    """
+    limit, dtype = dropout.limit(plan.spec.dropout_rate), plan.spec.dtype
+    count_of_16 = limit >> 16
+    if count_of_16 > LOWEST_HALF - SIGN:
+        bits = _across(plan, seam, refs, words, count, p.shape)
+        return seam.zero_below(p, bits, limit).astype(dtype)
+    # Two elements at once. Moved up by this, what is to be dropped are the lowest float16.
+    first = LOWEST_HALF + 1 - count_of_16
+    moved = Words(words.first, words.second + jnp.uint32(first << 16))
+    bits = _across(plan, seam, refs, moved, count, p.shape)
+    return seam.zero_lowest(p.astype(dtype), bits, first)
+
+
+def kept_across(plan: Plan, seam: Seam, refs: Ref, words: Words, count: Array, p: Array) -> Array:
+    """The same, float32."""
+    bits = _across(plan, seam, refs, words, count, p.shape)
+    return seam.zero_below(p, bits, dropout.limit(plan.spec.dropout_rate))
+
+
+def kept_down(spec: AttentionSpec, seam: Seam, words: Words, key_words: Array, p: Array) -> Array:
+    """p (64, queries), float32, with zeros where dropout drops.
+
+    key_words: (64, queries), those of its keys, which lie down.
+    """
+    bits = dropout.element_bits(words, key_words)
     return seam.zero_below(p, bits, dropout.limit(spec.dropout_rate))
 
 
-def marked(
-    spec: AttentionSpec, refs: Ref, words: Words, first_key: Array, p: Array, *, axis: int
-) -> Array:
-    """p, no element of it negative, with a negative sign where dropout drops.
-
-    A tile (64, keys), or (64, queries) if keys lie along axis 0.
-    """
-    bits = _bits(spec, refs, words, first_key, p.shape, axis=axis)
+def marked(spec: AttentionSpec, words: Words, key_words: Array, p: Array) -> Array:
+    """p as `kept_down` takes it, none of it negative, with a negative sign where dropout drops."""
+    bits = dropout.element_bits(words, key_words)
     return jnp.where(bits < jnp.uint32(dropout.limit(spec.dropout_rate)), -p, p)
 
 
-def _bits(
-    spec: AttentionSpec,
-    refs: Ref,
-    words: Words,
-    first_key: Array,
-    shape: tuple[int, ...],
-    *,
-    axis: int,
+def _across(
+    plan: Plan, seam: Seam, refs: Ref, words: Words, count: Array, shape: tuple[int, ...]
 ) -> Array:
-    key = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
-    if spec.dropout_from != "zero":
-        first_key = first_key + refs.dropout_start[1]
-    if spec.dropout_from == "anywhere":
-        pair, is_second = dropout.pairs(key + first_key)
-    else:
-        # Within the tile, so that the compiler sees which elements of a thread share a hash.
-        pair, is_second = dropout.pairs(key)
-        pair = pair + first_key
-    return dropout.element_bits(words.matrix(shape), pair, is_second)
+    """The bits of a tile whose keys lie across, of the block with this number."""
+    slot = remainder(count, SLOTS)
+    plgpu.barrier_wait(refs.keys_full.at[slot])
+    own = seam.load(_keys_smem(refs, slot), WGMMA.reduce(0))
+    if own.dtype != jnp.uint32:
+        own = lax.bitcast_convert_type(own, jnp.uint32)
+    bits = dropout.element_bits(words.matrix(shape), lax.broadcast_in_dim(own, shape, [1]))
+    plgpu.barrier_arrive(refs.keys_free.at[slot])
+    return bits
 
 
 def kept(p: Array) -> Array:

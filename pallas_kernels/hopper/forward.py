@@ -41,12 +41,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.combine import combine
-from pallas_kernels.hopper import bias
+from pallas_kernels.hopper import bias, dropout
 from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.dense_mask import mask_arrays
-from pallas_kernels.hopper.dropout import dropout_inputs
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
@@ -102,7 +101,7 @@ def forward(
         inputs |= mask_arrays(plan, operands)
     if operands.scale is not None:
         inputs["scale"] = operands.scale
-    inputs |= dropout_inputs(spec, operands)
+    inputs |= dropout.dropout_inputs(plan, operands)
     inputs |= bias.bias_arrays(plan, operands)
     sinks = None
     if operands.sinks is not None:
@@ -234,7 +233,7 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
         "v_full": plgpu.Barrier(num_arrivals=len(value), num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
-    scratch |= bias.scratch(plan)
+    scratch |= bias.scratch(plan) | dropout.scratch(plan)
     if tiles.own_staging and by_rows:
         scratch |= matrix("o", w, ROWS, widths=value)
     elif tiles.own_staging:

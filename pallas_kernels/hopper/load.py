@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper import bias
+from pallas_kernels.hopper import bias, dropout
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import steps_of
 from pallas_kernels.hopper.plain import columns_of
@@ -69,6 +69,7 @@ def load(plan: Plan, refs: Ref) -> None:
         plgpu.barrier_wait(refs.k_free.at[slot])
         plgpu.barrier_wait(refs.v_free.at[slot])
     bias.drain(plan, refs)
+    dropout.drain(plan, refs)
 
 
 def query_slot(plan: Plan, turn: Array | int, w: Array | int) -> Any:
@@ -140,6 +141,7 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
             refs.key_segments.at[work.batch, rows], refs.k_segments.at[slot], refs.k_full.at[slot]
         )
     bias.load_block(plan, refs, work, block, count)
+    dropout.load_block(plan, refs, block, count)
 
 
 def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array) -> None:

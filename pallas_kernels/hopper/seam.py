@@ -150,6 +150,13 @@ class Seam:
             return jnp.where(bits < jnp.uint32(limit), 0.0, x)
         return assembly.zero_below(x, bits, limit)
 
+    def zero_lowest(self, x: Array, bits: Array, first: int) -> Array:
+        """x, of two bytes, with zeros where the upper half of `bits` is in first .. 0xFC00."""
+        if self.interpret:
+            half = bits >> 16
+            return jnp.where((half >= first) & (half <= 0xFC00), jnp.zeros((), x.dtype), x)
+        return assembly.zero_lowest(x, bits, first)
+
     def load_gmem(self, ref: Ref, layout: Any) -> Array:
         """What global memory holds, in this register layout."""
         if self.interpret:

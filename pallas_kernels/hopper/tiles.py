@@ -54,10 +54,11 @@ class Tiles:
     def shared_memory(self, spec: AttentionSpec, out_bytes: int) -> int:
         """Bytes of shared memory, with outputs of this many bytes an element."""
         rows, slots = self.warpgroups * ROWS, self.query_slots * ROWS
+        dropout = spec.dropout_rate > 0
         head, value = _widths(spec, out_bytes)
         rings = self.stages * self.keys * (head + value) * 2 + slots * head * 2
         # Vectors, each in kilobytes of its own; the row sums are two for a warpgroup.
-        small = 1024 * (1 + (self.warpgroups > 2) + 3 * spec.has_segments)
+        small = 1024 * (1 + (self.warpgroups > 2) + 3 * spec.has_segments + dropout)
         staging = rows * value * out_bytes * self.own_staging
         return rings + staging + small + self.bias_bytes(spec)
 
@@ -81,7 +82,7 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     if rows <= ROWS:
         # Few queries are bound by memory: one warpgroup, and every byte of it for keys in flight.
         return Tiles(1, 128 if width <= 128 else 64, 4, query_slots=1)
-    if width <= 64 and (short or spec.dropout_rate > 0):
+    if width <= 64 and short:
         # A tile of 192 rows is mostly hidden or past the end: causal 335 at 1k, 291 with it.
         # No list: 254.
         return Tiles(2, 128, 4, query_slots=4)

@@ -128,12 +128,7 @@ def dropped(spec: AttentionSpec, refs: SimpleNamespace, at: Place, p: Array) -> 
     first = at.first_key
     if spec.dropout_from != "zero":
         first = first + load(refs.dropout_key, (0,))
-    # Within the block, so that the compiler sees which elements of a thread share a hash.
-    before = at.key - at.first_key
-    if spec.dropout_from == "anywhere":
-        before, first = before + first, jnp.zeros_like(first)
-    pair, is_second = dropout.pairs(before)
-    bits = dropout.element_bits(row, first + pair, is_second)
+    bits = dropout.element_bits(row, dropout.key_words(at.key - at.first_key + first))
     return zero_below(p, bits, dropout.limit(spec.dropout_rate))
 
 

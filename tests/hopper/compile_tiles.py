@@ -157,7 +157,6 @@ BIASES = [
             **options,
         )
         for name, options in (
-            ("causal_128", {}),
             ("packed_128", {"segments": "sorted"}),
             ("offsets_128", {"offset": (9, 9)}),
             ("window_96", {"window": (1023, 0), "head_dim": 96}),

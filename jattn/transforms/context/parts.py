@@ -37,8 +37,7 @@ class Part:
                 t, s = self.queries.count if t > 1 else 1, self.keys.count if s > 1 else 1
                 shapes[f"{name}_shape"] = (b, n, t, s)
         if spec.dropout_rate > 0:
-            steps = [x % dropout.KEYS_A_HASH for x in self.keys.starts]
-            shapes["dropout_from"] = "anywhere" if any(steps) else "pairs"
+            shapes["dropout_from"] = "anywhere"
         return replace(
             spec,
             queries=self.queries.count,
