@@ -30,7 +30,7 @@ CASES = [
     Bottom("bottom_right", 1, 65, 264, 2, 1, 128),
     Half("no_visits", 1, 70, 400, 1, 1, 128, causal=True),
     Half("bias", 2, 130, 270, 2, 2, 64, causal=True, bias="1NTS"),
-    Half("bias_own", 1, 70, 400, 1, 1, 128, bias="BNTS", bias_dtype="float32"),
+    Half("bias_own", 1, 70, 400, 1, 1, 64, bias="BNTS", bias_dtype="float32"),
     Case("float16", 1, 100, 300, 2, 2, 128, dtype="float16", scale=-0.2),
 ]  # fmt: skip
 LARGE = [
