@@ -12,10 +12,11 @@ python train.py --target h100                any of them for a GPU that is not h
 python train.py --help                       every option
 """
 
-from training import environment  # isort: skip  # noqa: F401  (what jax reads when loaded)
+from training import environment  # isort: skip  (what jax reads when loaded)
 
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,8 +96,10 @@ def run(request: cli.Request, console: Console) -> int:
         on = kind if devices.count == 1 else f"{devices.count} x {kind}"
         say(console, f"{folder.path}: {title}, on {on}")
         say(console, str(corpus))
+        began = environment.BEGAN
         if config.memory.memory_report and not folder.memory_json.exists():
             report_layer(config, here(devices.count), Screen(console, folder, stop))
+            began = time.perf_counter()
         compiler.keep_programs(folder.path.parent / ".compiled")
         if jax.default_backend() == "gpu":
             kernels_ahead.begin(compiler.options(is_gpu=True))
@@ -121,6 +124,7 @@ def run(request: cli.Request, console: Console) -> int:
                 first.programs,
                 Outputs(log, checkpoints, bar),
                 stop,
+                began=began,
                 held_out_loss=first.held_out_loss,
             )
 

@@ -124,6 +124,8 @@ def test_metrics_have_each_step_once_and_held_out_text_gets_easier(whole: Path) 
     assert found[12]["learning_rate"] == pytest.approx(0.01)
     assert found[STEPS]["learning_rate"] == pytest.approx(0.0005)
     assert all(row["tokens_per_second"] > 0 for row in found[2:])
+    assert [row["step"] for row in found if "seconds_since_start" in row] == [1]
+    assert found[1]["seconds_since_start"] > found[1]["seconds"]
 
 
 @pytest.mark.parametrize("number", first(1, [signal.SIGTERM, signal.SIGINT]))

@@ -2,6 +2,9 @@
 
 import gc
 import os
+import time
+
+BEGAN = time.perf_counter()  # so much of the command: Python itself
 
 # Of the many small objects that tracing and lowering make, nearly all live on: looking for garbage
 # among them every 700th takes a fifth of their time.

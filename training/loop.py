@@ -50,6 +50,7 @@ def train(
     outputs: Outputs,
     stop: StopRequest,
     *,
+    began: float,
     held_out_loss: float | None = None,
 ) -> TrainState:
     """Runs the steps that are left, or up to a stop request; the last state is checkpointed.
@@ -64,6 +65,7 @@ def train(
         programs: those of the configuration, on the run's devices.
         outputs: where it writes.
         stop: who may ask it to stop.
+        began: when what the first step has waited for began, by `time.perf_counter`.
         held_out_loss: nats, of the state given, where that has been measured already.
 
     Raises:
@@ -118,6 +120,8 @@ def train(
             "seconds": seconds,
             **pace.add(batch, seconds),
         }
+        if step == first:
+            row["seconds_since_start"] = time.perf_counter() - began
         measured = step % record.evaluate_every == 0 or step == total
         if measured:
             row["held_out_bits_per_byte"] = held_out()
@@ -152,6 +156,8 @@ def _line(row: dict[str, float], total: int, training: list[float], rates: dict[
         parts.append(f"lr {row['learning_rate']:.1e}")
     if rates:
         parts.append(f"{rates['tokens_per_second']:,.0f} tokens/s")
+    elif "seconds_since_start" in row:
+        parts.append(f"{row['seconds_since_start']:.1f} s after the start")
     elif "seconds" in row:
         parts.append(f"{row['seconds']:.1f} s with compilation")
     if "mfu" in rates:
