@@ -21,7 +21,7 @@ OPTIONS = [
     *("--checkpoint-every", "125"),
 ]
 
-_TIMES = {"seconds", "tokens_per_second", "mfu"}
+_TIMES = {"seconds", "seconds_since_start", "tokens_per_second", "mfu"}
 
 
 def write_corpus(folder: Path, files: int = 12) -> Path:
