@@ -42,7 +42,8 @@ KNOWN_SPILLS = {
     "vision": 112,
     "dropout_64": 96,
     "dropout_causal_64": 264,
-    "dropout_causal_128": 8,
+    "dropout_128": 8,
+    "dropout_causal_128": 16,
     "dropout_causal_256": 4,
     "array_scale_64": 88,
     "array_scale_full_64": 40,
@@ -64,7 +65,7 @@ KNOWN_SPILLS = {
 # The same of gradients beside a bias that has none.
 OF_STILL = {"bias_soft_cap_sinks": 80, "bias_columns_128": 8}
 # The same of forward, and of the output's tangent.
-OF_FORWARD: dict[str, int] = {}
+OF_FORWARD = {"window_64": 8}
 OF_TANGENT = {"window_64": 8}
 # In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
 # lengths of a multiple of 8 where keys are split. One query is padded to eight in backward. Dense

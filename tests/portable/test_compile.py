@@ -65,7 +65,7 @@ KNOWN_SPILLS: dict[tuple[str, str, str], dict[str, int]] = {
         "packed": 8,
         "one_query": 36,
         "offsets": 668,  # a band and a shared bias
-        "bias_mask_dropout": 360,
+        "bias_mask_dropout": 364,
         "far_mask": 128,
     },
 }
