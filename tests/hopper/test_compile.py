@@ -43,7 +43,7 @@ KNOWN_SPILLS = {
     "dropout_64": 96,
     "dropout_causal_64": 264,
     "dropout_128": 8,
-    "dropout_causal_128": 16,
+    "dropout_causal_128": 24,
     "dropout_causal_256": 4,
     "array_scale_64": 88,
     "array_scale_full_64": 40,
@@ -63,7 +63,7 @@ KNOWN_SPILLS = {
     **dict.fromkeys(("bias_shared_lengths_64", "bias_float32_128", "bias_short_128"), 8),
 }
 # The same of gradients beside a bias that has none.
-OF_STILL = {"bias_soft_cap_sinks": 80, "bias_columns_128": 8}
+OF_STILL = {"bias_soft_cap_sinks": 80, "bias_short_128": 8, "bias_columns_128": 8}
 # The same of forward, and of the output's tangent.
 OF_FORWARD = {"window_64": 8}
 OF_TANGENT = {"window_64": 8}
