@@ -172,13 +172,24 @@ class Kernels:
         *,
         wanted: tuple[str, ...],
     ) -> tuple[Array, ...]:
-        from pallas_kernels.portable.backward_tangent import backward_tangent
+        found: dict[str, Array] = {}
+        # The tangent of a scale's gradient is a sum that the portable kernel makes of the same.
+        on_hopper = self.family == "hopper" and "query" in wanted and "scale" not in wanted
+        on_hopper &= tangents.scale is None and not self.interpret
+        if on_hopper and not hopper_limits.backward_tangent_refusals(spec):
+            from pallas_kernels.hopper.backward_tangent import query_gradient_tangent
 
-        rows = self._in_portable_unit(spec, rows)
-        found: tuple[Array, ...] = backward_tangent(
-            spec, operands, rows, tangents, wanted=wanted, interpret=self.interpret
-        )
-        return found
+            found["query"] = query_gradient_tangent(spec, operands, rows, tangents)
+        others = tuple(name for name in wanted if name not in found)
+        if others:
+            from pallas_kernels.portable.backward_tangent import backward_tangent
+
+            own = self._in_portable_unit(spec, rows)
+            made = backward_tangent(
+                spec, operands, own, tangents, wanted=others, interpret=self.interpret
+            )
+            found |= dict(zip(others, made, strict=True))
+        return tuple(found[name] for name in wanted)
 
     def _in_portable_unit[Rows: (BackwardRows, TangentRows, BackwardTangentRows)](
         self, spec: AttentionSpec, rows: Rows

@@ -78,7 +78,9 @@ def _tangents_beside_hopper(spec: AttentionSpec, target: Target) -> str:
     """The same of a call that Hopper kernels run."""
     if hopper.tangent_refusals(spec):
         return _tangents_by(spec, target)
-    return "Pallas, Hopper; of gradients Pallas, portable"
+    if hopper.backward_tangent_refusals(spec):
+        return "Pallas, Hopper; of gradients Pallas, portable"
+    return "Pallas, Hopper; of gradients of keys and values Pallas, portable"
 
 
 def _hopper_kernel(spec: AttentionSpec, target: Target) -> str:

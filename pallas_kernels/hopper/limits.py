@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
 __all__ = [
+    "backward_tangent_refusals",
     "has_dq_apart",
     "leaves_backward",
     "padded_width",
@@ -126,4 +127,18 @@ def tangent_refusals(spec: AttentionSpec) -> list[str]:
             )
     if spec.mask_shape is not None or spec.bias_shape is not None or spec.dropout_rate > 0:
         reasons.append("its Hopper kernel of tangents takes no bias, dense mask or dropout")
+    return reasons
+
+
+def backward_tangent_refusals(spec: AttentionSpec) -> list[str]:
+    """Why the kernel of the tangent of the query's gradient cannot do the call, with the values."""
+    reasons = tangent_refusals(spec)
+    if spec.logits_soft_cap is not None:
+        reasons.append("its Hopper kernel of the gradients' tangents takes no soft cap")
+    sizes = (spec.head_dim, spec.value_dim)
+    if spec.has_segments and min(map(padded_width, sizes)) > 112:  # full to the last kilobyte
+        reasons.append(
+            "its Hopper kernel of the gradients' tangents has no shared memory for segments at "
+            f"head dims {sizes}"
+        )
     return reasons

@@ -24,6 +24,10 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jattn
+from jattn.call.arguments import attention_call
+from jattn.call.row_arrays import BackwardTangentRows
+from jattn.call.spec import Tangents
+from pallas_kernels.hopper.backward_tangent import query_gradient_tangent
 from tests.cases import Case
 from tests.shapes import arguments
 
@@ -189,7 +193,8 @@ OF_BIASES = (
 # What is compiled of each case, but gradients that the portable kernels make, and of one query with
 # many heads, which are shared out as others are. "backward" is the gradient without the forward it
 # starts from, "still" that without the bias's, "deterministic" the same where that is computed in
-# another way, "tangent" that of all operands.
+# another way, "tangent" that of all operands, "query_tangent" the kernel of the tangent of the
+# query's gradient.
 CALLS = [
     *(
         (case, direction)
@@ -205,6 +210,11 @@ CALLS = [
         if case.name in (f"{mask}_64", f"{mask}_128")
     ),
     *((case, "tangent") for case in CASES if case.name in OF_TANGENTS),
+    *(
+        (case, "query_tangent")
+        for case in CASES
+        if case.name in OF_TANGENTS and case.soft_cap is None and case.name != "segments_128"
+    ),
     *((case, "forward") for case in BIASES),
     *(
         (case, "still")
@@ -240,7 +250,10 @@ def main(part: int, parts: int) -> None:
 def compiled(case: Case, direction: str, place: NamedSharding) -> dict[str, Any]:
     """What there is to say of a call."""
     with jattn.deterministic_gradients(direction == "deterministic"):
-        function, shapes = of_direction(direction, *call(case))
+        if direction == "query_tangent":
+            function, shapes = query_tangent(case)
+        else:
+            function, shapes = of_direction(direction, *call(case))
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
         )
@@ -289,6 +302,21 @@ def of_direction(
 
     residuals, cotangents = jax.eval_shape(saved, *shapes), jax.eval_shape(function, *shapes)
     return lambda vjp, cotangents: vjp(cotangents), (residuals, cotangents)
+
+
+def query_tangent(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The kernel of the tangent of the query's gradient alone, and the shapes of its arguments."""
+    floats, rest, options = arguments(case)
+
+    def moved(floats: Any, rest: Any, tangents: Any, d_out: Any, row: Any) -> Any:
+        made = attention_call(**floats, **rest, **options)
+        rows = BackwardTangentRows(row, row, d_out, row, row, row, d_out)
+        moving = Tangents(**{name: tangents[name] for name in ("query", "key", "value")})
+        return query_gradient_tangent(made.spec, made.operands, rows, moving)
+
+    rows = (case.batch, case.queries, case.heads)
+    d_out = jax.ShapeDtypeStruct((*rows, case.value_dim or case.head_dim), case.dtype)
+    return moved, (floats, rest, floats, d_out, jax.ShapeDtypeStruct(rows, "float32"))
 
 
 def read(said: str) -> dict[str, Any]:

@@ -74,6 +74,7 @@ OF_TANGENT = {"window_64": 8}
 PADDED = {
     "forward": ("packed_heads", "mask_ragged_64", "mask_dropout_64"),
     "tangent": (),
+    "query_tangent": (),
     "still": (),
     "backward": (
         "narrow",

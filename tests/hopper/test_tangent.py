@@ -78,12 +78,16 @@ def test_interpreted_as_exact_as_the_formula(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "by"),
-    [(128, "Pallas, Hopper; of gradients Pallas, portable"), (192, "Pallas, portable")],
+    ("head_dim", "cap", "by"),
+    [
+        (128, None, "Pallas, Hopper; of gradients of keys and values Pallas, portable"),
+        (128, 5.0, "Pallas, Hopper; of gradients Pallas, portable"),
+        (192, None, "Pallas, portable"),
+    ],
 )
-def test_explain_says_what_makes_them(head_dim: int, by: str) -> None:
+def test_explain_says_what_makes_them(head_dim: int, cap: float | None, by: str) -> None:
     x = jax.ShapeDtypeStruct((1, 64, 2, head_dim), jnp.bfloat16)
-    report = jattn.explain(x, x, x, device="H100").reports[0]
+    report = jattn.explain(x, x, x, logits_soft_cap=cap, device="H100").reports[0]
     assert (report.name, report.tangents) == ("flash", by)
 
 

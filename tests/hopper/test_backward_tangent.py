@@ -1,0 +1,188 @@
+"""The Hopper kernel of the tangent of the query's gradient, interpreted, and on a Hopper GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jattn.call.masking import past_zeroed
+from jattn.call.row_arrays import BackwardTangentRows
+from jattn.transforms.rows import row_term
+from pallas_kernels.hopper.backward_tangent import query_gradient_tangent
+from pallas_kernels.hopper.forward import forward
+from pallas_kernels.hopper.limits import backward_tangent_refusals
+from tests import formula
+from tests.backends import Results
+from tests.cases import Case, operands
+from tests.hopper.calls import LARGE, SHARED, SMALL, Half, spec_of
+from tests.hopper.exact import hopper
+from tests.hopper.test_tangent import past_lengths
+from tests.portable.tangents import (
+    arrays_of,
+    called,
+    directions,
+    pulled,
+    pushed,
+    tangents_of,
+    with_sinks,
+    within,
+)
+
+__all__ = ["hopper"]
+
+thorough = pytest.mark.thorough
+
+TAKEN = [case for case in SMALL if not backward_tangent_refusals(spec_of(case))]
+ON_A_GPU = [case for case in SMALL + LARGE + SHARED if not backward_tangent_refusals(spec_of(case))]
+
+
+def pulled_by_kernel(
+    arrays: Results,
+    moving: Results,
+    gradients: Results,
+    t_results: Results,
+    *,
+    case: Case,
+    seed: int,
+    interpret: bool,
+) -> Any:
+    """The tangent of the query's gradient, from those of output and log-sum-exp."""
+    spec, own = called(case, seed, arrays)
+    out, top, rest = forward(spec, own, interpret=interpret)
+    own, rest, _ = with_sinks(own, top * np.log(2, dtype=np.float32), rest)
+    d_out, t_d_out = gradients["dout"], gradients.get("t_dout")
+    if own.query_lengths is not None:
+        d_out = past_zeroed(d_out, own.query_lengths)
+        t_d_out = None if t_d_out is None else past_zeroed(t_d_out, own.query_lengths)
+    t_out, mu = t_results["t_out"], t_results["t_lse"].astype(jnp.float32)
+    term = row_term(top, out, d_out, gradients["dlse"])
+    t_term = row_term(top, t_out, d_out, gradients.get("t_dlse", 0))
+    if t_d_out is not None:
+        t_term = t_term + row_term(top, out, t_d_out)
+    rows = BackwardTangentRows(top, rest, d_out, term, mu, t_term, t_d_out)
+    return query_gradient_tangent(spec, own, rows, tangents_of(case, moving), interpret=interpret)
+
+
+def check(
+    case: Case,
+    seed: int,
+    names: str | None = None,
+    *,
+    moves_gradients: bool = True,
+    interpret: bool,
+) -> Any:
+    """The kernel's tangent is as exact as eager's; gives what it found.
+
+    names: of the operands that move, all by default.
+    """
+    arrays = arrays_of(case, seed)
+    moving = directions(case, seed, names or "") if names != "" else {}
+    gradients = gradients_of(case, seed, moves=moves_gradients)
+    # Those of the results as eager makes them in the call's dtype.
+    t_results = results_moved(case, seed, arrays, moving)
+    run: Any = partial(pulled_by_kernel, case=case, seed=seed, interpret=interpret)
+    given = jax.device_put((arrays, moving, gradients, t_results))
+    # The interpreter's effects cannot be compiled where a call is partitioned.
+    found = (run if interpret else jax.jit(run))(*given)
+    function = partial(pulled, case=case, seed=seed)
+    still = {} if "q" in moving else {"q": np.zeros_like(arrays["q"])}
+    peer, exact = formula.expected(function, arrays, moving | still, gradients)
+    within("q", found, peer["q"], exact["q"], case=case, times=5)
+    return found
+
+
+def gradients_of(case: Case, seed: int, *, moves: bool = True) -> Results:
+    """Gradients of output and log-sum-exp, and their tangents."""
+    drawn = operands(case, seed)
+    found = {"dout": drawn["dout"], "dlse": drawn["dlse"]}
+    rng = np.random.default_rng([seed, 78])
+    for name in ("dout", "dlse") if moves else ():
+        x = drawn[name]
+        found[f"t_{name}"] = np.asarray(rng.standard_normal(x.shape), x.dtype)
+    return found
+
+
+def results_moved(case: Case, seed: int, arrays: Results, moving: Results) -> Results:
+    """The tangents of output and log-sum-exp, as exact as their dtypes are."""
+    if not moving:
+        drawn = operands(case, seed)
+        return {"t_out": np.zeros_like(drawn["dout"]), "t_lse": np.zeros(drawn["dlse"].shape)}
+    _, exact = formula.expected(partial(pushed, case=case, seed=seed), arrays, moving)
+    dtype = arrays["q"].dtype
+    return {"t_out": np.asarray(exact["t_out"], dtype), "t_lse": np.float32(exact["t_lse"])}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Half("overlapped", 1, 70, 150, 2, 1, 64, causal=True),
+        Half("one_after_another", 1, 70, 150, 1, 1, 128, causal=True, alignment="bottom_right"),
+    ],
+    ids=str,
+)
+def test_interpreted_as_exact_as_the_formula(case: Case, seed: int) -> None:
+    check(case, seed, interpret=True)
+
+
+@thorough
+@pytest.mark.parametrize("case", TAKEN, ids=str)
+def test_interpreted_every_feature_as_exact_as_the_formula(case: Case, seed: int) -> None:
+    check(case, seed, interpret=True)
+
+
+@thorough
+@pytest.mark.parametrize("moves_gradients", [True, False])
+@pytest.mark.parametrize("names", ["", "q", "k", "v", "q v"])
+def test_interpreted_what_has_no_tangent_adds_nothing(
+    names: str, moves_gradients: bool, seed: int
+) -> None:
+    case = Half("some", 1, 80, 150, 2, 1, 64, causal=True, alignment="bottom_right")
+    check(case, seed, names, moves_gradients=moves_gradients, interpret=True)
+
+
+@thorough
+def test_interpreted_what_lies_past_a_length_changes_no_bit(seed: int) -> None:
+    case = Half("padded", 2, 70, 150, 1, 1, 64, query_lengths=(70, 13), key_lengths=(100, 0))
+    arrays, moving = arrays_of(case, seed), directions(case, seed)
+    gradients = gradients_of(case, seed)
+    t_results = results_moved(case, seed, arrays, moving)
+    run = partial(pulled_by_kernel, case=case, seed=seed, interpret=True)
+    clean, dirty = (
+        run(past_lengths(case, arrays, x), past_lengths(case, moving, x), gradients, t_results)
+        for x in (0.0, np.nan)
+    )
+    np.testing.assert_array_equal(dirty, clean)
+    assert np.isfinite(np.asarray(clean, np.float32)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+class TestOnAGpu:
+    @pytest.mark.parametrize("case", ON_A_GPU, ids=str)
+    def test_as_exact_as_the_formula(self, case: Case, seed: int) -> None:
+        check(case, seed, interpret=False)
+
+    @pytest.mark.parametrize("names", ["", "q", "k", "v", "q v"])
+    def test_what_has_no_tangent_adds_nothing(self, names: str, seed: int) -> None:
+        check(Half("some", 2, 500, 500, 4, 2, 128, causal=True), seed, names, interpret=False)
+
+    @pytest.mark.parametrize("case", LARGE[::5], ids=str)
+    def test_a_hundred_runs_are_bitwise_equal(self, case: Case, seed: int) -> None:
+        if backward_tangent_refusals(spec_of(case)):
+            case = replace(
+                case, head_dim=128, value_dim=None, soft_cap=None, segments=None, causal=True
+            )
+        arrays, moving = arrays_of(case, seed), directions(case, seed)
+        given = jax.device_put(
+            (arrays, moving, gradients_of(case, seed), results_moved(case, seed, arrays, moving))
+        )
+        run = jax.jit(partial(pulled_by_kernel, case=case, seed=seed, interpret=False))
+        first = np.asarray(run(*given))
+        for _ in range(99):
+            np.testing.assert_array_equal(np.asarray(run(*given)), first)
