@@ -173,13 +173,18 @@ class Kernels:
         wanted: tuple[str, ...],
     ) -> tuple[Array, ...]:
         found: dict[str, Array] = {}
+        on_hopper = self.family == "hopper" and tangents.scale is None and not self.interpret
         # The tangent of a scale's gradient is a sum that the portable kernel makes of the same.
-        on_hopper = self.family == "hopper" and "query" in wanted and "scale" not in wanted
-        on_hopper &= tangents.scale is None and not self.interpret
-        if on_hopper and not hopper_limits.backward_tangent_refusals(spec):
+        by_queries = on_hopper and "query" in wanted and "scale" not in wanted
+        if by_queries and not hopper_limits.backward_tangent_refusals(spec):
             from pallas_kernels.hopper.backward_tangent import query_gradient_tangent
 
             found["query"] = query_gradient_tangent(spec, operands, rows, tangents)
+        by_keys = on_hopper and "key" in wanted and "value" in wanted
+        if by_keys and not hopper_limits.key_tangent_refusals(spec):
+            from pallas_kernels.hopper.key_tangents import key_gradient_tangents
+
+            found["key"], found["value"] = key_gradient_tangents(spec, operands, rows, tangents)
         others = tuple(name for name in wanted if name not in found)
         if others:
             from pallas_kernels.portable.backward_tangent import backward_tangent

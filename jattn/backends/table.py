@@ -78,9 +78,15 @@ def _tangents_beside_hopper(spec: AttentionSpec, target: Target) -> str:
     """The same of a call that Hopper kernels run."""
     if hopper.tangent_refusals(spec):
         return _tangents_by(spec, target)
-    if hopper.backward_tangent_refusals(spec):
-        return "Pallas, Hopper; of gradients Pallas, portable"
-    return "Pallas, Hopper; of gradients of keys and values Pallas, portable"
+    left = {
+        "queries": hopper.backward_tangent_refusals(spec),
+        "keys and values": hopper.key_tangent_refusals(spec),
+    }
+    names = [name for name, reasons in left.items() if reasons]
+    if not names:
+        return "Pallas, Hopper"
+    which = "gradients" if len(names) == len(left) else f"gradients of {names[0]}"
+    return f"Pallas, Hopper; of {which} Pallas, portable"
 
 
 def _hopper_kernel(spec: AttentionSpec, target: Target) -> str:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from jattn.call.row_arrays import BackwardRows
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["backward", "in_two"]
+__all__ = ["backward", "by_block", "in_two"]
 
 
 def backward(
@@ -98,7 +98,7 @@ def backward(
     matrices = {"q": query, "k": key, "v": value, "do": rows.d_out}
     inputs = {
         **(matrices if by_rows(spec, tiles) else _whole(matrices)),
-        "rows": _by_block(
+        "rows": by_block(
             jnp.pad(high, more, constant_values=jnp.inf),
             jnp.pad(low, more),
             jnp.pad(row_term, more),
@@ -186,7 +186,7 @@ def _in_groups(spec: AttentionSpec, flags: Array) -> Array:
     return grouped.any(axis=2).astype(jnp.int32)
 
 
-def _by_block(*vectors: Array, queries: int) -> Array:
+def by_block(*vectors: Array, queries: int) -> Array:
     """Each (B, N, rows), as (B, N, blocks, vectors, queries): a block's are copied together.
 
     By choices, which XLA makes together with the vectors, and not by a concatenation, which it

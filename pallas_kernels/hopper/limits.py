@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "backward_tangent_refusals",
     "has_dq_apart",
+    "key_tangent_refusals",
     "leaves_backward",
     "padded_width",
     "portable_part",
@@ -24,6 +25,8 @@ __all__ = [
 
 MOST_BLOCKS = 2**31 - 1  # of a launch; CUDA C++ Programming Guide, "Technical specifications"
 MOST_TANGENT_HEAD_DIM = 128  # beside the tangents, more leaves no shared memory for a ring
+# Sums of 64 keys and four tiles of logits take this many registers of a thread's 240, and 128.
+MOST_KEY_TANGENT_HEAD_DIM = 64
 FEW_QUERIES = 128  # a dense mask does without packing of heads and splitting of keys
 MOST_HEAD_DIM = 256  # wgmma's largest N, and all the registers a warpgroup has for the output
 KEYS_OF_A_BLOCK = 128  # of a thread block of the backward kernel of dQ, dK and dV
@@ -132,13 +135,30 @@ def tangent_refusals(spec: AttentionSpec) -> list[str]:
 
 def backward_tangent_refusals(spec: AttentionSpec) -> list[str]:
     """Why the kernel of the tangent of the query's gradient cannot do the call, with the values."""
-    reasons = tangent_refusals(spec)
-    if spec.logits_soft_cap is not None:
-        reasons.append("its Hopper kernel of the gradients' tangents takes no soft cap")
+    reasons = _gradient_tangent_refusals(spec)
     sizes = (spec.head_dim, spec.value_dim)
     if spec.has_segments and min(map(padded_width, sizes)) > 112:  # full to the last kilobyte
         reasons.append(
             "its Hopper kernel of the gradients' tangents has no shared memory for segments at "
             f"head dims {sizes}"
         )
+    return reasons
+
+
+def key_tangent_refusals(spec: AttentionSpec) -> list[str]:
+    """Why the kernel of the tangents of key's and value's gradients cannot, with the values."""
+    reasons = _gradient_tangent_refusals(spec)
+    sizes = (spec.head_dim, spec.value_dim)
+    if max(sizes) > MOST_KEY_TANGENT_HEAD_DIM:
+        reasons.append(
+            f"its Hopper kernel of keys' tangents takes head dims up to "
+            f"{MOST_KEY_TANGENT_HEAD_DIM}, not {sizes}"
+        )
+    return reasons
+
+
+def _gradient_tangent_refusals(spec: AttentionSpec) -> list[str]:
+    reasons = tangent_refusals(spec)
+    if spec.logits_soft_cap is not None:
+        reasons.append("its Hopper kernels of the gradients' tangents take no soft cap")
     return reasons

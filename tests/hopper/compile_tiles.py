@@ -28,6 +28,7 @@ from jattn.call.arguments import attention_call
 from jattn.call.row_arrays import BackwardTangentRows
 from jattn.call.spec import Tangents
 from pallas_kernels.hopper.backward_tangent import query_gradient_tangent
+from pallas_kernels.hopper.key_tangents import key_gradient_tangents
 from tests.cases import Case
 from tests.shapes import arguments
 
@@ -193,8 +194,8 @@ OF_BIASES = (
 # What is compiled of each case, but gradients that the portable kernels make, and of one query with
 # many heads, which are shared out as others are. "backward" is the gradient without the forward it
 # starts from, "still" that without the bias's, "deterministic" the same where that is computed in
-# another way, "tangent" that of all operands, "query_tangent" the kernel of the tangent of the
-# query's gradient.
+# another way, "tangent" that of all operands, "query_tangent" and "key_tangents" the kernels of
+# the gradients' tangents.
 CALLS = [
     *(
         (case, direction)
@@ -214,6 +215,11 @@ CALLS = [
         (case, "query_tangent")
         for case in CASES
         if case.name in OF_TANGENTS and case.soft_cap is None and case.name != "segments_128"
+    ),
+    *(
+        (case, "key_tangents")
+        for case in CASES
+        if case.name in OF_TANGENTS and case.soft_cap is None and case.head_dim == 64
     ),
     *((case, "forward") for case in BIASES),
     *(
@@ -250,8 +256,8 @@ def main(part: int, parts: int) -> None:
 def compiled(case: Case, direction: str, place: NamedSharding) -> dict[str, Any]:
     """What there is to say of a call."""
     with jattn.deterministic_gradients(direction == "deterministic"):
-        if direction == "query_tangent":
-            function, shapes = query_tangent(case)
+        if direction in ("query_tangent", "key_tangents"):
+            function, shapes = gradient_tangent(case, of_keys=direction == "key_tangents")
         else:
             function, shapes = of_direction(direction, *call(case))
         placed = jax.tree.map(
@@ -304,15 +310,16 @@ def of_direction(
     return lambda vjp, cotangents: vjp(cotangents), (residuals, cotangents)
 
 
-def query_tangent(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The kernel of the tangent of the query's gradient alone, and the shapes of its arguments."""
+def gradient_tangent(case: Case, *, of_keys: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A kernel of gradients' tangents alone, and the shapes of its arguments."""
     floats, rest, options = arguments(case)
 
     def moved(floats: Any, rest: Any, tangents: Any, d_out: Any, row: Any) -> Any:
         made = attention_call(**floats, **rest, **options)
         rows = BackwardTangentRows(row, row, d_out, row, row, row, d_out)
         moving = Tangents(**{name: tangents[name] for name in ("query", "key", "value")})
-        return query_gradient_tangent(made.spec, made.operands, rows, moving)
+        given = (made.spec, made.operands, rows, moving)
+        return key_gradient_tangents(*given) if of_keys else query_gradient_tangent(*given)
 
     rows = (case.batch, case.queries, case.heads)
     d_out = jax.ShapeDtypeStruct((*rows, case.value_dim or case.head_dim), case.dtype)

@@ -75,6 +75,7 @@ PADDED = {
     "forward": ("packed_heads", "mask_ragged_64", "mask_dropout_64"),
     "tangent": (),
     "query_tangent": (),
+    "key_tangents": (),
     "still": (),
     "backward": (
         "narrow",

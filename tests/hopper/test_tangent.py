@@ -80,6 +80,7 @@ def test_interpreted_as_exact_as_the_formula(case: Case, seed: int) -> None:
 @pytest.mark.parametrize(
     ("head_dim", "cap", "by"),
     [
+        (64, None, "Pallas, Hopper"),
         (128, None, "Pallas, Hopper; of gradients of keys and values Pallas, portable"),
         (128, 5.0, "Pallas, Hopper; of gradients Pallas, portable"),
         (192, None, "Pallas, portable"),
