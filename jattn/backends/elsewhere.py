@@ -22,6 +22,7 @@ from jax import Array, lax
 from jattn.backends import any_order
 from jattn.backends.kernels import Family, kernels_of
 from jattn.backends.loops import Loops
+from jattn.call.halves import joined
 from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
 from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.call.target import Target
@@ -74,10 +75,16 @@ class WithLoops:
     def takes_output(self) -> bool:
         return self.kernels.takes_output
 
+    def takes_halves(self, spec: AttentionSpec) -> bool:
+        """Whether forward reads each half of queries and keys where it is (`call.halves`)."""
+        return getattr(self.kernels, "takes_halves", lambda _: False)(spec)
+
     def unit(self, spec: AttentionSpec) -> float:
         return self.kernels.unit(spec)
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
+        if operands.halves is not None and not self.takes_halves(spec):
+            operands = joined(operands)
         kernel = partial(self.kernels.forward, spec)
         out, top, rest = self._run(kernel, partial(_forward, self.unit(spec), spec), operands)
         return out, top, rest
@@ -157,7 +164,7 @@ def _from_saved[Rows: (TangentRows, BackwardTangentRows)](
 
 
 def _forward(unit: float, spec: AttentionSpec, operands: Operands) -> tuple[Array, Array, Array]:
-    out, natural, rest = _LOOPS.forward(spec, operands)
+    out, natural, rest = _LOOPS.forward(spec, joined(operands))
     seen = natural > -jnp.inf
     finite = jnp.where(seen, natural, 0)
     top = finite / unit

@@ -88,6 +88,14 @@ class Kernels:
         )
         return found
 
+    def takes_halves(self, spec: AttentionSpec) -> bool:
+        """Whether forward reads each half of queries and keys where it is (`call.halves`)."""
+        if self.family != "hopper" or self.interpret:
+            return False
+        from pallas_kernels.hopper.forward import takes_halves
+
+        return takes_halves(spec)
+
     def unit(self, spec: AttentionSpec) -> float:
         if self.family == "hopper":
             from pallas_kernels.hopper.softmax import unit

@@ -7,7 +7,7 @@ query heads to a key head, H head dim, D value head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,8 @@ class Operands(NamedTuple):
     and key_segments (B, S) int32; sinks (N,); dropout_seeds (B, 2) uint32; query_offset (B,) int32,
     the key position of query 0 where it is not known when traced; scale (1,) in the accumulator's
     dtype. Of a batch that `jax.vmap` was folded into, scale may be (B,). dropout_start (2,) int32:
-    where the first query and key stand among those that dropout counts, if not at 0.
+    where the first query and key stand among those that dropout counts, if not at 0. halves: of
+    query, key and value, where these are but what came from another device.
     """
 
     query: Array
@@ -48,6 +49,7 @@ class Operands(NamedTuple):
     query_offset: Array | None = None
     scale: Array | None = None
     dropout_start: Array | None = None
+    halves: Any = None  # Halves | None; Any, as the others are given by name, in dicts of arrays
 
 
 class Tangents(NamedTuple):

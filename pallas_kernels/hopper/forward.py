@@ -61,7 +61,7 @@ from pallas_kernels.hopper.warpgroups import run
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["forward", "in_tiles"]
+__all__ = ["forward", "in_tiles", "takes_halves"]
 
 
 def forward(
@@ -85,10 +85,15 @@ def forward(
       interpret: run on a CPU, thread by thread.
     """
     plan = plan or make_plan(spec, tiles)
+    assert operands.halves is None or _takes_halves(plan)
     matrices = {"q": operands.query, "k": operands.key, "v": operands.value}
     inputs: dict[str, Any] = matrices
     if not _by_rows(plan):
         inputs = {name: in_tiles(x) for name, x in matrices.items()}
+    if operands.halves is not None:
+        own = operands.halves
+        inputs |= {"own_q": own.query, "own_k": own.key, "own_v": own.value}
+        inputs |= {"second": own.second, "first_heads": own.heads}
     if spec.has_query_lengths:
         inputs["query_lengths"] = operands.query_lengths
     if spec.has_key_lengths:
@@ -120,6 +125,22 @@ def forward(
     return out, top, rest
 
 
+def takes_halves(spec: AttentionSpec) -> bool:
+    """Whether each half of the queries, and of the keys, can be in an array of its own.
+
+    That is where no copy is of both halves, and no array is padded.
+    """
+    return _takes_halves(make_plan(spec))
+
+
+def _takes_halves(plan: Plan) -> bool:
+    spec = plan.spec
+    halves = spec.queries % (2 * ROWS) == 0 and spec.keys % (2 * plan.tiles.keys) == 0
+    dims = (spec.head_dim, spec.value_dim)
+    whole = all(padded_width(x) == x for x in dims)
+    return halves and whole and plan.pack == 1 and not _by_rows(plan) and not plan.heads_in_rows
+
+
 def _by_rows(plan: Plan) -> bool:
     """Whether matrices are copied as plain rows; pieces of float32 outputs are two tiles wide."""
     return not plan.in_parts and in_pieces(plan.spec)
@@ -139,6 +160,8 @@ def in_tiles(x: Array) -> Array:
 def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[Array, Array]:
     spec, tiles, seam = plan.spec, plan.tiles, Seam(interpret)
     rows, columns = inputs["q"].shape[1], inputs["v"].shape[3]
+    if "own_q" in inputs:
+        rows = spec.queries
     out_shape: tuple[int, ...] = (spec.batch, rows, spec.heads, columns)
     # Whole tiles: a copy of one dimension is not cut at the end of a row.
     row_shape: tuple[int, ...] = (spec.batch, spec.heads, 2, plan.query_tiles * plan.queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -114,10 +115,11 @@ def _load_q(plan: Plan, refs: Ref, work: Work, turn: Array | int, w: int) -> Non
     full = refs.q_full.at[(0 if isinstance(turn, int) else turn % 2 * plan.tiles.warpgroups) + w]
     plgpu.barrier_wait(refs.q_free.at[slot])
     for rows, queries, head in query_parts(plan, work, w):
-        for piece, columns in _pieces(refs.q_rows, refs.q, work):
-            plgpu.copy_gmem_to_smem(
-                refs.q.at[work.batch, queries, head, columns], piece.at[slot, rows], full
-            )
+
+        def own_rows(piece: Ref, rows: Any = rows) -> Ref:
+            return piece.at[slot, rows]
+
+        _copy(plan, refs, "q", work, (queries, head), own_rows, full)
     if plan.spec.has_segments:
         start = work.tile * plan.rows + w * ROWS
         plgpu.copy_gmem_to_smem(
@@ -130,12 +132,7 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.k_free.at[slot])
-    for piece, columns in _pieces(refs.k_rows, refs.k, work):
-        plgpu.copy_gmem_to_smem(
-            refs.k.at[work.batch, rows, work.kv_head, columns],
-            piece.at[slot],
-            refs.k_full.at[slot],
-        )
+    _copy(plan, refs, "k", work, (rows, work.kv_head), lambda x: x.at[slot], refs.k_full.at[slot])
     if plan.spec.has_segments:
         plgpu.copy_gmem_to_smem(
             refs.key_segments.at[work.batch, rows], refs.k_segments.at[slot], refs.k_full.at[slot]
@@ -148,12 +145,42 @@ def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.v_free.at[slot])
-    for piece, columns in _pieces(refs.v_rows, refs.v, work):
-        plgpu.copy_gmem_to_smem(
-            refs.v.at[work.batch, rows, work.kv_head, columns],
-            piece.at[slot],
-            refs.v_full.at[slot],
-        )
+    _copy(plan, refs, "v", work, (rows, work.kv_head), lambda x: x.at[slot], refs.v_full.at[slot])
+
+
+def _copy(
+    plan: Plan,
+    refs: Ref,
+    name: str,
+    work: Work,
+    where: tuple[Any, Any],
+    into: Callable[[Ref], Ref],
+    full: Ref,
+) -> None:
+    """Rows and a head of q, k or v into shared memory, from the half that has them."""
+    rows, head = where
+
+    def copy(array: Ref, rows: Any, head: Any) -> None:
+        for piece, columns in _pieces(getattr(refs, f"{name}_rows"), array, work):
+            plgpu.copy_gmem_to_smem(array.at[work.batch, rows, head, columns], into(piece), full)
+
+    if not hasattr(refs, "second"):
+        copy(getattr(refs, name), rows, head)
+        return
+    half = (plan.spec.queries if name == "q" else plan.spec.keys) // 2
+    second = (rows.start >= half).astype(jnp.int32)
+    within = pl.ds(rows.start - second * half, rows.size)
+    own, i = refs.second[0], 0 if name == "q" else 2
+    first = own * refs.first_heads[i] + refs.first_heads[i + 1]
+    is_own = second == own
+
+    @pl.when(is_own)
+    def _() -> None:
+        copy(getattr(refs, f"own_{name}"), within, head + first)
+
+    @pl.when(jnp.logical_not(is_own))
+    def _() -> None:
+        copy(getattr(refs, name), within, head)
 
 
 def _pieces(parts: tuple[Ref, ...], array: Ref, work: Work) -> list[tuple[Ref, Any]]:

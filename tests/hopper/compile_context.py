@@ -23,7 +23,8 @@ import jattn
 
 KINDS = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
 # In the order in which they run: transfers that begin, or are waited for, and the kernels.
-STEP = re.compile(rf" ((?:{KINDS})(?:-start|-done)?|custom-call)\(")
+# A kernel that reads slices of what came is a fusion of both.
+STEP = re.compile(rf" ((?:{KINDS})(?:-start|-done)?|custom-call)\(|kind=(kCustom)")
 LINE = PartitionSpec(None, "x")
 HEADS, DIM = 16, 128
 
@@ -32,7 +33,7 @@ def steps(text: str) -> list[str]:
     """Those of a compiled program."""
     entry = text[text.index("ENTRY") :].splitlines()
     runs = [line for line in entry if "AllocateBuffer" not in line]
-    return [found[1] for line in runs if (found := STEP.search(line))]
+    return [found[1] or "custom-call" for line in runs if (found := STEP.search(line))]
 
 
 def main(tokens: int = 65_536) -> None:

@@ -45,14 +45,18 @@ CALLS = [
 ]
 
 
+@pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize(
     ("kernels", "name", "schedule"), CALLS, ids=lambda x: str(x).replace(" ", "_")
 )
-def test_results_and_gradients_are_those_of_one_gpu(kernels: Any, name: str, schedule: Any) -> None:
+def test_results_and_gradients_are_those_of_one_gpu(
+    kernels: Any, name: str, schedule: Any, devices: int
+) -> None:
     options = dict((HOPPER if kernels is None else PORTABLE)[name])
-    if jax.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    if jax.device_count() < devices:
+        pytest.skip(f"needs {devices} GPUs")
+    found = jax.devices()[:devices]
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,), devices=found)
     line = P(None, "x")
     if "key_value_seq_lengths" in options:
         options["key_value_seq_lengths"] = jnp.asarray(options["key_value_seq_lengths"])
@@ -86,9 +90,9 @@ def test_results_and_gradients_are_those_of_one_gpu(kernels: Any, name: str, sch
     if schedule == "ring":
         assert not re.search("all-gather|all-to-all", compiled.as_text())
     if schedule is None:
-        assert "collective-permute" in compiled.as_text()
+        assert re.search("collective-permute|all-to-all", compiled.as_text())
     for got, wanted in zip(jax.tree.leaves(compiled(*held)), jax.tree.leaves(alone), strict=True):
-        assert len(got.sharding.device_set) == 2
+        assert len(got.sharding.device_set) == devices
         got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
         rounding = 2 * float(jnp.finfo(jnp.bfloat16).eps)
         assert np.abs(got - wanted).max() <= rounding * np.abs(wanted).max()

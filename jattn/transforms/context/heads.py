@@ -27,6 +27,7 @@ from jax import Array, lax
 
 from jattn.call.context import Context, Layout
 from jattn.call.dropout import seeds_from_head
+from jattn.call.halves import Halves
 from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms.context.kernels import Backward, Forward, Gradients
@@ -46,11 +47,16 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
     def compute(
         piece: int, rows: list[Array], keys: list[Array]
     ) -> tuple[list[Array], list[Array]]:
-        out, top, rest = kernel.run(*work.call(piece, *rows, *keys))
+        of_piece, own = work.call(piece, *rows, *keys)
+        if apart:
+            own = own._replace(halves=work.halves(operands, piece))
+        out, top, rest = kernel.run(of_piece, own)
         # Two numbers as one array: fewer small kernels between the large ones.
         return [out.astype(spec.dtype), jnp.stack([top, rest], axis=-1)], []
 
-    (out, numbers), _ = work.done([operands.query], [operands.key, operands.value], compute)
+    apart = work.has_halves and kernel.takes_halves(work.of_piece())
+    given = [operands.query], [operands.key, operands.value]
+    (out, numbers), _ = work.done(*given, compute, apart=apart)
     return Merged(out, numbers[..., 0], numbers[..., 1])
 
 
@@ -137,17 +143,18 @@ class Work:
         )
 
     def done(
-        self, rows: list[Array], keys: list[Array], compute: Compute
+        self, rows: list[Array], keys: list[Array], compute: Compute, *, apart: bool = False
     ) -> tuple[list[Array], list[Array]]:
         """The results (B, t, heads, ...) of a device's own queries, and of its own keys.
 
         rows, keys: arrays (B, t, heads, ...) of these.
         compute: of a piece's number and both of all positions, (B, T, heads, ...), the results of
           all positions.
+        apart: `compute` is given the other device's half of positions, (B, t, heads, ...), alone.
         """
         given, rows, keys = (rows, keys), [*map(wide, rows)], [*map(wide, keys)]
         results = _Results([], [], [])
-        held_rows, held_keys = self._come(self._sent(0, rows, keys), [], len(rows))[:2]
+        held_rows, held_keys = self._come(self._sent(0, rows, keys), [], len(rows), apart)[:2]
         made: list[Array] = []  # by the piece before: of queries, and of keys if they are whole
         sums: list[Array] = []
         few: list[list[Array]] = []  # of each piece, arrays of few numbers: sent with the last
@@ -156,21 +163,24 @@ class Work:
         for piece in range(self.pieces + 1):
             # What came is put where it belongs before the next exchange, and not in the end.
             made, rows, keys, found = lax.optimization_barrier((made, rows, keys, found))
-            if piece > 0:
+            if piece > 0 and not apart:
                 # And in order, so that it is not held beside what comes next.
                 held_rows, held_keys, made, rows, keys = lax.optimization_barrier(
                     (held_rows, held_keys, made, rows, keys)
                 )
             going = self._sent(piece + 1, rows, keys) if piece + 1 < self.pieces else []
-            coming, next_keys, come = self._come(going, made, len(rows) if going else 0)
+            coming, next_keys, come = self._come(going, made, len(rows) if going else 0, apart)
             if self.context.devices == 2 and made:
                 # What stays, before the next kernel: it holds the rest of what the last one made.
                 device = device_index(self.spec)
                 own = [_row(self._by_home(x), device)[0] for x in made]
                 found = self._with(found, results.like(own), piece - 1, device)
-                held_rows, held_keys, found = lax.optimization_barrier(
-                    (held_rows, held_keys, found)
-                )
+                if apart:  # slices of what came, which a kernel reads where no barrier is between
+                    found, rows, keys = lax.optimization_barrier((found, rows, keys))
+                else:
+                    held_rows, held_keys, found = lax.optimization_barrier(
+                        (held_rows, held_keys, found)
+                    )
                 part = results.like([x[0] for x in come])
                 found = self._with(found, part, piece - 1, 1 - device)
             elif made:
@@ -206,7 +216,7 @@ class Work:
         return going
 
     def _come(
-        self, going: list[Array], made: list[Array], rows: int
+        self, going: list[Array], made: list[Array], rows: int, apart: bool
     ) -> tuple[list[Array], list[Array], list[Array]]:
         """Queries' and keys' arrays of a piece, whole, and the results that are this device's.
 
@@ -215,6 +225,9 @@ class Work:
         sent = going + [self._by_home(x) for x in made]
         come = exchanged(self.context, sent)
         whole = come[: len(going)]
+        if apart:
+            halves = [x[0] for x in whole]
+            return halves[:rows], halves[rows:], come[len(going) :]
         if self.context.devices == 2:
             device = device_index(self.spec)
             whole = [_beside(device, *x) for x in zip(going, whole, strict=True)]
@@ -260,6 +273,44 @@ class Work:
             **shapes,
         )
         return of_piece, self.operands._replace(**found)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether there are two devices, and each has half of the positions, in their order."""
+        context, spec = self.context, self.spec
+        is_whole = (2 * spec.queries, 2 * spec.keys) == (context.queries, context.keys)
+        return context.devices == 2 and context.query_layout == "contiguous" and is_whole
+
+    def of_piece(self) -> AttentionSpec:
+        """The call of a piece of the heads, as far as its shapes go."""
+        shapes: dict[str, Any] = {}
+        for name in ("bias", "mask"):
+            x = getattr(self.operands, name)
+            if x is not None:
+                shapes[f"{name}_shape"] = (x.shape[0], min(x.shape[1], self.heads), *x.shape[2:])
+        return replace(
+            self.spec,
+            queries=self.context.queries,
+            keys=self.context.keys,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            has_sinks=False,
+            context=None,
+            **shapes,
+        )
+
+    def halves(self, operands: Operands, piece: int) -> Halves:
+        """A piece's own half of the positions, in the arrays of all heads."""
+        p, shared = self.pieces // self.sharing, piece // self.sharing
+        heads = [self.pieces * self.heads, piece * self.heads]
+        heads += [p * self.kv_heads, shared * self.kv_heads]
+        return Halves(
+            operands.query,
+            operands.key,
+            operands.value,
+            second=device_index(self.spec).astype(jnp.int32).reshape(1),
+            heads=jnp.asarray(heads, jnp.int32),
+        )
 
     def of_heads(self, x: Array, piece: int, count: int) -> Array:
         """Of a bias or mask (b, n, 1, s) a piece's heads, if it does not have one for all."""

@@ -24,11 +24,13 @@ class Forward:
 
     run: Callable[[AttentionSpec, Operands], tuple[Array, Array, Array]]
     unit: float
+    takes_halves: Callable[[AttentionSpec], bool]
 
     @staticmethod
     def of(kernels: Pair, spec: AttentionSpec) -> Forward:
         """Lowered once for all parts that are alike."""
-        return Forward(jax.jit(kernels.forward, static_argnums=0), kernels.unit(spec))
+        takes_halves = getattr(kernels, "takes_halves", lambda _: False)
+        return Forward(jax.jit(kernels.forward, static_argnums=0), kernels.unit(spec), takes_halves)
 
 
 class Gradients(NamedTuple):
