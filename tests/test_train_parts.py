@@ -86,6 +86,9 @@ def test_mfu_is_of_the_device_kinds_bfloat16_peak_and_absent_elsewhere() -> None
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GH200 144G HBM3e", 989e12),
+        ("NVIDIA L40", 181e12),  # neither an L4 nor an L40S
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),  # another chip
         ("cpu", None),
     ):
         device: Any = SimpleNamespace(device_kind=kind)

@@ -1,9 +1,12 @@
 """How fast it goes: bytes or tokens a second, the share of the device's peak arithmetic (MFU).
 
-Arithmetic is counted as in PaLM (Chowdhery et al. 2022, appendix B): 6 per weight and token for the
-matrices, 12 per visible (query, key) pair, head and head dim for attention. Recomputation is not
-counted.
+Arithmetic as in PaLM (Chowdhery et al. 2022, appendix B): 6 per weight and token for the matrices,
+12 per (query, key) pair, head and head dim for attention, recomputation not counted. PaLM counts
+all T keys of each query, so do nanoGPT and others; here it is the pairs that a query sees, half of
+them or fewer. An embedding multiplies nothing, an optimiser's products are none of the model's.
 """
+
+import re
 
 import jax
 import numpy as np
@@ -13,23 +16,27 @@ from models.transformer import VOCABULARY
 from training.data import Batch
 
 # Dense bfloat16 tensor-core peak in FLOP/s, from NVIDIA's data sheets; of several that a device
-# kind begins with, the first counts.
+# kind may be, the first counts.
 _BF16_PEAK = {
     "NVIDIA GB200": 2.5e15,
     "NVIDIA B200": 2.25e15,
     "NVIDIA GH200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA A100": 312e12,
+    "NVIDIA A10G": 70e12,
     "NVIDIA A10": 125e12,
     "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L4": 121e12,
     "NVIDIA RTX A6000": 155e12,
     "NVIDIA GeForce RTX 4090": 165e12,
     "NVIDIA GeForce RTX 3090": 71e12,
 }
+_MEMORY_OR_SOCKET = r"([ -](SXM\d?|PCIe|PCIE|HBM\w+|\d+GB?))*"  # what may follow a name
 
 
 class Pace:
@@ -73,7 +80,11 @@ def peak_flops(config: TransformerConfig, device: jax.Device) -> float | None:
     """Peak FLOP/s of the device in the model's dtype; None where the table has none."""
     if config.dtype == "float32":
         return None
-    matches = (peak for kind, peak in _BF16_PEAK.items() if device.device_kind.startswith(kind))
+    matches = (
+        peak
+        for kind, peak in _BF16_PEAK.items()
+        if re.fullmatch(kind + _MEMORY_OR_SOCKET, device.device_kind)
+    )
     return next(matches, None)
 
 
