@@ -73,9 +73,10 @@ def orthogonalized(matrices: Sequence[jax.Array], dtype: jax.typing.DTypeLike) -
     for numbers in alike.values():
         wide = [_wide(_unit(matrices[number])).astype(dtype) for number in numbers]
         x = jnp.concatenate(wide)
+        identity = jnp.eye(x.shape[1], dtype=x.dtype)
         for _ in range(_ITERATIONS):
             gram = x @ x.mT
-            x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
+            x = (_A * identity + _B * gram + _C * (gram @ gram)) @ x
         start = 0
         for number in numbers:
             layers, rows, columns = matrices[number].shape
