@@ -14,6 +14,9 @@ python train.py --help                       every option
 
 from training import environment  # isort: skip  (what jax reads when loaded)
 
+if __name__ == "__main__":
+    environment.open_device()
+
 import shlex
 import sys
 import time

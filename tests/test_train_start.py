@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import pytest
 
 import train
 from tests.promotion import of_others
 from tests.tiny_training import OPTIONS, results, write_corpus
-from training import start
+from training import environment, start
 from training.ahead import Programs
 from training.program_memory import Memory
 
@@ -89,3 +92,25 @@ def test_layers_stay_apart_where_they_fit_or_a_loop_does_not_either(
     rows = results(run)
     assert rows[0]["held_out_bits_per_byte"] == pytest.approx(8.0, abs=0.01)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("argv", "opened"), [([], 1), (["--steps=3"], 1), (["--help"], 0), (["--target", "h100"], 0)]
+)
+def test_the_device_is_opened_ahead_where_the_arguments_ask_for_one(
+    argv: list[str], opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def devices() -> None:
+        asked.append(argv)
+        raise RuntimeError("no device")  # the trainer comes to that by itself
+
+    def thread(target: Any) -> Any:
+        return SimpleNamespace(start=target)
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(environment, "threading", SimpleNamespace(Thread=thread))
+    monkeypatch.setattr("sys.argv", ["train.py", *argv])
+    environment.open_device()
+    assert len(asked) == opened

@@ -1,7 +1,10 @@
 """What jax's libraries read when they are loaded. Imported before jax, it sets what nobody has."""
 
+import contextlib
 import gc
 import os
+import sys
+import threading
 import time
 
 BEGAN = time.perf_counter()  # so much of the command: Python itself
@@ -18,3 +21,19 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 _NO_SLICE_FUSION = "--xla_gpu_enable_dynamic_slice_fusion"
 if _NO_SLICE_FUSION not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_SLICE_FUSION}=false".strip()
+
+
+def open_device() -> None:
+    """Begins to open the device, in a thread, while the trainer's other modules are imported.
+
+    CUDA takes about a second, without Python's lock. Not where the arguments ask for no device: for
+    help, or for a GPU that is not here.
+    """
+    import jax
+
+    def open_it() -> None:
+        with contextlib.suppress(RuntimeError):  # raised again where the device is asked for
+            jax.devices()
+
+    if not any(word.startswith(("-h", "--help", "--target")) for word in sys.argv[1:]):
+        threading.Thread(target=open_it).start()
