@@ -5,6 +5,7 @@ python train.py --data PATH --steps 1000     on any file or folder
 python train.py --model FOLDER               fine-tunes a folder in Hugging Face's format
 python train.py --resume runs/NAME           exactly as if it had not stopped
 python train.py --sequence-parallel 2        with each sequence cut over two devices
+python train.py --coordinator-address auto   in several processes, as Slurm and others start them
 python train.py --report memory              memory and time of attention at growing lengths
 python train.py --report step                the same of the whole training step
 python train.py --report longest             the longest sequence that trains, and two steps of it
@@ -23,13 +24,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from jattn import UnsupportedAttentionError
-from models import FolderError
 from training import (
     cli,
     compiler,
@@ -37,15 +37,16 @@ from training import (
     kernel_text,
     kernels_ahead,
     plots,
+    processes,
     run_folder,
     start,
 )
 from training.ahead import Programs
 from training.checkpoints import Checkpoints
-from training.config import DataConfig
+from training.config import DataConfig, TrainConfig
 from training.data import Corpus, first_long_step, load_corpus
-from training.devices import Devices, check_count, check_lengths
-from training.errors import TrainingError, one_line
+from training.devices import Devices, check_count, check_lengths, own
+from training.errors import REFUSALS, AgreedError, one_line
 from training.interrupt import stop_on_signals
 from training.loop import Outputs, train
 from training.progress import TrainingProgress, make_console, say
@@ -62,45 +63,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (target := cli.peek(argv, "--target")) is not None:
             start_again_with_compilers(argv, target)
-        request = cli.parse(argv)
+        processes.join(*(cli.peek(argv, option) for option in processes.OPTIONS))
+        request = processes.together(lambda: cli.parse(argv))
         kernel_text.leave_out_counts()
         only_report = request.run.report is not None or request.run.target is not None
         return (report if only_report else run)(request, make_console())
     except KeyboardInterrupt:  # before or after the part that saves
-        return 130
-    except (TrainingError, FolderError, UnsupportedAttentionError, OSError) as error:
+        return processes.leave(130)
+    except AgreedError as error:
+        if processes.is_first():
+            tell(one_line(error))
+        return 2
+    except REFUSALS as error:
         message = one_line(error)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         remedy = "lower --batch-size or --sequence-length, or recompute more: --rematerialize block"
         message = f"out of memory; {remedy} ({one_line(error)})"
+    tell(message)
+    return processes.leave(2)
+
+
+def tell(message: str) -> None:
+    """What is wrong."""
     print(f"train.py: error: {message}", file=sys.stderr)
-    return 2
 
 
 def run(request: cli.Request, console: Console) -> int:
     """Corpus, run folder, memory report, training, plot; checks all before it writes anything."""
     config = request.config
-    with ThreadPoolExecutor(max_workers=1) as beside:  # reads, while the model is traced
-        read = beside.submit(read_corpus, config.data)
-        check_model_runs(config)
-        devices = Devices.checked(request.run.sequence_parallel, config.data)
-        if config.memory.memory_report:
-            check_lengths(devices.count, "--memory-lengths", config.memory.memory_lengths)
-        corpus = read.result()
-    if config.fine_tune.model is not None:
-        corpus = tokenized(corpus, config)
+    reports = config.memory.memory_report and not processes.are_several()
+    corpus, devices = processes.together(lambda: prepare(request, reports=reports))
+    processes.check_alike("options", repr(cli.of_all(request)))
+    processes.check_alike("text in --data", corpus.fingerprint)
     with stop_on_signals() as stop:
         folder, state = begin(request, corpus)
         checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
-        title = f"{parameter_count(config) / 1e6:.3g} million weights on {corpus.source}"
         kind = jax.devices()[0].device_kind
         on = kind if devices.count == 1 else f"{devices.count} x {kind}"
-        say(console, f"{folder.path}: {title}, on {on}")
+        if processes.are_several():
+            on += f" in {jax.process_count()} processes"
+        say(console, f"{folder.path}: {title_of(config, corpus)}, on {on}")
         say(console, str(corpus))
         began = environment.BEGAN
-        if config.memory.memory_report and not folder.memory_json.exists():
+        if reports and not folder.memory_json.exists():
             report_layer(config, here(devices.count), Screen(console, folder, stop))
             began = time.perf_counter()
         compiler.keep_programs(folder.path.parent / ".compiled")
@@ -111,7 +118,8 @@ def run(request: cli.Request, console: Console) -> int:
             if first.note:
                 say(console, first.note)
                 config = first.config
-                folder.put_config(config)
+                if processes.is_first():
+                    folder.put_config(config)
                 checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
         else:
             first = start.Start(config, Programs(config, devices), devices.state(state))
@@ -131,20 +139,55 @@ def run(request: cli.Request, console: Console) -> int:
                 held_out_loss=first.held_out_loss,
             )
 
-    rows, done = read_metrics(folder.metrics), int(state.step)
+    stopped = stop.signal if int(state.step) < config.optimizer.steps else None
+    if processes.is_first():
+        conclude(console, request.run, folder, config, corpus, state, stopped)
+    return 128 + stopped if stopped else 0
+
+
+def conclude(
+    console: Console,
+    run: cli.RunOptions,
+    folder: RunFolder,
+    config: TrainConfig,
+    corpus: Corpus,
+    state: TrainState,
+    stopped: Signals | None,
+) -> None:
+    """Plot, model and last lines of a run that is done or was stopped."""
+    rows, references = read_metrics(folder.metrics), corpus.held_out_compressed
     longer = f"from here {config.data.sequence_length:,} {corpus.unit} a sequence"
     events = {first_long_step(config.data, config.optimizer.steps): longer}
-    plots.plot_loss(folder.loss_plot, rows, corpus.held_out_compressed, title, events)
-    if stop.signal is not None and done < config.optimizer.steps:
-        say(console, f"{stop.signal.name}: saved after step {done}; to go on:")
-        say(console, f"    {resume_command(folder)}")
-        return 128 + stop.signal
-    say(console, summary(rows, corpus.held_out_compressed))
+    plots.plot_loss(folder.loss_plot, rows, references, title_of(config, corpus), events)
+    if stopped is not None:
+        say(console, f"{stopped.name}: saved after step {int(state.step)}; to go on:")
+        say(console, f"    {resume_command(run, folder)}")
+        return
+    say(console, summary(rows, references))
     if config.fine_tune.model is not None:
-        fine_tuning.save(folder.model, state.graph, state.params, config)
+        fine_tuning.save(folder.model, state.graph, own(state.params), config)
         say(console, f"model saved in {folder.model}")
     say(console, f"results in {folder.path}")
-    return 0
+
+
+def title_of(config: TrainConfig, corpus: Corpus) -> str:
+    """What is trained on what."""
+    return f"{parameter_count(config) / 1e6:.3g} million weights on {corpus.source}"
+
+
+def prepare(request: cli.Request, *, reports: bool) -> tuple[Corpus, Devices]:
+    """The corpus and the devices, once it is known that the model runs on them."""
+    config = request.config
+    with ThreadPoolExecutor(max_workers=1) as beside:  # reads, while the model is traced
+        read = beside.submit(read_corpus, config.data)
+        check_model_runs(config)
+        devices = Devices.checked(request.run.sequence_parallel, config.data)
+        if reports:
+            check_lengths(devices.count, "--memory-lengths", config.memory.memory_lengths)
+        corpus = read.result()
+    if config.fine_tune.model is not None:
+        corpus = tokenized(corpus, config)
+    return corpus, devices
 
 
 def read_corpus(config: DataConfig) -> Corpus:
@@ -159,15 +202,25 @@ def begin(request: cli.Request, corpus: Corpus) -> tuple[RunFolder, TrainState |
     config, run = request.config, request.run
     if run.resume is not None:
         folder = RunFolder(Path(run.resume))
-        return folder, Checkpoints(folder.checkpoints, config, corpus.fingerprint).restore()
+        checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
+        return folder, processes.together(checkpoints.restore)
     facts = {"weights": parameter_count(config), "corpus": corpus.facts()}
     if config.fine_tune.model is not None:
         facts["fine_tuned"] = fine_tuning.facts(config)
-    return run_folder.create(run.runs_dir, run.name, config, facts), None
+
+    def create() -> str:
+        if not processes.is_first():
+            return ""
+        return str(run_folder.create(run.runs_dir, run.name, config, facts).path)
+
+    path, *_ = processes.gather(processes.together(create))
+    return RunFolder(Path(path)), None
 
 
 def report(request: cli.Request, console: Console) -> int:
     """One report into a folder of its own."""
+    if processes.are_several():
+        raise AgreedError("a report is of one process; leave out --coordinator-address for it")
     options, config = request.run, request.config
     count = options.sequence_parallel
     check_count(count, None if options.target is not None else len(jax.devices()))
@@ -199,11 +252,16 @@ def summary(rows: Sequence[dict[str, Any]], references: dict[str, float]) -> str
     return f"held-out bits/byte: {held_out[0]:.3f} -> {held_out[-1]:.3f} ({compressors})"
 
 
-def resume_command(folder: RunFolder) -> str:
-    """What continues the run when typed where this one was started."""
+def resume_command(run: cli.RunOptions, folder: RunFolder) -> str:
+    """What continues the run, or this process of it, when typed where this one was started."""
     here = Path.cwd()
     words = [Path(sys.executable), Path(__file__)]
     shown = [str(word.relative_to(here) if word.is_relative_to(here) else word) for word in words]
+    same = ("sequence_parallel", "coordinator_address", "num_processes", "process_id")
+    for option in same:
+        value = getattr(run, option)
+        if value != getattr(cli.RunOptions, option):
+            shown += [f"--{option.replace('_', '-')}", str(value)]
     return shlex.join([*shown, "--resume", str(folder.path)])
 
 

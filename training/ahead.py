@@ -54,7 +54,9 @@ class Programs:
     def prepare_initial_state(self) -> None:
         """Begins to draw the weights; of a folder's model there is nothing to."""
         if self._config.fine_tune.model is None:
-            lowered = new_state.lower(self._config.model, self._config.optimizer)
+            place = None if self.devices.count == 1 else self.devices.whole
+            draw = jax.jit(new_state, static_argnums=(0, 1), out_shardings=place)
+            lowered = draw.lower(self._config.model, self._config.optimizer)
             self._initial = self._pool.submit(lambda: _compiled(lowered)())
 
     def prepare_update(self, batch: Batch) -> None:

@@ -5,6 +5,7 @@
     checkpoints/<step>/digests.json       sha256 of each file above; Orbax misses a flipped bit
 
 A checkpoint is written beside its place and renamed into it, so that one that is there is whole.
+Of JAX's processes the first writes it, for any number of them to read.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ from typing import Any
 
 import jax
 
+from training import processes
 from training.config import TrainConfig, differences, from_json
+from training.devices import own
 from training.errors import TrainingError, one_line
 from training.step import TrainState, abstract_state
 
@@ -36,6 +39,8 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Writes the state under its step unless that is there already, and drops old ones."""
+        if not processes.is_first():
+            return
         step = int(state.step)
         final = self.path / str(step)
         if final.exists():
@@ -48,10 +53,9 @@ class Checkpoints:
             "corpus": self.corpus_fingerprint,
         }
         (partial / _BELONGS_TO).write_text(json.dumps(belongs_to), encoding="utf-8")
+        tree = jax.device_get(own(_tree(state)))
         with _checkpointer() as checkpointer:
-            checkpointer.save(
-                (partial / _STATE).absolute(), args=_args().StandardSave(_tree(state))
-            )
+            checkpointer.save((partial / _STATE).absolute(), args=_args().StandardSave(tree))
         (partial / _DIGESTS).write_text(json.dumps(_digests(partial)), encoding="utf-8")
         partial.rename(final)
         for old in _steps(self.path)[: -self.config.record.keep_checkpoints]:
@@ -72,7 +76,7 @@ class Checkpoints:
         self._check_belongs(path)
         abstract = abstract_state(self.config)
         # Not where they were saved, which may be devices that are not here.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), _tree(abstract)
         )
@@ -148,4 +152,10 @@ def _args() -> Any:
 
 
 def _checkpointer() -> Any:
-    return _orbax().Checkpointer(_orbax().StandardCheckpointHandler())
+    """One that asks nothing of other processes."""
+    number = jax.process_index()
+    alone = _orbax().options.MultiprocessingOptions(
+        primary_host=number, active_processes={number}, barrier_sync_key_prefix=str(number)
+    )
+    handler = _orbax().StandardCheckpointHandler(multiprocessing_options=alone)
+    return _orbax().Checkpointer(handler, multiprocessing_options=alone)

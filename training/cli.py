@@ -68,6 +68,25 @@ class RunOptions:
     """Devices over which each sequence is cut, the weights being on all of them; a run may be
     resumed on another number. A report is then of each of them."""
 
+    coordinator_address: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="HOST:PORT|auto", help_behavior_hint="(default: one process)"),
+    ] = None
+    """Train in several processes that share their devices, such as one on each host, started with
+    the same options: where process 0 is to be found, or auto for what Slurm, Open MPI and other
+    schedulers that JAX knows say. All devices take part: those that sequence-parallel leaves get
+    sequences of their own. The first process writes the run."""
+
+    num_processes: Annotated[
+        int | None, tyro.conf.arg(help_behavior_hint="(default: the scheduler's)")
+    ] = None
+    """How many processes."""
+
+    process_id: Annotated[
+        int | None, tyro.conf.arg(help_behavior_hint="(default: the scheduler's)")
+    ] = None
+    """Which of them this is, from 0."""
+
     report: Annotated[
         ReportName | None,
         tyro.conf.arg(help_behavior_hint="(default: what a run consists of)"),
@@ -130,6 +149,14 @@ def parse(argv: Sequence[str] | None) -> Request:
     return request
 
 
+def of_all(request: Request) -> Request:
+    """The same in each of JAX's processes that were started for it."""
+    run = dataclasses.replace(
+        request.run, coordinator_address=None, num_processes=None, process_id=None
+    )
+    return dataclasses.replace(request, run=run)
+
+
 def _check_fine_tuning(request: Request, defaults: TrainConfig) -> None:
     """Refuses what does not apply to a model that has its own sizes."""
     model = request.config.fine_tune.model
@@ -170,10 +197,9 @@ def _preset(given: str | None, *, target: str | None) -> PresetName:
 def peek(argv: Sequence[str], option: str) -> str | None:
     """Value of an option that decides the defaults of the others, before those are parsed."""
     for argument, following in itertools.pairwise((*argv, None)):
-        if argument == option:
-            return following
-        if argument is not None and argument.startswith(f"{option}="):
-            return argument.removeprefix(f"{option}=")
+        name, equals, value = (argument or "").partition("=")
+        if name.replace("_", "-") == option:
+            return value if equals else following
     return None
 
 

@@ -1,68 +1,123 @@
-"""The devices of a run: its weights are on each, and its sequences are cut over them."""
+"""The devices of a run: its weights are on each, its batches are cut over them.
+
+In one process they are those over which each sequence is cut. In several they are all, neighbours
+along a sequence first, so that what these exchange stays in one process where it can:
+
+    2 processes of 4 devices, --sequence-parallel 2         rows of a batch
+                                                         |  0 1 | 2 3     process 0
+                                                         v  4 5 | 6 7     process 1
+"""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from training import processes
 from training.config import DataConfig
 from training.data import Batch
 from training.errors import TrainingError
 
-_AXIS = "sequence"
+_ROWS, _SEQUENCE = "rows", "sequence"
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """The first of JAX's devices, as many as `count`; one leaves all where JAX puts it."""
+    """The first of JAX's devices, as many as are asked for; one leaves all where JAX puts it."""
 
-    count: int = 1
+    along_sequence: int = 1
+    along_rows: int = 1
 
     @staticmethod
-    def checked(count: int, data: DataConfig) -> "Devices":
+    def checked(along_sequence: int, data: DataConfig) -> "Devices":
         """So many devices for sequences of the lengths that are configured.
 
         Raises:
-            TrainingError: there are fewer, or they do not divide a length, or JAX has several
-              processes.
+            TrainingError: there are fewer, or they do not divide a length, or those of several
+              processes or a batch cannot be shared out.
         """
-        if jax.process_count() > 1:  # each would write the run's folder
-            raise TrainingError(f"train.py runs in one process; JAX has {jax.process_count()}")
-        check_count(count, len(jax.devices()))
-        check_lengths(count, "--sequence-length", [data.sequence_length])
+        found = len(jax.devices())
+        check_count(along_sequence, found)
+        check_lengths(along_sequence, "--sequence-length", [data.sequence_length])
         if data.short_share > 0:
             short = min(data.short_sequence_length, data.sequence_length)
-            check_lengths(count, "--short-sequence-length", [short])
-        return Devices(count)
+            check_lengths(along_sequence, "--short-sequence-length", [short])
+        if not processes.are_several():
+            return Devices(along_sequence)
+        along_rows, left = divmod(found, along_sequence)
+        if left:
+            raise TrainingError(
+                f"--sequence-parallel ({along_sequence}) must divide the number of devices of all"
+                f" processes ({found})"
+            )
+        if data.batch_size % along_rows:
+            raise TrainingError(
+                f"--batch-size ({data.batch_size}) must be a multiple of {along_rows}: over so many"
+                f" of {found} devices its sequences go, each over --sequence-parallel"
+                f" ({along_sequence})"
+            )
+        return Devices(along_sequence, along_rows)
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.along_sequence * self.along_rows
+
+    @property
+    def here(self) -> list[jax.Device]:
+        """Those of this process."""
+        found: list[jax.Device] = jax.local_devices()
+        return found[: self.count]
 
     def batch(self, batch: Batch) -> Batch:
-        """The batch with each device's part of its sequences there."""
+        """The batch with each device's part of it there; all processes have the whole."""
         if self.count == 1:
             return batch
-        placed: Any = jax.device_put((batch.inputs, batch.targets, batch.segment_ids), self._cut)
+        placed: Any = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, self._cut, x.__getitem__),
+            (batch.inputs, batch.targets, batch.segment_ids),
+        )
         return Batch(*placed)
 
     def state(self, tree: Any) -> Any:
-        """Arrays, whole on each device."""
-        return tree if self.count == 1 else jax.device_put(tree, self._whole)
+        """Arrays, whole on each device; each process has the same, or has a part of them."""
+        if self.count == 1:
+            return tree
+        is_own = all(x.is_fully_addressable for x in jax.tree.leaves(tree))
+        if self.whole.is_fully_addressable or not is_own:
+            return jax.device_put(tree, self.whole)
+
+        def placed(x: jax.Array) -> jax.Array:
+            copies = [jax.device_put(x, device) for device in self.here]
+            return jax.make_array_from_single_device_arrays(x.shape, self.whole, copies)
+
+        return jax.tree.map(placed, tree)
 
     def shape(self, x: Any, *, is_cut: bool) -> jax.ShapeDtypeStruct:
         """That of an array which `batch` or `state` places."""
         if self.count == 1:
             return jax.ShapeDtypeStruct(x.shape, x.dtype)
-        place = self._cut if is_cut else self._whole
+        place = self._cut if is_cut else self.whole
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     @property
-    def _cut(self) -> NamedSharding:
-        return NamedSharding(_mesh(self.count), PartitionSpec(None, _AXIS))
+    def whole(self) -> NamedSharding:
+        """Where the state is, on several."""
+        return NamedSharding(_mesh(self.along_rows, self.along_sequence), PartitionSpec())
 
     @property
-    def _whole(self) -> NamedSharding:
-        return NamedSharding(_mesh(self.count), PartitionSpec())
+    def _cut(self) -> NamedSharding:
+        place = PartitionSpec(_ROWS, _SEQUENCE)
+        return NamedSharding(_mesh(self.along_rows, self.along_sequence), place)
+
+
+def own(tree: Any) -> Any:
+    """Arrays that each device has whole, as one of this process has them."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def check_count(count: int, found: int | None) -> None:
@@ -87,7 +142,10 @@ def check_lengths(count: int, option: str, lengths: Sequence[int]) -> None:
 
 
 @functools.cache
-def _mesh(count: int) -> Mesh:
+def _mesh(*sizes: int) -> Mesh:
     return jax.make_mesh(
-        (count,), (_AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+        sizes,
+        (_ROWS, _SEQUENCE),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[: math.prod(sizes)],
     )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from signal import SIG_DFL, SIGINT, SIGTERM, Signals, signal
 from types import FrameType
 
+from training import processes
+
 
 @dataclasses.dataclass
 class StopRequest:
@@ -16,6 +18,13 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def anywhere(self) -> bool:
+        """Whether a signal came to any of JAX's processes; from then on it has come to all."""
+        if processes.are_several():
+            number = max(map(int, processes.gather(str(int(self.signal or 0)))))
+            self.signal = Signals(number) if number else None
+        return bool(self)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from training.ahead import Programs
 from training.checkpoints import Checkpoints
 from training.config import TrainConfig
 from training.data import Batch, Corpus, evaluation_batches, training_batch
-from training.errors import TrainingError
+from training.errors import AgreedError
 from training.interrupt import StopRequest
 from training.progress import TrainingProgress
 from training.run_folder import MetricsLog
@@ -69,7 +69,7 @@ def train(
         held_out_loss: nats, of the state given, where that has been measured already.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        AgreedError: the loss is no longer finite.
     """
     total, record = config.optimizer.steps, config.record
     log, checkpoints, progress = outputs.log, outputs.checkpoints, outputs.progress
@@ -88,14 +88,14 @@ def train(
     programs.prepare_update(batch)
     programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
     progress.line("bits per byte; training is the mean since the line before")
-    if log.last_step < 0 and not stop:
+    if log.last_step < 0 and not stop.anywhere():
         row = {"step": 0, "held_out_bits_per_byte": held_out_before()}
         log.write(row)
         progress.line(_line(row, total, [], {}))
     since_line: list[float] = []
     shape: tuple[int, ...] = ()
     for step in range(first, total + 1):
-        if stop:
+        if stop.anywhere():
             break
         if batch.inputs.shape != shape:
             shape = batch.inputs.shape
@@ -106,7 +106,7 @@ def train(
         scalars = jax.device_get(in_flight)
         seconds = time.perf_counter() - started
         if not math.isfinite(scalars.loss):
-            raise TrainingError(
+            raise AgreedError(
                 f"the loss at step {step} is {scalars.loss}; start again with a lower"
                 f" --learning-rate (it was {config.optimizer.learning_rate}) or a larger"
                 " --warmup-fraction"

@@ -13,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from training import processes
+
 _PIPE_WIDTH = 120  # columns
 
 
@@ -31,7 +33,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
         self._task = self._bar.add_task("training", total=total, completed=done, now="compiling")
 
@@ -55,8 +57,11 @@ class TrainingProgress:
 
 
 def make_console() -> Console:
-    """Standard output; where it is no terminal, wide enough for any table of the trainer."""
-    console = Console()
+    """Standard output; where it is no terminal, wide enough for any table of the trainer.
+
+    Of JAX's processes the first alone speaks.
+    """
+    console = Console(quiet=not processes.is_first())
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console

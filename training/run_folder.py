@@ -12,6 +12,7 @@ from typing import IO, Any, Self
 
 import jax
 
+from training import processes
 from training.config import TrainConfig
 from training.errors import TrainingError
 
@@ -116,16 +117,21 @@ def create(
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per step and line, readable while the run goes on."""
+    """metrics.jsonl: one JSON object per step and line, readable while the run goes on.
+
+    Of JAX's processes the first writes it.
+    """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         """Keeps the rows up to `after_step`, which a resumed run continues, and drops the rest."""
         kept = [row for row in read_metrics(path) if row["step"] <= after_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
         self._last = kept[-1]["step"] if kept else -1
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file: IO[str] | None = None
+        if processes.is_first():
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+            partial.replace(path)
+            self._file = path.open("a", encoding="utf-8")
 
     @property
     def last_step(self) -> int:
@@ -134,8 +140,9 @@ class MetricsLog:
 
     def write(self, row: dict[str, float]) -> None:
         self._last = int(row["step"])
-        self._file.write(f"{json.dumps(row)}\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(f"{json.dumps(row)}\n")
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +153,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

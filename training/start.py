@@ -10,8 +10,7 @@ fits in a loop alone takes the loop instead:
 
 import dataclasses
 
-import jax
-
+from training import processes
 from training.ahead import Programs
 from training.config import TrainConfig
 from training.data import Corpus
@@ -44,7 +43,7 @@ def begin(config: TrainConfig, corpus: Corpus, devices: Devices) -> Start:
     state = programs.initial_state()
     if config.fine_tune.model is not None or config.model.scan_blocks:
         return Start(config, programs, state)
-    free = free_bytes(jax.devices()[0])
+    free = _free(devices)
     if free is None:
         return Start(config, programs, state)
     batch, held_out = batch_of(config, corpus, step=1), next(held_out_batches(config, corpus))
@@ -68,6 +67,14 @@ def begin(config: TrainConfig, corpus: Corpus, devices: Devices) -> Start:
     )
     state = dataclasses.replace(state, graph=abstract_state(looped).graph)
     return Start(looped, in_a_loop, state, note=note)
+
+
+def _free(devices: Devices) -> int | None:
+    """Bytes that are free on each device, other processes' too; None if unknown."""
+    known = [free_bytes(device) for device in devices.here]
+    own = None if None in known else min(free for free in known if free is not None)
+    said = processes.gather("" if own is None else str(own))
+    return None if "" in said else min(map(int, said))
 
 
 def _prepare(programs: Programs, config: TrainConfig, corpus: Corpus) -> None:
