@@ -95,7 +95,14 @@ def test_layers_stay_apart_where_they_fit_or_a_loop_does_not_either(
 
 
 @pytest.mark.parametrize(
-    ("argv", "opened"), [([], 1), (["--steps=3"], 1), (["--help"], 0), (["--target", "h100"], 0)]
+    ("argv", "opened"),
+    [
+        ([], 1),
+        (["--steps=3"], 1),
+        (["--help"], 0),
+        (["--target", "h100"], 0),
+        (["--coordinator_address=auto"], 0),
+    ],
 )
 def test_the_device_is_opened_ahead_where_the_arguments_ask_for_one(
     argv: list[str], opened: int, monkeypatch: pytest.MonkeyPatch

@@ -22,12 +22,21 @@ _NO_SLICE_FUSION = "--xla_gpu_enable_dynamic_slice_fusion"
 if _NO_SLICE_FUSION not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_SLICE_FUSION}=false".strip()
 
+_NOT_AHEAD = (
+    "-h",
+    "--help",
+    "--target",
+    "--coordinator-address",
+    "--num-processes",
+    "--process-id",
+)
+
 
 def open_device() -> None:
     """Begins to open the device, in a thread, while the trainer's other modules are imported.
 
-    CUDA takes about a second, without Python's lock. Not where the arguments ask for no device: for
-    help, or for a GPU that is not here.
+    CUDA takes about a second, without Python's lock. Not where the arguments ask for no device, as
+    for help or a GPU that is not here, or for several processes, which join before they look.
     """
     import jax
 
@@ -35,5 +44,6 @@ def open_device() -> None:
         with contextlib.suppress(RuntimeError):  # raised again where the device is asked for
             jax.devices()
 
-    if not any(word.startswith(("-h", "--help", "--target")) for word in sys.argv[1:]):
+    words = (word.replace("_", "-") for word in sys.argv[1:])
+    if not any(word.startswith(_NOT_AHEAD) for word in words):
         threading.Thread(target=open_it).start()
