@@ -16,7 +16,10 @@ from tests.promotion import of_others
 from tests.tiny_training import OPTIONS, results, write_corpus
 from training import environment, start
 from training.ahead import Programs
+from training.data import Batch
 from training.program_memory import Memory
+from training.run_folder import MetricsLog
+from training.step import TrainState
 
 APART, LOOPED = 9_000_000, 4_000_000  # bytes that the updates are said to take
 
@@ -121,3 +124,26 @@ def test_the_device_is_opened_ahead_where_the_arguments_ask_for_one(
     monkeypatch.setattr("sys.argv", ["train.py", *argv])
     environment.open_device()
     assert len(asked) == opened
+
+
+def test_the_device_has_its_next_update_before_the_last_ones_row_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the state between the two is to be measured or saved: here after 4 and 6."""
+    seen: list[str] = []
+    update, write = Programs.update, MetricsLog.write
+
+    def updated(programs: Programs, state: TrainState, batch: Batch) -> Any:
+        seen.append("update")
+        return update(programs, state, batch)
+
+    def written(log: MetricsLog, row: dict[str, Any]) -> None:
+        seen.append(str(row["step"]))
+        write(log, row)
+
+    monkeypatch.setattr(Programs, "update", updated)
+    monkeypatch.setattr(MetricsLog, "write", written)
+    options = ["--steps", "7", "--evaluate-every", "4", "--checkpoint-every", "6"]
+    trained(tmp_path, "run", *options)
+    text = " ".join(seen).replace("update", "+")
+    assert text == "0 + 1 + + 2 + 3 4 + + 5 6 + 7"
