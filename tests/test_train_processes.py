@@ -19,24 +19,28 @@ from training.errors import AgreedError, TrainingError
 from training.interrupt import Signals, StopRequest
 
 PROGRAM = """
-import contextlib, io, os, signal
-import train
+import contextlib, io, os, runpy, signal, sys
 from tests.promotion import of_others
 
-# What JAX asks once for a process: others of its runs are in the same two.
-joining = ["--coordinator-address", ADDRESS, "--num-processes", "2", f"--process-id={{NUMBER}}"]
+options = {options!r}
+sys.argv = ["train.py", *options, "--name", "2", "--sequence-parallel", "2"]
+sys.argv += ["--coordinator-address", ADDRESS, "--num-processes=2", f"--process-id={{NUMBER}}"]
+with of_others():
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0
 
-def main(*options):
+import train
+
+def main(*options):  # in processes that have joined
     error = io.StringIO()
     with of_others(), contextlib.redirect_stderr(error):
-        status = train.main([*joining, *options])
-    joining.clear()
+        status = train.main(options)
     return status, error.getvalue()
 
-options = {options!r}
-for devices in (2, 4):
-    found = main(*options, "--name", str(devices), "--sequence-parallel", str(devices))
-    assert found == (0, ""), found
+found = main(*options, "--name", "4", "--sequence-parallel", "4")
+assert found == (0, ""), found
 found = main("--resume", {folder!r} + "/one", "--sequence-parallel", "2")
 assert found == (0, ""), found
 
@@ -144,6 +148,7 @@ def test_devices_that_cannot_be_shared_out_are_refused(
     [
         ((None, "2", None), "--num-processes goes with --coordinator-address HOST:PORT"),
         (("host", "2", "0"), "must be HOST:PORT or auto, got host"),
+        (("auto", None, None), r"auto: .* \(JAX finds no scheduler here: name HOST:PORT\)"),
         (("host:1", "two", "0"), "--num-processes must be an integer, got two"),
         (("host:1", "2", "2"), "host:1: .* process_id=2, num_processes=2"),
     ],
@@ -152,5 +157,7 @@ def test_a_process_that_cannot_join_says_why(
     given: tuple[str | None, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    found = "jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params"
+    monkeypatch.setattr(found, lambda *given: given[:4])  # no scheduler, wherever this runs
     with pytest.raises(TrainingError, match=message):
         processes.join(*given)

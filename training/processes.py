@@ -53,7 +53,9 @@ def join(address: str | None, count: str | None, number: str | None) -> None:
             None if address == "auto" else address, num_processes, process_id
         )
     except (ValueError, RuntimeError) as error:
-        raise TrainingError(f"{OPTIONS[0]} {address}: {one_line(error)}") from error
+        is_unknown = address == "auto" and isinstance(error, ValueError)
+        hint = " (JAX finds no scheduler here: name HOST:PORT)" if is_unknown else ""
+        raise TrainingError(f"{OPTIONS[0]} {address}: {one_line(error)}{hint}") from error
     sys.excepthook = _leave_with_traceback
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
