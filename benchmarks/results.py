@@ -20,6 +20,8 @@ SCHEMA = 1
 NOT_REACHED, OUT_OF_TIME = "not reached", "not run: the time limit had passed"
 LEFT_OUT = "left out of this cell by the preset; --peers runs it"
 _OPEN = (NOT_REACHED, OUT_OF_TIME, LEFT_OUT)
+# As XLA and PyTorch say it: what does not fit beside other workers may fit beside fewer.
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Run:
     def settled(self, cell: str, peer: str, which: Pass) -> bool:
         """Whether this was measured, or is known to be impossible."""
         found = self.get(cell, peer, which)
-        return found is not None and found.reason not in _OPEN
+        if found is None or found.reason in _OPEN:
+            return False
+        return found.reason is None or not any(words in found.reason for words in _NO_MEMORY)
 
     def best(self, cell: str, peers: Iterable[str], which: Pass) -> Measurement | None:
         """The fastest of these peers in the cell; None if none has a time."""

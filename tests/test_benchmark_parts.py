@@ -138,6 +138,8 @@ def test_merged_runs_keep_what_was_measured_and_the_later_of_two() -> None:
         Measurement("b", "forward", ms=2.0),
         Measurement("c", "forward", reason=NOT_REACHED),
         Measurement("d", "forward", reason="cannot"),
+        Measurement("e", "forward", ms=5.0),
+        Measurement("f", "forward", ms=6.0),
     )
     two = run_of(
         "2026-01-02",
@@ -145,12 +147,14 @@ def test_merged_runs_keep_what_was_measured_and_the_later_of_two() -> None:
         Measurement("b", "forward", ms=3.0),
         Measurement("c", "forward", ms=4.0),
         Measurement("d", "forward", reason=LEFT_OUT),
+        Measurement("e", "forward", reason="JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"),
+        Measurement("f", "forward", reason="OutOfMemoryError: CUDA out of memory."),
         matmul_tflops=700.0,
     )
     for order in ([one, two], [two, one]):
         whole = merge.merged(order)
         kept = {m.peer: m.ms or m.reason for m in whole.measurements[SMALL.name]}
-        assert kept == {"a": 1.0, "b": 3.0, "c": 4.0, "d": "cannot"}
+        assert kept == {"a": 1.0, "b": 3.0, "c": 4.0, "d": "cannot", "e": 5.0, "f": 6.0}
         assert whole.date == "2026-01-02"
         assert whole.machine["matmul_tflops"] == 700.0
     assert one.measurements[SMALL.name][2].reason == NOT_REACHED

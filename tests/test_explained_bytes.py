@@ -13,7 +13,7 @@ import pytest
 import jattn
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
-MEASURED = "nvidia-h100-80gb-hbm3-all-2026-11-26.json"
+MEASURED = "nvidia-h100-80gb-hbm3-all-2026-11-27.json"
 PEERS = {"jattn/flash": "flash", "jax.nn/cudnn": "cudnn"}
 
 
