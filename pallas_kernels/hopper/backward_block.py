@@ -168,6 +168,8 @@ class Block:
             return jnp.int32(0), n
         if self.tiles.heads_inner:
             i, h = divided(n, self.heads)
+            if self.tiles.heads_turned:
+                h = remainder(h + self.tile, self.heads)
             return h, count - 1 - i
         return quotient(n, count), remainder(n, count)
 

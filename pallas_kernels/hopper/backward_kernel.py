@@ -19,6 +19,8 @@ both warpgroups' dS are in shared memory; each makes one half of the block's dQ,
 of its columns, which is added while dK is computed: from the registers, in the order in which they
 hold it (`instructions.py`), or by way of shared memory.
 
+Where dK is late, it is waited for when the next visit's S and dP are started.
+
 Where every block of queries is visited, by few tiles, the first to visit one stores its dQ, and no
 zeros are made (`backward_claims.py`).
 
@@ -60,7 +62,7 @@ from pallas_kernels.hopper.backward_block import (
 )
 from pallas_kernels.hopper.backward_claims import claim, claims_none, publish
 from pallas_kernels.hopper.backward_list import each_listed, schedule
-from pallas_kernels.hopper.backward_step import meet, visit_block
+from pallas_kernels.hopper.backward_step import meet, release, visit_block
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant, numbers
@@ -465,4 +467,7 @@ def _visit_all(
     else:
         each(0, block.heads, over_head)
     dk, dv = ([seam.wait(x, in_flight=0) for x in accs] for accs in (dk_acc, dv_acc))
+    if block.tiles.late:
+        total = visit.count * block.heads
+        release(block, total - 1, total > 0)
     return dk, dv

@@ -28,7 +28,7 @@ from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import LOG2E, across, logits
 from pallas_kernels.hopper.tiles import ROWS
 
-__all__ = ["meet", "visit_block"]
+__all__ = ["meet", "release", "visit_block"]
 
 
 def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
@@ -62,6 +62,14 @@ def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
         plgpu.commit_smem()
 
     meet(block)
+
+
+def release(block: Block, n: Array, some: Array) -> None:
+    """The n-th visit's slot is free, if there was one."""
+
+    @pl.when(some)
+    def _() -> None:
+        plgpu.barrier_arrive(block.refs.free.at[remainder(n, block.tiles.stages)])
 
 
 def meet(block: Block) -> None:
@@ -130,13 +138,21 @@ def _weights(
     *,
     masked: bool,
 ) -> tuple[Array, Array]:
-    """P and dS of a visit; adds to dV, if values come first."""
+    """P and dS of a visit; adds to dV, if values come first.
+
+    A late dK of the visit before is done once this one's first products are started.
+    """
     spec, seam, refs, slot = block.spec, block.seam, block.refs, visit.slot
     first, own = block.tiles.values_first, visit.warpgroup
     for acc, a, b in ((s_acc, visit.k, visit.q), (dp_acc, visit.v, visit.do)):
         for x, y in zip(a, b, strict=True):
             seam.matmul_into(acc, x, y.T)  # Sᵀ = K Qᵀ, dPᵀ = V dOᵀ
     capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
+    early: Array | None = None
+    if block.tiles.late:
+        seam.drain(len(visit.k) + len(visit.v))
+        release(block, visit.n - 1, visit.n > 0)
+        early = block.row(refs.rows_smem.at[slot, HIGH])
     s = seam.wait(s_acc, in_flight=0 if capped else len(visit.v))
     x, c = logits(spec, block.scale, s)
     if has_bias:
@@ -145,7 +161,8 @@ def _weights(
         if spec.has_query_lengths:  # of a query past one, the bias may be no number
             p = jnp.where(lse < jnp.inf, p, 0.0)
     else:
-        p = jnp.exp2(x * c - block.row(refs.rows_smem.at[slot, HIGH]))
+        lse = block.row(refs.rows_smem.at[slot, HIGH]) if early is None else early
+        p = jnp.exp2(x * c - lse)
     if masked:
         p = block.hide(p, own * ROWS, visit.first_query, slot)
     drops, keys = spec.dropout_rate > 0, (own + visit.hidden) * ROWS
@@ -217,6 +234,8 @@ def visit_block(
         _each_into(seam, dv_acc, p, visit.do)
         plgpu.barrier_wait(refs.both)
     _make_dq(block, visit, accumulator, dk_acc, ds, ds_smem)
+    if tiles.late:
+        return
     for acc in dk_acc:
         seam.wait(acc, in_flight=0)
     plgpu.barrier_arrive(free)

@@ -93,6 +93,7 @@ CASES = [
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
     *FEW_QUERIES,
+    Long("grouped_long", batch=2, queries=8192, keys=8192, heads=32, kv_heads=8, causal=True),
     *(Long(f"grouped_{h}", heads=32, kv_heads=8, head_dim=h, causal=True) for h in (64, 80, 128)),
     *(
         Long(f"{name}_ragged", queries=1001, keys=2043, kv_heads=4, **options)

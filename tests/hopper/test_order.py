@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 import jattn
@@ -47,6 +48,41 @@ def ordering(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(backward, "choose_backward_tiles", forced)
 
     return force
+
+
+LATE = [
+    Half("grouped", 1, 130, 130, 2, 1, 128, causal=True),
+    Half("unseen", 1, 70, 260, 2, 1, 128, causal=True),
+    Half("three_of_a_group", 2, 200, 200, 6, 2, 128, causal=True),
+    Half("value_64", 1, 130, 200, 4, 2, 128, 64, causal=True, sinks=True),
+]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has short calls visit as long ones do."""
+
+    def forced(spec: Any, **options: bool) -> Any:
+        tiles = choose_backward_tiles(spec, **options)
+        tiles = replace(tiles, shares=Shares(), first_stores=False, listed=0, halves=False)
+        return replace(tiles, heads_inner=True, heads_turned=True, late=True, shared_ds=True)
+
+    monkeypatch.setattr(backward, "choose_backward_tiles", forced)
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("case", chosen(LATE, "grouped"), ids=str)
+def test_late_and_turned_interpreted_as_exact(case: Case, seed: int) -> None:
+    check(INTERPRETED, case, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper", "late")
+@pytest.mark.parametrize(
+    "case", [*LATE, Half("long", 1, 5000, 5000, 8, 2, 128, causal=True)], ids=str
+)
+def test_late_and_turned_on_a_gpu_as_exact(case: Case, seed: int) -> None:
+    check(FLASH, case, seed)
 
 
 @pytest.mark.parametrize("case", chosen(list(ORDERS), "grouped"), ids=str)
@@ -96,21 +132,25 @@ def test_what_is_chosen(case: Case, together: int, inner: bool) -> None:
     spec = spec_of(case)
     tiles = choose_backward_tiles(spec, deterministic=False)
     assert (tiles.heads_together, tiles.heads_inner) == (together, inner)
+    added_often = case.name == "grouped"
+    assert (tiles.late, tiles.heads_turned) == (added_often, added_often)
     sizes = dict(grid_of(spec, tiles).axes)
     count = -(-spec.keys // tiles.keys) * spec.batch * spec.kv_heads * tiles.shares.count
     assert sizes["batch"] * sizes["tile"] * sizes["head"] == count
 
 
-@pytest.mark.parametrize("heads", [1, 4])
-def test_every_visit_of_every_head_is_made_once(heads: int) -> None:
+@pytest.mark.parametrize(("heads", "turned"), [(1, False), (4, False), (4, True), (3, True)])
+def test_every_visit_of_every_head_is_made_once(heads: int, *, turned: bool) -> None:
     from pallas_kernels.hopper.backward_block import Block
     from pallas_kernels.hopper.visits import Visits
 
     spec = spec_of(Half("", 1, 640, 640, heads, 1, 64, causal=True))
     tiles = replace(choose_backward_tiles(spec, deterministic=False), heads_inner=heads > 1)
     block: Any = object.__new__(Block)
-    block.tiles, block.heads, block.visits = tiles, heads, Visits(2, 5, 2, 5)
-    found = [tuple(map(int, block.visit(n))) for n in range(5 * heads)]
+    block.tiles, block.heads = replace(tiles, heads_turned=turned), heads
+    block.visits, block.tile = Visits(2, 5, 2, 5), jnp.int32(2)
+    found = [tuple(map(int, block.visit(jnp.int32(n)))) for n in range(5 * heads)]
     assert sorted(found) == [(h, i) for h in range(heads) for i in range(5)]
     if heads > 1:  # those that need a mask, the first two blocks, come last
         assert [i for _, i in found] == [i for i in (4, 3, 2, 1, 0) for _ in range(heads)]
+        assert found[0][0] == (2 if turned else 0)
