@@ -40,8 +40,8 @@ class BackendReport:
         arguments, results and their gradients.
       tangents: what makes the tangents, of forward mode and second derivatives, from the output and
         log-sum-exp of whatever kernel ran: kernels of "Pallas, portable", or loops in "XLA", or
-        "Pallas, Hopper" and for some or all of the gradients' tangents others; of "eager" it is
-        "JAX" itself.
+        "Pallas, Hopper" and others for some or all of the gradients' tangents, or for all where
+        an array as scale is differentiated; of "eager" it is "JAX" itself.
     """
 
     name: str

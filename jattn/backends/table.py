@@ -83,10 +83,12 @@ def _tangents_beside_hopper(spec: AttentionSpec, target: Target) -> str:
         "keys and values": hopper.key_tangent_refusals(spec),
     }
     names = [name for name, reasons in left.items() if reasons]
-    if not names:
-        return "Pallas, Hopper"
-    which = "gradients" if len(names) == len(left) else f"gradients of {names[0]}"
-    return f"Pallas, Hopper; of {which} Pallas, portable"
+    others = []
+    if names:
+        others += ["of gradients" if len(names) == len(left) else f"of gradients of {names[0]}"]
+    if spec.scale is None:
+        others += ["if the scale's are wanted"]  # known of an array only where it is differentiated
+    return "; ".join(["Pallas, Hopper", *(f"{which} Pallas, portable" for which in others)])
 
 
 def _hopper_kernel(spec: AttentionSpec, target: Target) -> str:

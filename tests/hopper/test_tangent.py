@@ -71,6 +71,9 @@ def check(
     return found
 
 
+SCALE = jax.ShapeDtypeStruct((), jnp.float32)  # an array's, which may be differentiated
+
+
 @thorough
 @pytest.mark.parametrize("case", TAKEN, ids=str)
 def test_interpreted_as_exact_as_the_formula(case: Case, seed: int) -> None:
@@ -78,17 +81,18 @@ def test_interpreted_as_exact_as_the_formula(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "cap", "by"),
+    ("head_dim", "options", "by"),
     [
-        (64, None, "Pallas, Hopper"),
-        (128, None, "Pallas, Hopper; of gradients of keys and values Pallas, portable"),
-        (128, 5.0, "Pallas, Hopper; of gradients Pallas, portable"),
-        (192, None, "Pallas, portable"),
+        (64, {}, "Pallas, Hopper"),
+        (64, {"scale": SCALE}, "Pallas, Hopper; if the scale's are wanted Pallas, portable"),
+        (128, {}, "Pallas, Hopper; of gradients of keys and values Pallas, portable"),
+        (128, {"logits_soft_cap": 5.0}, "Pallas, Hopper; of gradients Pallas, portable"),
+        (192, {"scale": SCALE}, "Pallas, portable"),
     ],
 )
-def test_explain_says_what_makes_them(head_dim: int, cap: float | None, by: str) -> None:
+def test_explain_says_what_makes_them(head_dim: int, options: dict[str, Any], by: str) -> None:
     x = jax.ShapeDtypeStruct((1, 64, 2, head_dim), jnp.bfloat16)
-    report = jattn.explain(x, x, x, logits_soft_cap=cap, device="H100").reports[0]
+    report = jattn.explain(x, x, x, **options, device="H100").reports[0]
     assert (report.name, report.tangents) == ("flash", by)
 
 
