@@ -21,12 +21,13 @@ def zigzag(x: ArrayLike, devices: int, *, axis: int = 1) -> Array:
       axis: the sequence's.
 
     Raises:
-      ValueError: the axis's size is not a multiple of 2 n.
+      ValueError: the axis's size is not a multiple of 2 n, or n is below 1.
 
     >>> import jax.numpy as jnp, jattn
     >>> jattn.zigzag(jnp.arange(8), 2, axis=0)
     Array([0, 1, 6, 7, 2, 3, 4, 5], dtype=int32)
     """
+    _check_devices(devices)
     return _permuted(x, axis, [p for i in range(devices) for p in (i, 2 * devices - 1 - i)])
 
 
@@ -37,14 +38,20 @@ def unzigzag(x: ArrayLike, devices: int, *, axis: int = 1) -> Array:
     >>> jattn.unzigzag(jattn.zigzag(jnp.arange(8), 2, axis=0), 2, axis=0)
     Array([0, 1, 2, 3, 4, 5, 6, 7], dtype=int32)
     """
+    _check_devices(devices)
     low, high = range(0, 2 * devices, 2), range(2 * devices - 1, 0, -2)
     return _permuted(x, axis, [*low, *high])
+
+
+def _check_devices(devices: int) -> None:
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
 
 
 def _permuted(x: ArrayLike, axis: int, order: list[int]) -> Array:
     x = jnp.asarray(x)
     size = x.shape[axis]
-    if not order or size % len(order):
+    if size % len(order):
         raise ValueError(
             f"a zigzag over {len(order) // 2} devices needs a multiple of {len(order)} positions, "
             f"got {size} along axis {axis}"

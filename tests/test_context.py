@@ -282,6 +282,9 @@ def test_what_cannot_be_is_refused_by_name() -> None:
         assert jattn.dot_product_attention(x, x, x).shape == x.shape
     with pytest.raises(ValueError, match="a zigzag over 4 devices needs a multiple of 8 positions"):
         jattn.zigzag(x, 4)
+    for permute in (jattn.zigzag, jattn.unzigzag):
+        with pytest.raises(ValueError, match="devices must be at least 1, got 0"):
+            permute(jnp.arange(16), 0, axis=0)
 
 
 REFUSED = """
