@@ -89,4 +89,4 @@ def added(block: Block, warpgroup: Array | int, slot: Array, x: Array, c: float)
     mine = pl.ds(warpgroup * ROWS, ROWS)
     if form == "columns":
         return x + across(seam.load(refs.b_smem.at[slot, mine], ROW), x.shape[1])
-    return x + seam.load(refs.b_smem.at[slot, :, mine].T, WGMMA).astype(jnp.float32)
+    return x + seam.widened(seam.load(refs.b_smem.at[slot, :, mine].T, WGMMA))

@@ -356,6 +356,12 @@ class Rows:
             if before is not None:
                 seam.matmul_into(dq_acc, before, refs.k_smem.at[self.k_slot(i - 1)])
             words = self.mask_words(i, masked=masked)
+            kept = None
+            # Beside an element mask there are no registers for it.
+            first = dropout.decides_first(self.plan) and not self.plan.masked
+            if self.words is not None and first:
+                kept = dropout.mask(self.plan, seam, refs, self.words, jnp.int32(i))
+                seam.made_before(kept, refs.zero[0])
             s = seam.layout(seam.wait(s_acc, in_flight=1 + late), WGMMA)
             x, c = logits(spec, self.scale, s)
             slope = None if spec.logits_soft_cap is None else 1 - x * x
@@ -381,7 +387,10 @@ class Rows:
             if self.words is None:
                 ds = p * (dp - row_term)
             else:
-                own = kept_across(self.plan, seam, refs, self.words, jnp.int32(i), p)
+                if kept is None:
+                    own = kept_across(self.plan, seam, refs, self.words, jnp.int32(i), p)
+                else:
+                    own = seam.masked(p, kept)
                 ds = own * dp - p * row_term
             if masked or has_bias:  # a hidden value may be so large that dP is infinite
                 ds = jnp.where(hidden, 0.0, ds)

@@ -184,10 +184,12 @@ def added(
     c: float,
     *,
     keeps: bool = False,
+    widens: bool = False,
 ) -> Array:
     """The natural logits, x c in base 2 without the bias, of the block with this number.
 
     keeps: the bias's slot stays the reader's.
+    widens: a whole bias becomes float32 as `Seam.widened` does it.
     """
     form, shape = form_of(plan.spec), x.shape
     factor = c * LN2
@@ -200,7 +202,8 @@ def added(
         bias = lax.broadcast_in_dim(seam.load(refs.b_smem.at[slot], COLUMN), shape, [1])
     else:
         own = refs.b_smem.at[slot, pl.ds(number * ROWS, ROWS)]
-        bias = seam.load(own, WGMMA).astype(jnp.float32)
+        bias = seam.load(own, WGMMA)
+        bias = seam.widened(bias) if widens else bias.astype(jnp.float32)
     x = x + bias
     if not keeps:
         plgpu.barrier_arrive(refs.b_free.at[slot])

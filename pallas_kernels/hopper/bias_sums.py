@@ -363,7 +363,7 @@ class Tile:
             x, base = logits(spec, scale, s)
             factor = base * LN2
             x = x if factor == 1.0 else x * factor
-            x = x + seam.load(refs.b_smem.at[c, mine], WGMMA).astype(jnp.float32)
+            x = x + seam.widened(seam.load(refs.b_smem.at[c, mine], WGMMA))
             if masked:
                 alone = Steps(quotient(self.first_key, CHUNK) + c + 1, 1, 0, 0, empty=False)
                 x = hide(self.plan, seam, its, work, alone, warpgroup, x, 0, slot)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
@@ -25,7 +26,7 @@ from pallas_kernels.hopper.load import query_slot
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
-from pallas_kernels.hopper.softmax import LOG2E, Softmax, across, logits, scale_of
+from pallas_kernels.hopper.softmax import Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
 from pallas_kernels.hopper.tiles import ROWS
 
@@ -149,11 +150,12 @@ class Rows:
         def products(s_acc: Ref) -> Weights:
             self.multiply_keys(s_acc, tile, slot)
             words = self.mask_words(tile, 0, masked=self.plan.masked)
+            kept = self.kept(tile, 0)
             s = self.seam.wait(s_acc, in_flight=0)
             p, softmax, _ = self.weigh(tile, s, 0, None, words, masked=self.plan.masked)
             plgpu.barrier_arrive(refs.k_free.at[slot])
             self.await_first_values(tile)
-            return Weights(self.rounded(tile, 0, p), softmax)
+            return Weights(self.rounded(tile, 0, p, kept), softmax)
 
         self.await_queries(tile)
         plgpu.barrier_wait(refs.k_full.at[slot])
@@ -238,6 +240,10 @@ class Rows:
                 following = remainder(self.warpgroup.number + 1, tiles.warpgroups)
                 plgpu.barrier_arrive(refs.turn.at[following])
             words = self.mask_words(tile, i, masked=masked)
+            kept = self.kept(tile, i)
+            if kept is not None:
+                # A zero that the compiler cannot know.
+                seam.made_before(kept, lax.shift_right_logical(block, np.int32(30)))
             s = seam.wait(s_acc, in_flight=len(self.o_acc) if tiles.overlap else 0)
             if not spec.has_segments:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
@@ -250,7 +256,7 @@ class Rows:
                 o_acc[...] = value
             # With several loops only now: else ptxas sees an operand written while a product is in
             # flight, and waits for every single one (C7513).
-            return Weights(self.rounded(tile, i, p), now)
+            return Weights(self.rounded(tile, i, p, kept), now)
 
         # Between an accumulator's birth and its product no branch may come: ptxas would add a wait.
         plgpu.barrier_wait(refs.k_full.at[slot])
@@ -288,8 +294,7 @@ class Rows:
         has_bias = plan.spec.bias_shape is not None
         if has_bias:
             number, count = self.warpgroup.number, tile.visited + i
-            x = bias.added(plan, self.seam, self.refs, number, count, x, c)
-            c = LOG2E
+            x = bias.added(plan, self.seam, self.refs, number, count, x, c, widens=plan.one_power)
 
         def hidden(x: Array) -> Array:
             return hide(
@@ -304,9 +309,13 @@ class Rows:
             if plan.masked_left:
                 some |= i >= tile.steps.clear_to
             x = lax.cond(some, hidden, lambda x: x, x)
-        p, softmax, correction = (softmax or Softmax.start(self.seam)).update(
-            x, c, masked=masked is not False, natural=has_bias
-        )
+        if has_bias:
+            softmax = softmax or Softmax.start_beside_bias(self.seam, one_power=plan.one_power)
+            p, softmax, correction = softmax.update_natural(x)
+        else:
+            p, softmax, correction = (softmax or Softmax.start(self.seam)).update(
+                x, c, masked=masked is not False
+            )
         if tile.words is not None and dropout.drops_early(plan):
             count = tile.visited + i
             p = dropout.kept_across(plan, self.seam, self.refs, tile.words, count, p)
@@ -314,11 +323,19 @@ class Rows:
         early = plan.one_loop and tile.words is None
         return p.astype(plan.spec.dtype) if early else p, softmax, correction
 
-    def rounded(self, tile: Tile, i: Array | int, p: Array) -> Array:
+    def kept(self, tile: Tile, i: Array | int) -> Array | None:
+        """Dropout's mask for a tile's i-th block, if it is made before P."""
+        if tile.words is None or not dropout.decides_first(self.plan):
+            return None
+        return dropout.mask(self.plan, self.seam, self.refs, tile.words, tile.visited + i)
+
+    def rounded(self, tile: Tile, i: Array | int, p: Array, kept: Array | None) -> Array:
         """P of a tile's i-th block as the product takes it, with zeros where dropout drops."""
         plan = self.plan
         if tile.words is None or dropout.drops_early(plan):
             return p.astype(plan.spec.dtype)
+        if kept is not None:
+            return self.seam.masked(p.astype(plan.spec.dtype), kept)
         return dropped(plan, self.seam, self.refs, tile.words, tile.visited + i, p)
 
     def store(self, tile: Tile, o: list[Array], softmax: Softmax) -> None:

@@ -27,6 +27,7 @@ from jattn.call import dropout
 from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.masks import WGMMA, Warpgroup
 from pallas_kernels.hopper.seam import Ref, Seam, ring
+from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
@@ -36,6 +37,7 @@ __all__ = [
     "BESIDE",
     "SLOTS",
     "Words",
+    "decides_first",
     "drain",
     "dropout_inputs",
     "dropped",
@@ -47,6 +49,7 @@ __all__ = [
     "key_words",
     "load_block",
     "marked",
+    "mask",
     "scratch",
     "start",
     "words_by_block",
@@ -194,30 +197,55 @@ def words_head(spec: AttentionSpec, head: Array) -> Array | int:
     return 0 if spec.broadcast_dropout else head
 
 
-def drops_early(plan: Plan) -> bool:
-    """Whether forward drops before P V of the block before has ended, one element at a time.
-
-    Two at once, after P is rounded, is fewer instructions; but for wide heads their products are
-    what there is to run beside, and no other warpgroup's.
-    """
-    return max(plan.spec.head_dim, plan.spec.value_dim) > 128
-
-
 def dropped(plan: Plan, seam: Seam, refs: Ref, words: Words, count: Array, p: Array) -> Array:
     """p, a tile (64, keys), rounded, with zeros where dropout drops; what is kept is not scaled.
 
     count: the number of its block of keys.
     """
-    limit, dtype = dropout.limit(plan.spec.dropout_rate), plan.spec.dtype
-    count_of_16 = limit >> 16
-    if count_of_16 > LOWEST_HALF - SIGN:
+    first, dtype = _in_halves(plan.spec), plan.spec.dtype
+    if first is None:
         bits = _across(plan, seam, refs, words, count, p.shape)
-        return seam.zero_below(p, bits, limit).astype(dtype)
-    # Two elements at once. Moved up by this, what is to be dropped are the lowest float16.
-    first = LOWEST_HALF + 1 - count_of_16
+        return seam.zero_below(p, bits, dropout.limit(plan.spec.dropout_rate)).astype(dtype)
+    return seam.masked(p.astype(dtype), mask(plan, seam, refs, words, count))
+
+
+def decides_first(plan: Plan) -> bool:
+    """Whether the mask is made while the product of a block's logits runs.
+
+    Wide heads' products leave time for it, and what stands between S and P V is what they wait for.
+    """
+    return _is_wide(plan.spec) and _in_halves(plan.spec) is not None
+
+
+def drops_early(plan: Plan) -> bool:
+    """Whether forward drops before P V of the block before has ended, one element at a time.
+
+    As wide heads do where two elements cannot be decided at once.
+    """
+    return _is_wide(plan.spec) and _in_halves(plan.spec) is None
+
+
+def _is_wide(spec: AttentionSpec) -> bool:
+    return max(spec.head_dim, spec.value_dim) > 128
+
+
+def _in_halves(spec: AttentionSpec) -> int | None:
+    """What the bits' upper halves are moved up to, so that two elements are decided at once.
+
+    Then what is to be dropped are the lowest numbers of float16 that there are; None if these are
+    too few.
+    """
+    count = dropout.limit(spec.dropout_rate) >> 16
+    return None if count > LOWEST_HALF - SIGN else LOWEST_HALF + 1 - count
+
+
+def mask(plan: Plan, seam: Seam, refs: Ref, words: Words, count: Array) -> Array:
+    """For `Seam.masked`, of the block of keys with this number: what is kept, in two bytes each."""
+    first = _in_halves(plan.spec)
+    assert first is not None
     moved = Words(words.first, words.second + jnp.uint32(first << 16))
-    bits = _across(plan, seam, refs, moved, count, p.shape)
-    return seam.zero_lowest(p.astype(dtype), bits, first)
+    bits = _across(plan, seam, refs, moved, count, (ROWS, plan.tiles.keys))
+    return seam.mask_of(bits, first, plan.spec.dtype)
 
 
 def kept_across(plan: Plan, seam: Seam, refs: Ref, words: Words, count: Array, p: Array) -> Array:

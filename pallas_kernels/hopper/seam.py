@@ -144,18 +144,42 @@ class Seam:
         """What shared memory holds, in this register layout."""
         return ref[...] if self.interpret else plgpu.load(ref, layout=layout)
 
+    def multiply_add(self, x: Array, y: Array, z: Array) -> Array:
+        """x y + z, float32 numbers of rows, rounded once."""
+        return x * y + z if self.interpret else assembly.multiply_add(x, y, z)
+
     def zero_below(self, x: Array, bits: Array, limit: int) -> Array:
         """x, float32, with zeros where `bits`, uint32, are below the limit."""
         if self.interpret:
             return jnp.where(bits < jnp.uint32(limit), 0.0, x)
         return assembly.zero_below(x, bits, limit)
 
-    def zero_lowest(self, x: Array, bits: Array, first: int) -> Array:
-        """x, of two bytes, with zeros where the upper half of `bits` is in first .. 0xFC00."""
+    def mask_of(self, bits: Array, first: int, dtype: Any) -> Array:
+        """For `masked`: what is 0 where the upper half of `bits`, uint32, is in first .. 0xFC00."""
         if self.interpret:
             half = bits >> 16
-            return jnp.where((half >= first) & (half <= 0xFC00), jnp.zeros((), x.dtype), x)
-        return assembly.zero_lowest(x, bits, first)
+            return jnp.where((half >= first) & (half <= 0xFC00), 0, 1).astype(dtype)
+        return assembly.mask_of(bits, first, dtype)
+
+    def made_before(self, mask: Array, never: Array) -> None:
+        """No wait for a product that follows is moved before the making of the mask.
+
+        never: a zero that the compiler cannot know.
+        """
+        if not self.interpret:
+            assembly.made_before(mask, never)
+
+    def masked(self, x: Array, mask: Array) -> Array:
+        """x, of two bytes or float32, with zeros where `mask_of` says so."""
+        if self.interpret:
+            return jnp.where(mask == 0, jnp.zeros((), x.dtype), x)
+        return assembly.masked(x, mask)
+
+    def widened(self, x: Array) -> Array:
+        """x in wgmma's layout, as float32."""
+        if self.interpret or x.dtype != jnp.bfloat16:
+            return x.astype(jnp.float32)
+        return assembly.widened(x)
 
     def load_gmem(self, ref: Ref, layout: Any) -> Array:
         """What global memory holds, in this register layout."""

@@ -5,8 +5,15 @@
 (Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1.) A row that has seen no key has
 m = -inf and l = 0.
 
-With a bias m is natural and P = 2^(c (S - m)): there may be no room for c times a number that
-hides, and that has rounding errors of its own, which 2^x would multiply.
+With a bias m is natural: there may be no room for log2 e times a number that hides, and that has
+rounding errors of its own, which 2^x would multiply: P = 2^((x - m) log2 e). Or this is one
+operation for each element, where the row's maximum decides on two numbers (`Plan.one_power`):
+
+    P = 2^(x f - t)    f = log2 e, t = m log2 e rounded    where |m| < 2^29
+                       f = 1, t = m                        elsewhere: neighbours differ by 32
+
+x f - t is rounded once. So P and l of a row are 2^e times what they should be, e = m f - t, at most
+32: O / l is not, and l is put right at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +35,14 @@ __all__ = ["LN2", "LOG2E", "Softmax", "across", "logits", "scale_of", "unit"]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
+LEAST = -3.4028234663852886e38  # finfo.min of float32
 ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+def _powers(m: Array) -> tuple[Array, Array]:
+    """f and t of rows with this maximum."""
+    small = jnp.abs(m) < 2.0**29
+    return jnp.where(small, LOG2E, jnp.ones_like(m)), jnp.where(small, m * LOG2E, m)
 
 
 def across(x: Array, columns: int) -> Array:
@@ -63,10 +77,11 @@ def unit(spec: AttentionSpec) -> float:
 
 
 class Softmax(NamedTuple):
-    """The rows' maximum and sum so far, each (64,)."""
+    """The rows' maximum and sum so far, each (64,); and t, where there is one."""
 
     m: Array
     l: Array
+    t: Array | None = None
 
     @staticmethod
     def start(seam: Seam) -> Softmax:
@@ -75,6 +90,37 @@ class Softmax(NamedTuple):
             seam.layout(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW),
             seam.layout(jnp.zeros((ROWS,), jnp.float32), ROW),
         )
+
+    @staticmethod
+    def start_beside_bias(seam: Seam, *, one_power: bool) -> Softmax:
+        """The same where logits are natural."""
+        if not one_power:
+            return Softmax.start(seam)
+        least = seam.layout(jnp.full((ROWS,), LEAST, jnp.float32), ROW)
+        return Softmax(least, jnp.zeros_like(least), least)
+
+    def update_natural(self, x: Array) -> tuple[Array, Softmax, Array]:
+        """P of a block, the softmax that includes it, and the correction of what came before."""
+        if self.t is None:
+            return self.update(x, LOG2E, masked=True, natural=True)
+        m = jnp.maximum(self.m, x.max(axis=1))
+        f, t = _powers(m)
+        # The difference of maxima, where these have different f.
+        correction = jnp.exp2(jnp.minimum(self.t - t, self.m - m))
+        p = jnp.exp2(x * across(f, x.shape[1]) - across(t, x.shape[1]))
+        return p, Softmax(m, self.l * correction + p.sum(axis=1), t), correction
+
+    def ended(self, seam: Seam) -> tuple[Softmax, Array | None]:
+        """The maximum, -inf of a row that has seen nothing, with the sum that belongs to it.
+
+        And what O is multiplied by where it belongs to another sum.
+        """
+        if self.t is None:
+            return self, None
+        f, t = _powers(self.m)
+        factor = jnp.exp2(-seam.multiply_add(self.m, f, -t))
+        m = jnp.where(self.l == 0.0, -jnp.inf, self.m)
+        return Softmax(m, self.l * factor), factor
 
     def update(
         self, s: Array, c: float, *, masked: bool, natural: bool = False

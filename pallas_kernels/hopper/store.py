@@ -43,7 +43,10 @@ def store(
     if "sinks" in vars(refs):
         sink = refs.sinks[work.batch if refs.sinks.shape[0] > 1 else 0, work.head]
         sink = seam.layout(jnp.full((ROWS,), sink), plgpu.Layout.WGMMA.reduce(1))
+    softmax, more = softmax.ended(seam)
     factor = softmax.factor(sink, natural=plan.spec.bias_shape is not None)
+    if more is not None:
+        factor *= more
     if plan.spec.dropout_rate > 0:
         factor *= kept_factor(plan.spec)
     if plan.tiles.own_staging:
@@ -83,7 +86,7 @@ def _store_sums(
 
     if seam.interpret:
         for part, (rows, _, _) in enumerate(parts):
-            for i, x in enumerate(softmax):
+            for i, x in enumerate((softmax.m, softmax.l)):
                 refs.sums[place(part, i)] = x[rows.start : rows.start + rows.size]
         return
     size = refs.sums.shape[-1]  # between a row's two numbers; a part comes after both of another

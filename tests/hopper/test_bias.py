@@ -15,7 +15,7 @@ import pytest
 import jattn
 from jattn.backends.flash import interpreted
 from tests import extremes
-from tests.backends import Results
+from tests.backends import Backend, Results
 from tests.cases import Case, chosen, first
 from tests.hopper.calls import Half
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
@@ -187,3 +187,43 @@ def test_rows_that_share_a_bias_are_one_call() -> None:
     np.testing.assert_allclose(
         np.asarray(found, np.float32), wanted, atol=2 * float(jnp.finfo(jnp.bfloat16).eps)
     )
+
+
+# Where float32 numbers are 2^-13, 1/4, 2, 32, 64 and 2^40 apart, log2 e times them and its end.
+POWERS = [10, 21, 25, 28.9, 29.2, 64, 127.9]
+
+
+def far_from_zero(backend: Backend, power: float, sign: int) -> None:
+    """Logits next to each other, however far from zero, have the weights of their difference."""
+    rng = np.random.default_rng(6)
+    queries, keys = 64, 300
+    rows = 2.0 ** np.linspace(power - 0.7, power, queries)
+    rows = np.asarray(jnp.asarray(sign * rows, jnp.bfloat16), np.float32)
+    q, k = np.zeros((queries, 128), np.float32), np.zeros((keys, 128), np.float32)
+    q[:, 0], k[:, 0] = np.abs(np.spacing(rows)), -rng.integers(0, 4, keys)
+    bias = np.where(rng.random(keys) < 0.3, -np.inf, rows[:, None])
+    exact = bias.astype(np.float64) + q[:, :1].astype(np.float64) * k[:, 0]
+    v = rng.standard_normal((keys, 128)).astype(np.float32)
+    q, k, v = (jnp.asarray(x[None, :, None], jnp.bfloat16) for x in (q, k, v))
+    bias = jnp.asarray(bias[None, None], jnp.bfloat16)
+    out, lse = backend(q, k, v, bias=bias, scale=1.0, return_residual=True)
+    highest = exact.max(axis=1, keepdims=True)
+    weights = np.exp(exact - highest)
+    wanted = weights / weights.sum(axis=1, keepdims=True) @ np.asarray(v[0, :, 0], np.float64)
+    wanted_lse = highest[:, 0] + np.log(weights.sum(axis=1))
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    np.testing.assert_allclose(np.asarray(out[0, :, 0], np.float64), wanted, atol=2 * eps)
+    np.testing.assert_allclose(np.asarray(lse[0, :, 0]), wanted_lse, rtol=2e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", first(1, POWERS[4:] + POWERS[:4]))
+def test_logits_far_from_zero_when_interpreted(power: float) -> None:
+    far_from_zero(INTERPRETED, power, -1)
+
+
+@ON_GPU
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_logits_far_from_zero(power: float, sign: int) -> None:
+    far_from_zero(FLASH, power, sign)
