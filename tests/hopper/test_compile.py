@@ -66,7 +66,9 @@ KNOWN_SPILLS = {
 OF_STILL = {"bias_soft_cap_sinks": 80, "bias_short_128": 8, "bias_columns_128": 8}
 # The same of forward, and of the output's tangent.
 OF_FORWARD = {"window_64": 8}
-OF_TANGENT = {"window_64": 8}
+OF_TANGENT = {"window_64": 16}
+# The same of the tangent of the query's gradient.
+OF_QUERY_TANGENT = {"offsets_128": 16}
 # In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
 # lengths of a multiple of 8 where keys are split. One query is padded to eight in backward. Dense
 # masks are padded to whole words of bits, and their words to tiles of 192 queries.
@@ -106,6 +108,7 @@ def is_good(call: dict[str, Any]) -> bool:
         "forward": OF_FORWARD,
         "still": OF_STILL,
         "tangent": OF_TANGENT,
+        "query_tangent": OF_QUERY_TANGENT,
     }
     known = tables.get(call["direction"], {})
     spilled = call["spilled"] - known.get(call["call"], 0)
