@@ -15,6 +15,7 @@ from pallas_kernels.hopper.indices import for_each, remainder
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import across, logits
+from pallas_kernels.hopper.tangent_products import Products
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Products):
     """A compute warpgroup: 64 query rows of the tile; scale is what their Q Kᵀ is multiplied by."""
 
     plan: Plan
@@ -56,9 +57,13 @@ class Rows:
     steps: Steps
     scale: Array | float
 
+    @property
+    def number(self) -> Array:
+        return self.warpgroup.number
+
     def compute(self) -> None:
         """All of the rows' blocks of keys, and their tdQ to its array."""
-        refs, seam, number = self.refs, self.seam, self.warpgroup.number
+        refs, seam, number = self.refs, self.seam, self.number
         for slot in range(self.tiles.key_slots):
             plgpu.barrier_arrive(refs.k_free.at[slot])
         for slot in range(self.tiles.stages):
@@ -118,7 +123,7 @@ class Rows:
         seam, refs = self.seam, self.refs
         k_slot, v_slot = self.k_slot(i), remainder(i, self.tiles.stages)
         # A zero that the compiler cannot know: else it keeps the address of every product's rows.
-        number = self.warpgroup.number + i * refs.zero[0]
+        number = self.number + i * refs.zero[0]
 
         def start_logits(s_acc: Ref, ts_acc: Ref | None) -> None:
             self.start(number, s_acc, "q", "k", k_slot)
@@ -140,7 +145,7 @@ class Rows:
             plgpu.barrier_wait(refs.v_full.at[v_slot])
             # Only now, in the registers of what the product before had for operands.
             body = partial(of_gradients, start if before is None else None, weigh, weighed)
-            return self.with_two(body, "dp", self.moving_gradients)  # type: ignore[no-any-return]
+            return self.with_two(body, "dp", self.moving_gradients, self.tiles.keys)  # type: ignore[no-any-return]
 
         def of_gradients(
             start: Any, weigh: Any, weighed: Weights | None, dp_acc: Ref, tdp_acc: Ref | None
@@ -167,7 +172,7 @@ class Rows:
             return Operands(tds.astype(dtype), ds.astype(dtype) if self.has("tk") else None)
 
         plgpu.barrier_wait(refs.k_full.at[k_slot])
-        found: Operands = self.with_two(of_logits, "s", self.moving_logits)
+        found: Operands = self.with_two(of_logits, "s", self.moving_logits, self.tiles.keys)
         if self.tiles.overlap:
             return found
         self.end_step(tdq_acc, i, found)
@@ -176,15 +181,12 @@ class Rows:
     @property
     def moving_logits(self) -> list[tuple[str, str]]:
         """What tS is the products of: of queries and of keys."""
-        return [pair for pair in (("tq", "k"), ("q", "tk")) if self.has(*pair)]
+        return self.there(("tq", "k"), ("q", "tk"))
 
     @property
     def moving_gradients(self) -> list[tuple[str, str]]:
         """What tdP is the products of: of output gradients and of values."""
-        return [pair for pair in (("tdo", "v"), ("do", "tv")) if self.has(*pair)]
-
-    def has(self, *names: str) -> bool:
-        return all(name in vars(self.refs) for name in names)
+        return self.there(("tdo", "v"), ("do", "tv"))
 
     def start(self, number: Array, acc: Ref, a: str, b: str, slot: Array) -> None:
         """Starts acc += A Bᵀ, of this warpgroup's rows and the block in this slot."""
@@ -225,23 +227,8 @@ class Rows:
 
     def row(self, which: int) -> Array:
         """One value a query, as a matrix of a block."""
-        smem = self.refs.rows_smem.at[self.warpgroup.number, which]
+        smem = self.refs.rows_smem.at[self.number, which]
         return across(self.seam.load(smem, ROW), self.tiles.keys)
 
     def k_slot(self, i: Array | int) -> Array:
         return remainder(i, self.tiles.key_slots)
-
-    def with_two(self, body: Any, name: str, moving: list[tuple[str, str]]) -> Any:
-        """body(accumulator of a block, that of its tangent or None if nothing moves it)."""
-        keys = self.tiles.keys
-        if not moving:
-            return self.accumulator(lambda acc: body(acc, None), name, keys)
-        return self.accumulator(
-            lambda acc: self.accumulator(partial(body, acc), f"t{name}", keys), name, keys
-        )
-
-    def accumulator(self, body: Any, name: str, columns: int) -> Any:
-        """body(accumulator of 64 rows), zero at first."""
-        number, seam = self.warpgroup.number, self.seam
-        stand_in = getattr(self.refs, f"{name}_stand_in").at[number] if seam.interpret else None
-        return seam.with_accumulator(body, (ROWS, columns), stand_in)

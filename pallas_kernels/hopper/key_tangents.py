@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -50,9 +49,11 @@ from pallas_kernels.hopper.forward import in_tiles
 from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.softmax import LOG2E, logits
+from pallas_kernels.hopper.tangent_block import row_numbers
+from pallas_kernels.hopper.tangent_products import Products
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import edge_padded, visits
-from pallas_kernels.hopper.warpgroups import run
+from pallas_kernels.hopper.warpgroups import Role, run_roles
 
 if TYPE_CHECKING:
     from jattn.call.row_arrays import BackwardTangentRows
@@ -65,6 +66,7 @@ HIGH, LOW, MU, ROW_TERM, T_ROW_TERM = range(5)
 KEYS_SIDE = ("k", "tk", "v", "tv")
 QUERIES_SIDE = ("q", "tq", "do", "tdo")
 STAGES = 3
+REGISTERS = (240, 24)  # of a thread that computes and one that loads: 504 of 512 for 128 each
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,9 @@ def key_gradient_tangents(
             past = lengths.get(name.removeprefix("t"))
             inputs[name] = in_tiles(x if past is None else past_zeroed(x, past))
     count = -(-spec.queries // ROWS)
-    more = ((0, 0), (0, 0), (0, count * ROWS - spec.queries))
     high, low = in_two(rows.top, rows.rest * LOG2E)
-    vectors = (high, low, rows.t_lse, rows.row_term, rows.t_row_term)
-    past_end = (jnp.inf, 0, 0, 0, 0)  # rows that do not exist have no weight
-    whole = [
-        jnp.pad(jnp.swapaxes(x, 1, 2), more, constant_values=fill)
-        for x, fill in zip(vectors, past_end, strict=True)
-    ]
-    inputs["rows"] = by_block(*whole, queries=ROWS)
+    of_row = (high, low, rows.t_lse, rows.row_term, rows.t_row_term)
+    inputs["rows"] = by_block(*row_numbers(*of_row, rows=count * ROWS), queries=ROWS)
     inputs["ranges"] = visits(spec, operands, queries=ROWS, keys=tiles.keys)
     inputs["in_two"] = jnp.zeros((spec.batch, spec.kv_heads), jnp.int32)
     if spec.has_segments:
@@ -151,42 +147,32 @@ def key_gradient_tangents(
 
 def _launch(
     spec: AttentionSpec, tiles: KeyTangentTiles, inputs: dict[str, Array], *, interpret: bool
-) -> tuple[Array, Array]:
+) -> list[Array]:
     seam, w = Seam(interpret), tiles.warpgroups
     head, value = inputs["k"].shape[3], inputs["v"].shape[3]
     widths = dict.fromkeys(("s", "ts", "dp", "tdp"), ROWS) | {"tdk": head, "tdv": value}
     scratch = _scratch(spec, tiles, inputs)
     scratch |= seam.stand_ins({name: (w, ROWS, columns) for name, columns in widths.items()})
-    names = [*inputs, "tdk", "tdv", *scratch]
     grid = grid_of(spec, tiles)
 
-    def kernel(*args: Ref) -> None:
-        refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
-        warpgroup = lax.axis_index("warpgroup")
+    def roles(refs: Ref, warpgroup: Array) -> tuple[Role, Role]:
+        def compute() -> None:
+            block = Block(spec, tiles, seam, refs, grid.place())
+            Keys(block, warpgroup, holds=tiles.holds).compute()
 
-        @pl.when(warpgroup < w)
-        def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
-            Keys(
-                Block(spec, tiles, seam, refs, grid.place()), warpgroup, holds=tiles.holds
-            ).compute()
+        return compute, lambda: _load(Block(spec, tiles, seam, refs, grid.place()))
 
-        @pl.when(warpgroup == w)
-        def _() -> None:
-            plgpu.set_max_registers(24, action="decrease")
-            _load(Block(spec, tiles, seam, refs, grid.place()))
-
-    tdk, tdv = run(
-        kernel,
+    return run_roles(
+        roles,
         inputs,
-        out_type=key_gradients(spec, tiles, inputs),
-        scratch_types=list(scratch.values()),
+        dict(zip(("tdk", "tdv"), key_gradients(spec, tiles, inputs), strict=True)),
+        scratch,
+        warpgroups=w,
+        registers=REGISTERS,
         **grid.launch,
-        num_threads=w + 1,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return tdk, tdv
 
 
 def _scratch(
@@ -251,12 +237,16 @@ def _load(block: Block) -> None:
         plgpu.barrier_wait(refs.q_free.at[slot])
 
 
-class Keys:
+class Keys(Products):
     """A compute warpgroup: 64 keys of the tile."""
 
-    def __init__(self, block: Block, number: Array, *, holds: bool) -> None:
-        self.block, self.number, self.holds = block, number, holds
+    def __init__(self, block: Block, warpgroup: Array, *, holds: bool) -> None:
+        self.block, self.warpgroup, self.holds = block, warpgroup, holds
         self.seam, self.refs = block.seam, block.refs
+
+    @property
+    def number(self) -> Array:
+        return self.warpgroup
 
     def compute(self) -> None:
         """All visits to blocks of queries, and tdK and tdV of these keys to their arrays."""
@@ -320,7 +310,7 @@ class Keys:
                 begin()
                 weighed = weigh(late=0)
             body = partial(of_gradients, None if masked else begin, weigh, weighed)
-            return self.with_two(body, "dp", self.moving_gradients)
+            return self.with_two(body, "dp", self.moving_gradients, ROWS)
 
         def of_gradients(begin: Any, weigh: Any, weighed: Any, dp_acc: Ref, tdp_acc: Any) -> Any:
             if begin is not None:
@@ -341,7 +331,7 @@ class Keys:
             return tuple(x.astype(spec.dtype) for x in (p, tp, ds, tds))
 
         plgpu.barrier_wait(refs.q_full.at[slot])
-        p, tp, ds, tds = self.with_two(of_logits, "s", self.moving_logits)
+        p, tp, ds, tds = self.with_two(of_logits, "s", self.moving_logits, ROWS)
         seam.matmul_into(tdv_acc, tp, refs.do_smem.at[slot])
         if self.has("tdo"):
             seam.matmul_into(tdv_acc, p, refs.tdo_smem.at[slot])
@@ -373,32 +363,13 @@ class Keys:
     @property
     def moving_logits(self) -> list[tuple[str, str]]:
         """What tS is the products of: of keys and of queries."""
-        return [pair for pair in (("tk", "q"), ("k", "tq")) if self.has(*pair)]
+        return self.there(("tk", "q"), ("k", "tq"))
 
     @property
     def moving_gradients(self) -> list[tuple[str, str]]:
         """What tdP is the products of: of values and of output gradients."""
-        return [pair for pair in (("tv", "do"), ("v", "tdo")) if self.has(*pair)]
-
-    def has(self, *names: str) -> bool:
-        return all(name in vars(self.refs) for name in names)
+        return self.there(("tv", "do"), ("v", "tdo"))
 
     def row(self, slot: Array, which: int) -> Array:
         """One value a query, as a matrix of a block."""
         return self.block.row(self.refs.rows_smem.at[slot, which])
-
-    def with_two(self, body: Any, name: str, moving: list[tuple[str, str]]) -> Any:
-        """body(accumulator of a block, that of its tangent or None if nothing moves it)."""
-        if not moving:
-            return self.accumulator(lambda acc: body(acc, None), name, ROWS)
-        return self.accumulator(
-            lambda acc: self.accumulator(partial(body, acc), f"t{name}", ROWS), name, ROWS
-        )
-
-    def accumulator(self, body: Any, name: str, columns: int) -> Any:
-        """body(accumulator of 64 rows), zero at first."""
-        seam = self.seam
-        stand_in = None
-        if seam.interpret:
-            stand_in = getattr(self.refs, f"{name}_stand_in").at[self.number]
-        return seam.with_accumulator(body, (ROWS, columns), stand_in)

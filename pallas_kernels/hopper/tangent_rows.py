@@ -17,6 +17,7 @@ from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.masks import Warpgroup, hide
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import across, logits
+from pallas_kernels.hopper.tangent_products import Products
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Products):
     """A compute warpgroup: 64 query rows of the tile; scale is what their Q Kᵀ is multiplied by."""
 
     plan: Plan
@@ -60,9 +61,13 @@ class Rows:
     order: Order
     scale: Array | float
 
+    @property
+    def number(self) -> Array:
+        return self.warpgroup.number
+
     def compute(self) -> None:
         """All of the rows' blocks of keys, and their tO and mu to their arrays."""
-        refs, number = self.refs, self.warpgroup.number
+        refs, number = self.refs, self.number
         for slot in range(self.tiles.stages):
             plgpu.barrier_arrive(refs.k_free.at[slot])
             plgpu.barrier_arrive(refs.v_free.at[slot])
@@ -82,20 +87,20 @@ class Rows:
     def o_smem(self) -> Ref:
         refs = self.refs
         whole = refs.o_smem if self.tiles.own_staging else refs.q_smem
-        return whole.at[self.warpgroup.number]
+        return whole.at[self.number]
 
     @property
     def rows(self) -> Any:
-        return pl.ds(self.work.query + self.warpgroup.number * ROWS, ROWS)
+        return pl.ds(self.work.query + self.number * ROWS, ROWS)
 
     def load_out(self) -> None:
         refs, smem = self.refs, self.o_smem
         its = refs.out.at[self.work.batch, self.rows, self.work.head, pl.ds(0, smem.shape[-1])]
-        plgpu.copy_gmem_to_smem(its, smem, refs.o_full.at[self.warpgroup.number])
+        plgpu.copy_gmem_to_smem(its, smem, refs.o_full.at[self.number])
 
     def store(self, acc: Array, sums: Sums) -> None:
         """What the weights were too large by is one factor a row, and of all its sums."""
-        spec, seam, refs, number = self.plan.spec, self.seam, self.refs, self.warpgroup.number
+        spec, seam, refs, number = self.plan.spec, self.seam, self.refs, self.number
         own = refs.rows_smem.at[number]
         factor = jnp.exp2(-seam.load(own.at[LOW], ROW))
         others = seam.load(own.at[OF_SINKS], ROW)
@@ -211,23 +216,17 @@ class Rows:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """What the logits' tangents are products of: of queries and of keys."""
-        named = vars(self.refs)
-        return [(a, b) for a, b in (("tq", "k"), ("q", "tk")) if a in named and b in named]
+        return self.there(("tq", "k"), ("q", "tk"))
 
     def with_logits(self, products: Callable[[Ref, Any], Any]) -> Any:
         """products(accumulator of S, that of tS or None)."""
-        keys = self.tiles.keys
-        if not self.pairs:
-            return self.accumulator(lambda s_acc: products(s_acc, None), "s", keys)
-        return self.accumulator(
-            lambda s_acc: self.accumulator(partial(products, s_acc), "ts", keys), "s", keys
-        )
+        return self.with_two(products, "s", self.pairs, self.tiles.keys)
 
     def start_logits(self, i: Array | int, slot: Array, s_acc: Ref, ts_acc: Ref | None) -> None:
         """Starts the products of S and tS of the block in this slot."""
         seam, refs, named = self.seam, self.refs, vars(self.refs)
         # A zero that the compiler cannot know: else it keeps the address of every product's rows.
-        number = self.warpgroup.number + i * refs.zero[0]
+        number = self.number + i * refs.zero[0]
         seam.matmul_into(s_acc, refs.q_smem.at[number], refs.k_smem.at[slot].T)
         for a, b in self.pairs:
             of_queries, of_keys = named[f"{a}_smem"], named[f"{b}_smem"]
@@ -263,7 +262,7 @@ class Rows:
             steps = self.order.steps
             of = (self.plan, self.seam, self.refs, self.work, steps, self.warpgroup)
             x = hide(*of, x, self.order.step(i), slot)
-        high = self.seam.load(self.refs.rows_smem.at[self.warpgroup.number, HIGH], ROW)
+        high = self.seam.load(self.refs.rows_smem.at[self.number, HIGH], ROW)
         return jnp.exp2(x * c - across(high, x.shape[1])), slope
 
     def change(
@@ -297,12 +296,6 @@ class Rows:
     def slot(self, i: Array | int) -> Array:
         """Where the block of the i-th visit is, and that of the i-th of the sweep."""
         return remainder(i, self.tiles.stages)
-
-    def accumulator(self, body: Any, name: str, columns: int) -> Any:
-        """body(accumulator of 64 rows), zero at first."""
-        number, seam = self.warpgroup.number, self.seam
-        stand_in = getattr(self.refs, f"{name}_stand_in").at[number] if seam.interpret else None
-        return seam.with_accumulator(body, (ROWS, columns), stand_in)
 
 
 def _mean(p: Array, tx: Array) -> Array:

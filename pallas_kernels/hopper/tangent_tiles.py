@@ -19,6 +19,11 @@ __all__ = ["TangentTiles", "choose_tangent_tiles"]
 class TangentTiles(Tiles):
     """A thread block has queries and their tangents; `stages` are of keys, values and theirs."""
 
+    @property
+    def key_slots(self) -> int:
+        """Blocks of keys in shared memory."""
+        return self.stages
+
     def shared_memory(self, spec: AttentionSpec, out_bytes: int = 2) -> int:
         """Bytes of shared memory, if all that can move does."""
         head, value = padded_width(spec.head_dim), padded_width(spec.value_dim)
