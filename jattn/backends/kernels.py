@@ -188,10 +188,11 @@ class Kernels:
             from pallas_kernels.hopper.backward_tangent import query_gradient_tangent
 
             found["query"] = query_gradient_tangent(spec, operands, rows, tangents)
-        by_keys = on_hopper and "key" in wanted and "value" in wanted
+        by_keys = on_hopper and ("key" in wanted or "value" in wanted)
         if by_keys and not hopper_limits.key_tangent_refusals(spec):
             from pallas_kernels.hopper.key_tangents import key_gradient_tangents
 
+            # One alone is made beside the other.
             found["key"], found["value"] = key_gradient_tangents(spec, operands, rows, tangents)
         others = tuple(name for name in wanted if name not in found)
         if others:

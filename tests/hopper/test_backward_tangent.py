@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jattn
+from jattn.backends.kernels import Kernels
 from jattn.call.masking import past_zeroed
 from jattn.call.row_arrays import BackwardTangentRows
+from jattn.call.spec import Operands, Tangents
 from jattn.transforms.rows import row_term
 from pallas_kernels.hopper.backward_tangent import query_gradient_tangent
 from pallas_kernels.hopper.forward import forward
@@ -34,6 +38,7 @@ from tests.portable.tangents import (
     with_sinks,
     within,
 )
+from tests.shapes import arguments
 
 __all__ = ["hopper"]
 
@@ -143,6 +148,25 @@ WIDE = [
     Half("full_128", 1, 130, 200, 2, 1, 128),
     Half("window_128", 1, 200, 300, 1, 1, 128, window=(70, 20)),
 ]
+
+
+@pytest.mark.parametrize("wanted", [("query",), ("key",), ("value",), ("query", "value")])
+def test_each_alone_is_made_by_the_kernel_that_explain_names(
+    wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Half("some", 2, 80, 150, 2, 1, 64, 40, causal=True)
+    spec, row = spec_of(case), jax.ShapeDtypeStruct((2, 80, 2), jnp.float32)
+    floats, rest, _ = arguments(case)
+    d_out = jax.ShapeDtypeStruct((2, 80, 2, 40), jnp.bfloat16)
+    rows = BackwardTangentRows(row, row, d_out, row, row, row, d_out)
+    monkeypatch.setitem(sys.modules, "pallas_kernels.portable.backward_tangent", None)
+    kernels = Kernels("hopper", "flash", deterministic=False, interpret=False)
+    made = partial(kernels.backward_tangent, spec, wanted=wanted)
+    found = jax.eval_shape(made, Operands(**floats, **rest), rows, Tangents(**floats))
+    assert [x.shape for x in found] == [floats[name].shape for name in wanted]
+    assert jattn.explain(**floats, is_causal=True, device="H100").reports[0].tangents == (
+        "Pallas, Hopper"
+    )
 
 
 @thorough
