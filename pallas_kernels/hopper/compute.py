@@ -29,6 +29,7 @@ from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
 from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.whole_values import await_values
 
 if TYPE_CHECKING:
     from pallas_kernels.hopper.plan import Plan, Work
@@ -183,7 +184,7 @@ class Rows:
 
         def correct(o: list[Array], correction: Array) -> list[Array]:
             if self.plan.spec.has_key_lengths:
-                plgpu.barrier_wait(self.refs.v_full.at[self.slot(tile.visited + i)])
+                self.await_values(tile.visited + i)
             return [x * across(correction, x.shape[1]) for x in o]
 
         return self.two_products(tile, i, weights, weights.softmax, correct, masked=masked)
@@ -208,7 +209,7 @@ class Rows:
         """O += P_n V_n, with no product to run beside it."""
         refs, slot = self.refs, self.slot(tile.visited + tile.steps.visits - 1)
         if not self.plan.spec.has_key_lengths:
-            plgpu.barrier_wait(refs.v_full.at[slot])
+            self.await_values(tile.visited + tile.steps.visits - 1)
         self.multiply_values(weights.p, slot)
         o = self.outputs()
         plgpu.barrier_arrive(refs.v_free.at[slot])
@@ -261,7 +262,7 @@ class Rows:
         # Between an accumulator's birth and its product no branch may come: ptxas would add a wait.
         plgpu.barrier_wait(refs.k_full.at[slot])
         if not spec.has_key_lengths:
-            plgpu.barrier_wait(refs.v_full.at[slot_before])
+            self.await_values(block - 1)
         if tiles.in_turn:
             plgpu.barrier_wait(refs.turn.at[self.warpgroup.number])
         return self.with_scores(products)
@@ -351,7 +352,7 @@ class Rows:
         plan, refs = self.plan, self.refs
         if not plan.spec.has_key_lengths:
             return
-        plgpu.barrier_wait(refs.v_full.at[self.slot(tile.visited)])
+        self.await_values(tile.visited)
         length = jnp.minimum(refs.key_lengths[tile.work.batch], plan.spec.keys)
         real = length - tile.steps.block(0) * plan.tiles.keys
 
@@ -362,6 +363,10 @@ class Rows:
                 key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
                 v[...] = jnp.where(key < real, v[...], jnp.zeros((), v.dtype))
             plgpu.commit_smem()
+
+    def await_values(self, block: Array) -> None:
+        """Waits for a block's values, by the number of blocks visited before it."""
+        await_values(self.plan, self.refs, block)
 
     def await_queries(self, tile: Tile) -> None:
         number, turn = self.warpgroup.number, tile.turn

@@ -41,7 +41,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.combine import combine
-from pallas_kernels.hopper import bias, dropout
+from pallas_kernels.hopper import bias, dropout, whole_values
 from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
@@ -49,7 +49,7 @@ from pallas_kernels.hopper.dense_mask import mask_arrays
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
-from pallas_kernels.hopper.piece_widths import in_pieces, whole_or_pieces
+from pallas_kernels.hopper.piece_widths import has_whole_values, in_pieces, whole_or_pieces
 from pallas_kernels.hopper.plain import in_both_ways, named, piece_matrices, pieces
 from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, transforms
@@ -90,6 +90,8 @@ def forward(
     inputs: dict[str, Any] = matrices
     if not _by_rows(plan):
         inputs = {name: in_tiles(x) for name, x in matrices.items()}
+    elif not _values_by_rows(plan):
+        inputs = matrices | whole_values.last_block(plan, operands.value)
     if operands.halves is not None:
         own = operands.halves
         inputs |= {"own_q": own.query, "own_k": own.key, "own_v": own.value}
@@ -146,6 +148,10 @@ def _by_rows(plan: Plan) -> bool:
     return not plan.in_parts and in_pieces(plan.spec)
 
 
+def _values_by_rows(plan: Plan) -> bool:
+    return _by_rows(plan) and not has_whole_values(plan.spec)
+
+
 def in_tiles(x: Array) -> Array:
     """x (B, rows, heads, columns), padded where the TMA unit's tiles need it: see `copyable`.
 
@@ -177,11 +183,14 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
     by_rows = _by_rows(plan)
     scratch = _scratch(plan, out_dtype, columns)
     if by_rows:
-        matrices = [name for name in scratch if name.endswith("_smem")]
+        tiled = () if _values_by_rows(plan) else ("v_smem",)
+        matrices = [name for name in scratch if name.endswith("_smem") and name not in tiled]
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
+    if "v_end" in inputs and not interpret:
+        scratch |= whole_values.scratch(plan)
     if interpret:
         scratch["s_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, tiles.keys), jnp.float32)
-        for i, width in enumerate(whole_or_pieces(spec.value_dim, pieces=by_rows)):
+        for i, width in enumerate(whole_or_pieces(spec.value_dim, pieces=_values_by_rows(plan))):
             scratch[f"o{i}_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, width), jnp.float32)
 
     def kernel(*args: Ref) -> None:
@@ -190,6 +199,7 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
             if name in vars(refs):
                 setattr(refs, name, pieces(refs, name))
         warpgroup = lax.axis_index("warpgroup")
+        whole_values.prepare(plan, refs)
 
         @pl.when(warpgroup < tiles.warpgroups)
         def _() -> None:
@@ -238,8 +248,12 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
     by_rows = _by_rows(plan)
     head, value = (whole_or_pieces(x, pieces=by_rows) for x in (spec.head_dim, spec.value_dim))
 
-    def matrix(name: str, *shape: int, widths: tuple[int, ...]) -> dict[str, Any]:
-        if by_rows:
+    whole = whole_or_pieces(spec.value_dim, pieces=_values_by_rows(plan))
+
+    def matrix(
+        name: str, *shape: int, widths: tuple[int, ...], rows: bool = by_rows
+    ) -> dict[str, Any]:
+        if rows:
             return piece_matrices(name, shape, widths, spec.dtype)
         own = transforms(widths[0], spec.dtype)
         return {f"{name}_smem": plgpu.SMEM((*shape, *widths), spec.dtype, transforms=own)}
@@ -248,12 +262,12 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
     scratch = {
         **matrix("q", tiles.query_slots, ROWS, widths=head),
         **matrix("k", stages, tiles.keys, widths=head),
-        **matrix("v", stages, tiles.keys, widths=value),
+        **matrix("v", stages, tiles.keys, widths=whole, rows=_values_by_rows(plan)),
         "q_full": plgpu.Barrier(num_arrivals=q_arrivals, num_barriers=2 * w),
         "q_free": plgpu.Barrier(num_barriers=tiles.query_slots),
         "k_full": plgpu.Barrier(num_arrivals=len(head) + segments, num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_arrivals=len(value), num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=len(whole), num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
     scratch |= bias.scratch(plan) | dropout.scratch(plan)

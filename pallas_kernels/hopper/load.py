@@ -16,6 +16,7 @@ from pallas_kernels.hopper.masks import steps_of
 from pallas_kernels.hopper.plain import columns_of
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.whole_values import copy_values
 
 if TYPE_CHECKING:
     from pallas_kernels.hopper.plan import Plan, Work
@@ -145,6 +146,9 @@ def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.v_free.at[slot])
+    if "v_end" in vars(refs):
+        copy_values(plan, refs, work, block, slot)
+        return
     _copy(plan, refs, "v", work, (rows, work.kv_head), lambda x: x.at[slot], refs.v_full.at[slot])
 
 

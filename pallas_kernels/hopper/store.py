@@ -54,7 +54,7 @@ def store(
         smem, rows_of, slot = refs.o_smem, refs.o_rows, number
     else:
         smem, rows_of = refs.q_smem, refs.q_rows
-    for piece, to in zip(o, smem, strict=True):
+    for piece, to in zip(_as_wide_as(smem, o), smem, strict=True):
         to[slot] = (piece * across(factor, piece.shape[1])).astype(to.dtype)
     plgpu.commit_smem()
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
@@ -66,6 +66,18 @@ def store(
     _store_sums(plan, seam, refs, warpgroup, work, batch, softmax)  # beside O's copies
     if not plan.tiles.own_staging:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _as_wide_as(parts: tuple[Ref, ...], o: list[Array]) -> list[Array]:
+    """O cut as it leaves: into pieces even where it is of one product."""
+    if len(o) == len(parts):
+        return o
+    (whole,) = o
+    found, start = [], 0
+    for part in parts:
+        found.append(whole[:, start : start + part.shape[-1]])
+        start += part.shape[-1]
+    return found
 
 
 def _store_sums(

@@ -88,7 +88,7 @@ CASES = [
     Long("vision_72", batch=8, queries=729, keys=729, head_dim=72),
     Long("lengths_80", head_dim=80, causal=True, query_lengths=(9,), key_lengths=(9,)),
     Long("text_80", batch=8, queries=4096, keys=77, head_dim=80),
-    Long("ragged", queries=1001, keys=2043),
+    Long("ragged", queries=1001, keys=2051),
     Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
@@ -96,7 +96,7 @@ CASES = [
     Long("grouped_long", batch=2, queries=8192, keys=8192, heads=32, kv_heads=8, causal=True),
     *(Long(f"grouped_{h}", heads=32, kv_heads=8, head_dim=h, causal=True) for h in (64, 80, 128)),
     *(
-        Long(f"{name}_ragged", queries=1001, keys=2043, kv_heads=4, **options)
+        Long(f"{name}_ragged", queries=1001, keys=2051, kv_heads=4, **options)
         for name, options in (
             ("causal", {"causal": True}),
             ("window", {"window": (1023, 0)}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import jattn
+from pallas_kernels.hopper import piece_widths
 from pallas_kernels.hopper.backward_tiles import dq_columns, dq_swizzle
 from pallas_kernels.hopper.piece_widths import piece_columns
 from tests.cases import Case, chosen
@@ -36,6 +37,32 @@ CASES = [
 @pytest.mark.parametrize("case", chosen(CASES, "ragged"), ids=str)
 def test_interpreted_as_exact(case: Case, seed: int) -> None:
     check(INTERPRETED, case, seed)
+
+
+# Values as one matrix in tiles, whose last block is an array of its own.
+WHOLE = [
+    Half("whole", 2, 9, 131, 1, 1, 128),
+    Half("ragged_whole", 2, 131, 203, 2, 1, 128, causal=True),
+    Half("whole_lengths", 2, 67, 261, 1, 1, 128, key_lengths=(131, 3)),
+    Half("whole_latent", 1, 67, 131, 1, 1, 192, 128),
+    Half("whole_256", 1, 130, 129, 1, 1, 256, window=(70, 20)),
+]
+
+
+@pytest.mark.parametrize("case", chosen(WHOLE, "whole"), ids=str)
+def test_interpreted_with_whole_values(
+    case: Case, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(piece_widths, "LONG", 0)
+    check(INTERPRETED, case, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+@pytest.mark.parametrize("length", [2049, 2055, 2177])
+def test_whole_values_on_a_gpu(length: int, head_dim: int, seed: int) -> None:
+    check(FLASH, Half("", 2, length, length, 2, 1, head_dim, causal=True), seed)
 
 
 @pytest.mark.thorough
