@@ -203,18 +203,21 @@ SHORT = 2048  # keys
 def _order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     """What keeps Q, dO and dQ of the tiles that run at a time in L2.
 
-    Only where tiles end at the last query, wherever they begin.
+    Only where tiles end at the last query, or their document's, wherever they begin.
     """
     # ms on an H200, forward and backward of head dim 128, with neither, heads inner, and both:
     # 32 heads of one, B 2, T 4k, 2.00, 1.78; of 8, T 8k, 6.65, 6.18, 6.46; and of 16 heads of 16,
     # with and without heads together, the least of 20 runs: 16k 5.82, 5.72, 8k 3.06, 3.03, 4k
     # 1.680, 1.677; of head dim 64, 16k, 7.13, 7.08. With dQ apart no better: 32 heads of 8 7.01,
-    # 7.24, 7.20, 16 of 16 7.04, 7.08.
+    # 7.24, 7.20, 16 of 16 7.04, 7.08. Documents on an H100, 8 heads of 2: 10 in 32k 3.646, 3.419, 6
+    # in 131k 62.74, 58.27; 32 of 8, 16 of 1024 tokens, 1.471, 1.407.
     band = spec.band
-    one_way = band.upper is not None and band.lower is None and not spec.has_segments
+    one_way = band.upper is not None and band.lower is None
     added = spec.mask_shape is not None or spec.bias_shape is not None
     if not one_way or added or tiles.apart or tiles.once:
         return {}
+    if spec.has_segments and not (spec.group > 1 and tiles.values_first):
+        return {}  # not tried
     if spec.group > 1:
         return {"heads_inner": spec.group > tiles.shares.heads}
     many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)

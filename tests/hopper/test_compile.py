@@ -38,6 +38,7 @@ KNOWN_SPILLS = {
     "causal_ragged": 16,
     "window_ragged": 16,
     "segments_ragged": 52,
+    "documents": 68,
     "text_64": 72,
     "vision": 112,
     "dropout_64": 96,
