@@ -35,9 +35,9 @@ class BackendReport:
       refusals: why it cannot run; then kernel and gradient_bytes are None.
       passed_over: why another kernel of its own, made for this device, does not run.
       may_run: whether it is among those that were named, or that run unnamed.
-      kernel: what it would run.
-      gradient_bytes: an estimate of what the gradient's computation holds beside the call's own
-        arguments, results and their gradients.
+      kernel: what it would run; of few queries its forward cuts the keys into parts.
+      gradient_bytes: an estimate of what the gradient's computation, forward with it, holds beside
+        the call's own arguments, results and their gradients.
       tangents: what makes the tangents, of forward mode and second derivatives, from the output and
         log-sum-exp of whatever kernel ran: kernels of "Pallas, portable", or loops in "XLA", or
         "Pallas, Hopper" and others for some or all of the gradients' tangents, or for all where

@@ -350,7 +350,7 @@ class TestForms:
         bias = jax.ShapeDtypeStruct((1, 8, 1001, 1001), jnp.bfloat16)
         many = jax.ShapeDtypeStruct((32, 1001, 8, 64), jnp.bfloat16)
         with on("NVIDIA H200"):
-            assert jattn.explain(x, x, x, bias=bias).kernel == "Pallas, portable"
+            assert str(jattn.explain(x, x, x, bias=bias).kernel).startswith("Pallas, portable")
             assert "Hopper" in str(jattn.explain(many, many, many, bias=bias).kernel)
 
     def test_what_neither_can_is_refused_with_the_reasons_of_both(self) -> None:
@@ -401,7 +401,7 @@ class TestForms:
         hopper, _, portable = table.candidates(None)[:3]
         spec = spec_of(Case("plain", head_dim=64, dtype="bfloat16"))
         assert "Hopper" in hopper.kernel(spec, None)
-        assert "portable" in portable.kernel(None, None)
+        assert "portable" in portable.kernel(spec, None)
 
     def test_float32_in_full_precision_runs_in_kernels(self) -> None:
         x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.float32)

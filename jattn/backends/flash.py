@@ -8,6 +8,7 @@ Hopper's do not. `backends.table` has the order in which they are tried.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from jax import Array
 
@@ -23,12 +24,19 @@ from pallas_kernels.portable import bias_parts
 from pallas_kernels.portable.precision import term_count
 from pallas_kernels.portable.reach import copied_bytes as copied_mask_bytes
 
+if TYPE_CHECKING:
+    from pallas_kernels.hopper.plan import Plan as HopperPlan
+    from pallas_kernels.portable.plan import Plan as PortablePlan
+
 __all__ = [
     "attend_on_hopper",
     "attend_portably",
+    "chunked_gradient_bytes",
     "hopper_gradient_bytes",
+    "hopper_kernel",
     "interpreted",
     "portable_gradient_bytes",
+    "portable_kernel",
 ]
 
 
@@ -49,6 +57,38 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
     return derivatives.attend(elsewhere.kernels_anywhere("portable", "flash"), spec, operands)
 
 
+def hopper_kernel(spec: AttentionSpec, target: Target) -> str:
+    """What runs by Hopper kernels, and what of it does not."""
+    part = limits.portable_part(spec)
+    by = "Pallas Mosaic GPU, Hopper" + _in_parts(spec, "hopper")
+    return by + (f"; {part}: Pallas, portable" if part else "")
+
+
+def portable_kernel(spec: AttentionSpec, target: Target) -> str:
+    """What runs by portable ones."""
+    return "Pallas, portable" + _in_parts(spec, "portable")
+
+
+def _in_parts(spec: AttentionSpec, family: Family) -> str:
+    """Into how many parts forward cuts the keys, where tiles of queries are few, in words."""
+    if spec.is_empty or spec.context is not None:
+        return ""
+    parts = _forward_plan(spec, family).splits
+    return f", keys in {parts} parts that XLA joins" if parts > 1 else ""
+
+
+def _forward_plan(spec: AttentionSpec, family: Family) -> HopperPlan | PortablePlan:
+    """Forward's launch; these import jattn, in a circle."""
+    if family == "hopper":
+        from pallas_kernels.hopper.plan import make_plan
+
+        return make_plan(spec)
+    from pallas_kernels.portable import plan
+    from pallas_kernels.portable.tiles import forward_tiles
+
+    return plan.make_plan(spec, forward_tiles(spec))
+
+
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
     from pallas_kernels.hopper.backward_bytes import backward_bytes  # imports jattn, in a circle
@@ -62,15 +102,26 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     beside = copied_bytes(spec) * (1 + (sums or writes))
     beside += limits.words_bytes(spec) * (1 + apart)
     beside += sum_tiles.partial_bytes(spec) if sums else 0
-    portable = portable_gradient_bytes(spec, target) if limits.portable_part(spec) else 0
+    portable = _portable_backward_bytes(spec) if limits.portable_part(spec) else 0
+    parts = _forward_plan(spec, "hopper").part_bytes
     if leaves:
-        return portable + beside
+        return max(portable, parts) + beside
     own = backward_bytes(spec, deterministic=is_deterministic(), wants_bias=sums)
-    return max(own, portable) + beside
+    return max(own, portable, parts) + beside
 
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the portable kernels."""
+    parts = _forward_plan(spec, "portable").part_bytes
+    return max(_portable_backward_bytes(spec), parts)
+
+
+def chunked_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
+    """The same with the query-chunked forward, which splits no keys."""
+    return _portable_backward_bytes(spec)
+
+
+def _portable_backward_bytes(spec: AttentionSpec) -> int:
     rows = spec.batch * spec.queries * spec.heads
     held = rows * 4 * 5  # log-sum-exp in two numbers, as saved and by head, and row term of a row
     if (terms := term_count(spec)) > 1:

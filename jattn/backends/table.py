@@ -91,11 +91,6 @@ def _tangents_beside_hopper(spec: AttentionSpec, target: Target) -> str:
     return "; ".join(["Pallas, Hopper", *(f"{which} Pallas, portable" for which in others)])
 
 
-def _hopper_kernel(spec: AttentionSpec, target: Target) -> str:
-    part = hopper.portable_part(spec)
-    return "Pallas Mosaic GPU, Hopper" + (f"; {part}: Pallas, portable" if part else "")
-
-
 def _hopper_refusals(spec: AttentionSpec, target: Target) -> list[str]:
     # Some gradients of a call with a dense mask or a bias are the portable kernels'.
     return hopper.refusals(spec) + (portable.refusals(spec) if hopper.portable_part(spec) else [])
@@ -109,7 +104,7 @@ FORMS = (
     Form(
         name="flash",
         attend=flash.attend_on_hopper,
-        kernel=_hopper_kernel,
+        kernel=flash.hopper_kernel,
         gradient_bytes=flash.hopper_gradient_bytes,
         lacks=lambda target: kernels.lacks("hopper", target),
         refusals=_hopper_refusals,
@@ -127,7 +122,7 @@ FORMS = (
     Form(
         name="flash",
         attend=flash.attend_portably,
-        kernel=lambda spec, target: "Pallas, portable",
+        kernel=flash.portable_kernel,
         gradient_bytes=flash.portable_gradient_bytes,
         lacks=lambda target: kernels.lacks("portable", target),
         refusals=lambda spec, target: portable.refusals(spec),
@@ -137,7 +132,7 @@ FORMS = (
         name="memory_efficient",
         attend=memory_efficient.attend_in_kernels,
         kernel=lambda spec, target: "Pallas, portable, query-chunked",
-        gradient_bytes=flash.portable_gradient_bytes,
+        gradient_bytes=flash.chunked_gradient_bytes,
         lacks=lambda target: kernels.lacks("portable", target),
         refusals=lambda spec, target: portable.refusals(spec),
         tangents=_tangents_by,

@@ -27,6 +27,7 @@ from jax import Array, lax
 from jattn.call.masking import KeyIntervals
 from pallas_kernels.blocks import key_blocks, unmasked_key_blocks
 from pallas_kernels.hopper.bias_form import form_of, rows_share
+from pallas_kernels.hopper.copies import copyable, padded_width
 from pallas_kernels.hopper.indices import divided, quotient
 from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles, fit
 
@@ -100,6 +101,14 @@ class Plan:
     def in_parts(self) -> bool:
         """Whether the kernel's float32 outputs are joined afterwards, with each other or a sink."""
         return self.splits > 1 or (self.spec.has_sinks and self.pack > 1)
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of what is joined: outputs of whole rows of shared memory, two numbers a row."""
+        spec, rows = self.spec, self.query_tiles * self.queries
+        outputs = copyable(spec.queries, 8) * padded_width(spec.value_dim)
+        numbers = spec.batch * spec.heads * (outputs + 2 * rows)
+        return self.splits * numbers * 4 if self.in_parts else 0
 
     @property
     def masked(self) -> bool:

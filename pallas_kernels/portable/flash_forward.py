@@ -25,7 +25,8 @@ from jax import Array
 from pallas_kernels.combine import combine
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import base, may_hide
-from pallas_kernels.portable.forward_tile import ForwardTile, Plan, make_plan, run
+from pallas_kernels.portable.forward_tile import ForwardTile, run
+from pallas_kernels.portable.plan import Plan, make_plan
 from pallas_kernels.portable.softmax import APART, Softmax
 from pallas_kernels.portable.tiles import forward_tiles
 from pallas_kernels.portable.triton import LN2

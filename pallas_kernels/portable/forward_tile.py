@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -14,59 +13,20 @@ from jax import Array
 from pallas_kernels.portable import columns
 from pallas_kernels.portable.elements import Logits, Place, dropped, logits
 from pallas_kernels.portable.ends import key_limit
-from pallas_kernels.portable.grid import Grid, grid_of
+from pallas_kernels.portable.grid import Grid
 from pallas_kernels.portable.inputs import forward_inputs
 from pallas_kernels.portable.launch import Results, launch
+from pallas_kernels.portable.plan import Plan
 from pallas_kernels.portable.ranges import key_ranges, key_sides
 from pallas_kernels.portable.rows import Rows, rows_of
 from pallas_kernels.portable.softmax import End
 from pallas_kernels.portable.spans import Span, Step, span, visit
-from pallas_kernels.portable.tiles import Tiles
 from pallas_kernels.portable.triton import divided, load, store
 
 if TYPE_CHECKING:
-    from jattn.call.spec import AttentionSpec, Operands
+    from jattn.call.spec import Operands
 
-__all__ = ["ForwardTile", "Plan", "make_plan", "run"]
-
-PROGRAMS = 256  # about two for each multiprocessor of a large GPU: fewer leave some idle
-LEAST_BLOCKS = 4  # of keys, for a share of a split to be worth its joining
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The launch of one call: tiles of `tiles.queries` rows, `pack` heads in each."""
-
-    spec: AttentionSpec
-    tiles: Tiles
-    pack: int = 1
-    splits: int = 1
-
-    @property
-    def queries(self) -> int:
-        """Queries of a tile."""
-        return self.tiles.queries // self.pack
-
-    @property
-    def grid(self) -> Grid:
-        """Its programs."""
-        spec = self.spec
-        tiles = -(-spec.queries // self.queries) * self.splits
-        packs = spec.heads if self.pack == 1 else spec.kv_heads * -(-spec.group // self.pack)
-        return grid_of(spec, tiles=tiles, heads=packs, last_first=spec.band.upper is not None)
-
-
-def make_plan(spec: AttentionSpec, tiles: Tiles, *, may_split: bool = True) -> Plan:
-    """The launch of a call: heads packed if queries are few, keys split if programs are."""
-    pack = 1
-    if spec.group > 1 and spec.queries <= tiles.queries // 2:
-        pack = min(_power(spec.group), tiles.queries)
-    rows = max(16, min(tiles.queries, _power(spec.queries) * pack))
-    plan = Plan(spec, tiles._replace(queries=rows), pack)
-    programs = plan.grid.sizes[0] * plan.grid.sizes[1] * plan.grid.sizes[2]
-    blocks = -(-spec.keys // tiles.keys)
-    splits = max(1, min(PROGRAMS // programs, blocks // LEAST_BLOCKS)) if may_split else 1
-    return Plan(spec, plan.tiles, pack, splits)
+__all__ = ["ForwardTile", "run"]
 
 
 class ForwardTile:
@@ -185,7 +145,3 @@ def run(
         body, inputs, results, grid=grid.sizes, tiles=tiles, name=name, interpret=interpret
     )
     return found["out"], found["top"], found["rest"]
-
-
-def _power(x: int) -> int:
-    return 1 << max(x - 1, 0).bit_length()

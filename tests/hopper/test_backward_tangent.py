@@ -155,14 +155,15 @@ def test_each_alone_is_made_by_the_kernel_that_explain_names(
     wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Half("some", 2, 80, 150, 2, 1, 64, 40, causal=True)
-    spec, row = spec_of(case), jax.ShapeDtypeStruct((2, 80, 2), jnp.float32)
-    floats, rest, _ = arguments(case)
-    d_out = jax.ShapeDtypeStruct((2, 80, 2, 40), jnp.bfloat16)
+    spec = spec_of(case)
+    row: Any = jax.ShapeDtypeStruct((2, 80, 2), jnp.float32)
+    floats: dict[str, Any] = arguments(case)[0]
+    d_out: Any = jax.ShapeDtypeStruct((2, 80, 2, 40), jnp.bfloat16)
     rows = BackwardTangentRows(row, row, d_out, row, row, row, d_out)
     monkeypatch.setitem(sys.modules, "pallas_kernels.portable.backward_tangent", None)
     kernels = Kernels("hopper", "flash", deterministic=False, interpret=False)
     made = partial(kernels.backward_tangent, spec, wanted=wanted)
-    found = jax.eval_shape(made, Operands(**floats, **rest), rows, Tangents(**floats))
+    found = jax.eval_shape(made, Operands(**floats), rows, Tangents(**floats))
     assert [x.shape for x in found] == [floats[name].shape for name in wanted]
     assert jattn.explain(**floats, is_causal=True, device="H100").reports[0].tangents == (
         "Pallas, Hopper"

@@ -5,6 +5,7 @@ Against the formula in float64; eager's error in the same dtype is the measure.
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,6 @@ import pytest
 import jattn
 from models.cache import KVCache
 from models.decoder.attention import AttentionCall
-from pallas_kernels.hopper.plan import make_plan as hopper_plan
 from tests.backends import quick_jit
 from tests.cases import thorough
 
@@ -156,11 +156,5 @@ def test_a_decoding_step_takes_the_kernel_that_splits_keys(window: int | None) -
     assert shapes["key"].shape == (1, window or 32768, 8, 64)
     for device, kernel in (("H100", "Pallas Mosaic GPU, Hopper"), ("A100", "Pallas, portable")):
         found = jattn.explain(**shapes, device=device)
-        assert (found.chosen, found.kernel) == ("flash", kernel)
-    assert splits(shapes) > 1
-
-
-def splits(arguments: dict[str, Any]) -> int:
-    from jattn.explain import _spec
-
-    return hopper_plan(_spec({n: x for n, x in arguments.items() if n != "implementation"})).splits
+        assert found.chosen == "flash"
+        assert re.fullmatch(kernel + r", keys in \d+ parts that XLA joins", str(found.kernel))
