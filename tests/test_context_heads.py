@@ -21,9 +21,10 @@ many = Case(
     alignment="bottom_right", query_lengths=(37, 21), key_lengths=(45, 30), segments="sorted",
     mask="B11S", mask_density=0.9, bias="1N1S", soft_cap=5.0, sinks=True, dropout=0.2,
 )
+# Of one, two and one of a device's four key heads, each with two query heads.
 half = replace(
     many, name="half", dtype="bfloat16", alignment="top_left", offset=(3, 9), mask="1N1S",
-    bias="B11S",
+    bias="B11S", heads=16, kv_heads=8,
 )
 # Two pieces for one key head, which has four query heads.
 grouped = replace(many, name="grouped", kv_heads=2, dropout=0, mask=None)
@@ -66,10 +67,10 @@ def sent(function):
     kinds = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
     return Counter(re.findall(rf" ({kinds})(?:-start)?\\(", text))
 
-# One exchange for each piece, but that the first one comes and the last one goes home alone. Ids
-# are gathered, those of queries and of keys.
+# One exchange for each piece, but that the first one comes and the last one goes home alone. Pieces
+# have one, two and one of four heads of two devices. Ids are gathered, of queries and of keys.
 kind = "collective-permute" if DEVICES == 2 else "all-to-all"
-exchanges = 8 // DEVICES + 2
+exchanges = {2: 3, 4: 2}[DEVICES] + 2
 for function, passes in ((attend, 1), (gradients, 2)):
     found = sent(function)
     assert found.pop("all-gather") <= 2 * passes and found == {kind: passes * exchanges}, found

@@ -30,10 +30,11 @@ from jattn.call.dropout import seeds_from_head
 from jattn.call.halves import Halves
 from jattn.call.row_arrays import BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
+from jattn.transforms.context.cuts import Cut, cuts_of
 from jattn.transforms.context.kernels import Backward, Forward, Gradients
 from jattn.transforms.context.merge import Merged
 from jattn.transforms.context.parts import context_of, device_index
-from jattn.transforms.context.pieces import put
+from jattn.transforms.context.pieces import put_at
 from jattn.transforms.context.plan import Plan
 from jattn.transforms.context.words import narrow, wide
 
@@ -54,7 +55,7 @@ def forward(kernel: Forward, plan: Plan, spec: AttentionSpec, operands: Operands
         # Two numbers as one array: fewer small kernels between the large ones.
         return [out.astype(spec.dtype), jnp.stack([top, rest], axis=-1)], []
 
-    apart = work.has_halves and kernel.takes_halves(work.of_piece())
+    apart = work.has_halves and all(map(kernel.takes_halves, work.kinds()))
     given = [operands.query], [operands.key, operands.value]
     (out, numbers), _ = work.done(*given, compute, apart=apart)
     return Merged(out, numbers[..., 0], numbers[..., 1])
@@ -107,25 +108,17 @@ type Compute = Callable[[int, list[Array], list[Array]], tuple[list[Array], list
 
 @dataclass(frozen=True)
 class Work:
-    """A device's call.
-
-    heads, kv_heads: of a piece.
-    sharing: so many pieces after each other have the same key heads.
-    """
+    """A device's call, and the pieces that it is cut into."""
 
     context: Context
     spec: AttentionSpec
     operands: Operands
-    pieces: int
-    heads: int
-    kv_heads: int
-    sharing: int
+    cuts: tuple[Cut, ...]
 
     @staticmethod
     def of(plan: Plan, spec: AttentionSpec, operands: Operands) -> Work:
-        """In as many pieces as the plan has."""
+        """In the plan's pieces."""
         context = context_of(spec)
-        heads = spec.heads // (context.devices * plan.pieces)
         found: dict[str, Any] = {"sinks": None}
         of = {"query_segments": context.queries, "key_segments": context.keys}
         for name, positions in of.items():
@@ -136,10 +129,7 @@ class Work:
             context=context,
             spec=spec,
             operands=operands._replace(**found),
-            pieces=plan.pieces,
-            heads=heads,
-            kv_heads=max(1, heads // spec.group),
-            sharing=max(1, spec.group // heads),
+            cuts=cuts_of(plan.sizes, spec.group),
         )
 
     def done(
@@ -160,7 +150,8 @@ class Work:
         few: list[list[Array]] = []  # of each piece, arrays of few numbers: sent with the last
         are_few: list[bool] = []
         found = _Results([], [], [])
-        for piece in range(self.pieces + 1):
+        pieces = len(self.cuts)
+        for piece in range(pieces + 1):
             # What came is put where it belongs before the next exchange, and not in the end.
             made, rows, keys, found = lax.optimization_barrier((made, rows, keys, found))
             if piece > 0 and not apart:
@@ -168,7 +159,7 @@ class Work:
                 held_rows, held_keys, made, rows, keys = lax.optimization_barrier(
                     (held_rows, held_keys, made, rows, keys)
                 )
-            going = self._sent(piece + 1, rows, keys) if piece + 1 < self.pieces else []
+            going = self._sent(piece + 1, rows, keys) if piece + 1 < pieces else []
             coming, next_keys, come = self._come(going, made, len(rows) if going else 0, apart)
             if self.context.devices == 2 and made:
                 # What stays, before the next kernel: it holds the rest of what the last one made.
@@ -187,7 +178,7 @@ class Work:
                 for other in range(self.context.devices):
                     part = results.like([x[other] for x in come])
                     found = self._with(found, part, piece - 1, other)
-            if piece == self.pieces:
+            if piece == pieces:
                 done = _Results(*([*map(narrow, *x)] for x in zip(found, results, strict=True)))
                 of_rows = [(done.few if is_few else done.rows).pop(0) for is_few in are_few]
                 return of_rows, done.keys
@@ -197,7 +188,7 @@ class Work:
             sums, whole = self._added(sums, of_keys, piece)
             are_few = [*map(_has_few_numbers, of_rows)]
             few.append([x for x, is_few in zip(of_rows, are_few, strict=True) if is_few])
-            is_last = piece + 1 == self.pieces
+            is_last = piece + 1 == pieces
             results = _Results(
                 [x for x, is_few in zip(of_rows, are_few, strict=True) if not is_few],
                 whole,
@@ -209,10 +200,10 @@ class Work:
 
     def _sent(self, piece: int, rows: list[Array], keys: list[Array]) -> list[Array]:
         """What a piece takes, with keys if no piece before had them."""
-        going = [self._dealt(x, piece, self.pieces) for x in rows]
-        if piece % self.sharing == 0:
-            pieces = self.pieces // self.sharing
-            going += [self._dealt(x, piece // self.sharing, pieces) for x in keys]
+        cut = self.cuts[piece]
+        going = [self._dealt(x, cut.first, cut.heads) for x in rows]
+        if cut.brings:
+            going += [self._dealt(x, cut.first_kv, cut.kv_heads) for x in keys]
         return going
 
     def _come(
@@ -240,10 +231,11 @@ class Work:
         self, sums: list[Array], found: list[Array], piece: int
     ) -> tuple[list[Array], list[Array]]:
         """Sums over the pieces that share keys, and those that are whole, in the call's dtype."""
-        if self.sharing > 1:
+        cut = self.cuts[piece]
+        if not (cut.brings and cut.ends):
             found = [x.astype(self.spec.accumulator) for x in found]
             found = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-            if (piece + 1) % self.sharing:
+            if not cut.ends:
                 return found, []
         return [], [x.astype(self.spec.dtype) for x in found]
 
@@ -281,29 +273,33 @@ class Work:
         is_whole = (2 * spec.queries, 2 * spec.keys) == (context.queries, context.keys)
         return context.devices == 2 and context.query_layout == "contiguous" and is_whole
 
-    def of_piece(self) -> AttentionSpec:
-        """The call of a piece of the heads, as far as its shapes go."""
-        shapes: dict[str, Any] = {}
-        for name in ("bias", "mask"):
-            x = getattr(self.operands, name)
-            if x is not None:
-                shapes[f"{name}_shape"] = (x.shape[0], min(x.shape[1], self.heads), *x.shape[2:])
-        return replace(
-            self.spec,
-            queries=self.context.queries,
-            keys=self.context.keys,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            has_sinks=False,
-            context=None,
-            **shapes,
-        )
+    def kinds(self) -> list[AttentionSpec]:
+        """The calls of its pieces, as far as their shapes go."""
+        found = []
+        for heads, kv_heads in dict.fromkeys((cut.heads, cut.kv_heads) for cut in self.cuts):
+            shapes: dict[str, Any] = {}
+            for name in ("bias", "mask"):
+                x = getattr(self.operands, name)
+                if x is not None:
+                    shapes[f"{name}_shape"] = (x.shape[0], min(x.shape[1], heads), *x.shape[2:])
+            found.append(
+                replace(
+                    self.spec,
+                    queries=self.context.queries,
+                    keys=self.context.keys,
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    has_sinks=False,
+                    context=None,
+                    **shapes,
+                )
+            )
+        return found
 
     def halves(self, operands: Operands, piece: int) -> Halves:
         """A piece's own half of the positions, in the arrays of all heads."""
-        p, shared = self.pieces // self.sharing, piece // self.sharing
-        heads = [self.pieces * self.heads, piece * self.heads]
-        heads += [p * self.kv_heads, shared * self.kv_heads]
+        cut, n = self.cuts[piece], self.context.devices
+        heads = [self.spec.heads // n, cut.first, self.spec.kv_heads // n, cut.first_kv]
         return Halves(
             operands.query,
             operands.key,
@@ -327,14 +323,15 @@ class Work:
 
     def _first_head(self, piece: int) -> Array:
         """The first query head of this device's piece."""
-        return (device_index(self.spec) * self.pieces + piece) * self.heads
+        own = self.spec.heads // self.context.devices
+        return device_index(self.spec) * own + self.cuts[piece].first
 
-    def _dealt(self, x: Array, piece: int, p: int) -> Array:
-        """Of (B, t, heads, ...) what each device gets for one of p: (n, B, t, heads, ...)."""
+    def _dealt(self, x: Array, first: int, count: int) -> Array:
+        """Of (B, t, heads, ...) what each device gets, of its heads some: (n, B, t, count, ...)."""
         n = self.context.devices
         b, t, heads, *rest = x.shape
-        cut = x.reshape(b, t, n, p, heads // (n * p), *rest)
-        return jnp.moveaxis(cut[:, :, :, piece], 2, 0)
+        of_each = x.reshape(b, t, n, heads // n, *rest)
+        return jnp.moveaxis(of_each[:, :, :, first : first + count], 2, 0)
 
     def _by_home(self, x: Array) -> Array:
         """Of (B, T, ...) what is each device's: (n, B, t, ...)."""
@@ -347,11 +344,15 @@ class Work:
 
     def _with(self, found: _Results, part: _Results, piece: int, device: Array | int) -> _Results:
         """Results (B, t, heads, ...) with a device's of a piece, or of all if they are whole."""
-        n, found_with = self.context.devices, []
-        for whole, own, shared in zip(found, part, (1, self.sharing, self.pieces), strict=True):
-            p = self.pieces // shared
-            at = device * p + piece // shared
-            found_with.append(put(whole, own, at, n * p) if own else whole)
+        n, cut, found_with = self.context.devices, self.cuts[piece], []
+        heads, kv_heads = self.spec.heads, self.spec.kv_heads
+        places = (heads, cut.first), (kv_heads, cut.first_kv), (heads, 0)
+        for whole, parts, (count, first) in zip(found, part, places, strict=True):
+            at = device * (count // n) + first
+            before: Sequence[Array | None] = whole or [None] * len(parts)
+            # Of keys, and of few numbers, not every piece has any.
+            held = zip(before, parts, strict=True) if parts else ()
+            found_with.append([put_at(x, y, at, count) for x, y in held] or whole)
         return _Results(*found_with)
 
 

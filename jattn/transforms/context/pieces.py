@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from jax import Array, lax
 
-__all__ = ["put"]
+__all__ = ["put", "put_at"]
 
 
 def put(
@@ -19,11 +19,17 @@ def put(
 
     whole: those with the pieces before; empty where there are none.
     """
-    if not whole:
-        shapes = [(*x.shape[:2], pieces * x.shape[2], *x.shape[3:]) for x in piece]
-        # All of it is to be written: zeros would be a pass over memory more.
-        whole = [lax.empty(shape, x.dtype) for shape, x in zip(shapes, piece, strict=True)]
+    before: Sequence[Array | None] = whole or [None] * len(piece)
     return [
-        lax.dynamic_update_slice_in_dim(x, part, number * part.shape[2], axis=2)
-        for x, part in zip(whole, piece, strict=True)
+        put_at(x, part, number * part.shape[2], pieces * part.shape[2])
+        for x, part in zip(before, piece, strict=True)
     ]
+
+
+def put_at(whole: Array | None, part: Array, first: Array | int, heads: int) -> Array:
+    """An array of so many heads, with a part's from the first of its own on; None before any."""
+    if whole is None:
+        # All of it is to be written: zeros would be a pass over memory more.
+        whole = lax.empty((*part.shape[:2], heads, *part.shape[3:]), part.dtype)
+    found: Array = lax.dynamic_update_slice_in_dim(whole, part, first, axis=2)
+    return found

@@ -39,13 +39,15 @@ class Plan:
 
     is_balanced: a causal mask's queries are exchanged before, and results after, so that each
       device has as much to do.
-    pieces: into how many a device's heads are cut, or those of a gather or a ring.
+    pieces: into how many those of a gather or a ring are cut.
+    sizes: by heads, how many query heads each piece of a device's has.
     """
 
     context: Context
     schedule: Schedule
     is_balanced: bool
     pieces: int
+    sizes: tuple[int, ...]
     hops: tuple[Hop, ...]
     why: str
     kv_bytes: int  # of a device's own keys and values
@@ -57,17 +59,18 @@ class Plan:
     def moves(self) -> int:
         """How often keys and values are sent."""
         if self.schedule in ("gather", "heads"):
-            return self.pieces
+            return self.pieces if self.schedule == "gather" else len(self.sizes)
         return sum(hop.distance != 0 for hop in self.hops)
 
     def bytes_a_move(self) -> tuple[int, int]:
-        """What a device sends each time, forward and backward."""
+        """What a device sends each time, or at most, forward and backward."""
         if self.schedule == "ring":
             return self.kv_bytes, self.kv_bytes + self.sum_bytes
         if self.schedule == "heads":
             n, once = self.context.devices, self.kv_bytes + self.query_bytes
             both = once + self.out_bytes, 2 * once + self.out_bytes
-            forward, backward = (x * (n - 1) // (n * self.pieces) for x in both)
+            most, heads = max(self.sizes), sum(self.sizes)
+            forward, backward = (x * (n - 1) * most // (n * heads) for x in both)
             return forward, backward
         times = 0 if self.context.has_whole_keys else self.context.devices - 1
         forward, sums = (n * times // self.pieces for n in (self.kv_bytes, self.sum_bytes))
@@ -103,7 +106,8 @@ class Plan:
         if context.has_whole_keys:
             moved += ", keys not sent"
         elif self.moves:
-            moved += f" of {forward}, in backward {backward}"
+            is_even = self.schedule != "heads" or min(self.sizes) == max(self.sizes)
+            moved += f" of {'' if is_even else 'at most '}{forward}, in backward {backward}"
             moved += f" and {in_bytes(home)} home" if (home := self.bytes_home()) else ""
             if self.schedule == "ring" and self.pieces > 1:
                 moved += f", by {self.pieces} pieces of the heads"
@@ -155,6 +159,7 @@ def plan_of(spec: AttentionSpec) -> Plan:
         schedule=schedule,
         is_balanced=is_balanced,
         pieces=found[schedule],
+        sizes=_sizes_of_heads(spec, context, dealt or 1) if schedule == "heads" else (),
         hops=hops,
         why=why,
         kv_bytes=sizes.keys * spec.element_bytes,
@@ -259,6 +264,20 @@ def _pieces_of_heads(spec: AttentionSpec, context: Context) -> int | None:
         if held <= sizes.keys:
             break
     return pieces if held * spec.element_bytes <= sizes.ring_bytes(spec) else None
+
+
+def _sizes_of_heads(spec: AttentionSpec, context: Context, pieces: int) -> tuple[int, ...]:
+    """How many of a device's query heads each piece has, where so many equal ones were found.
+
+    With segments a kernel of few heads is short, and ends with its longest segment's tiles. Of two
+    devices, which hold half of a piece twice, those between the first and the last are joined by
+    twos: half as many ends, and no more that nothing runs beside when it comes or goes.
+    """
+    one = spec.heads // (context.devices * pieces)
+    if not spec.has_segments or context.devices != 2 or one % spec.group or pieces < 4:
+        return (one,) * pieces
+    twos, left = divmod(pieces - 2, 2)
+    return (one, *(2 * one,) * twos, *(one,) * (left + 1))
 
 
 def _pieces(spec: AttentionSpec, context: Context) -> int | None:
