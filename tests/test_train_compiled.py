@@ -52,6 +52,17 @@ def test_kernels_are_left_out_only_of_what_does_not_run() -> None:
     assert left_out not in runs
 
 
+def test_copy_engines_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = "xla_gpu_collective_permute_mode"
+    alone = compiler.options(is_gpu=True)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    beside_others = compiler.options(is_gpu=True)
+    assert alone is not None
+    assert beside_others is not None
+    assert mode in alone
+    assert mode not in beside_others
+
+
 @pytest.mark.compile
 def test_a_kernel_of_two_programs_is_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "_run_serde_pass", core._run_serde_pass)  # restored afterwards
