@@ -38,10 +38,9 @@ class BackendReport:
       kernel: what it would run; of few queries its forward cuts the keys into parts.
       gradient_bytes: an estimate of what the gradient's computation, forward with it, holds beside
         the call's own arguments, results and their gradients.
-      tangents: what makes the tangents, of forward mode and second derivatives, from the output and
-        log-sum-exp of whatever kernel ran: kernels of "Pallas, portable", or loops in "XLA", or
-        "Pallas, Hopper" and others for some or all of the gradients' tangents, or for all where
-        an array as scale is differentiated; of "eager" it is "JAX" itself.
+      tangents: what makes the tangents, of forward mode and second derivatives, from what forward
+        saved: "Pallas, Hopper", "Pallas, portable", loops in "XLA", or for "eager" "JAX" itself;
+        and what makes others, where not all are made alike.
     """
 
     name: str

@@ -69,7 +69,8 @@ def test_readme_says_what_repeatable_gradients_cost() -> None:
         if own is not None and own.ms and same is not None and same.ms:
             speeds.append(own.ms / same.ms)
     said = re.search(
-        r"about (\d\.\d+) to (\d\.\d+) of its speed", " ".join(README.read_text().split())
+        rf"\[(\d\.\d+) to (\d\.\d+)\]\({path.relative_to(plot.ROOT)}\) of its speed",
+        " ".join(README.read_text().split()),
     )
     assert said is not None
     assert said.groups() == (f"{min(speeds):.2f}", f"{max(speeds):.2f}")

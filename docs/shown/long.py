@@ -33,5 +33,8 @@ def _entries(cells: dict[tuple[str, int], dict[str, Any]], name: str, length: in
     if cell is None:
         return ["", ""]
     seconds, total = cell["seconds"], cell["total_bytes"]
-    time = cell["status"] if seconds is None else f"{seconds:.3g} s"
+    if seconds is None:
+        time = cell["status"]
+    else:
+        time = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
     return ["-" if total is None else size(total), time]
