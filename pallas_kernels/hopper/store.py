@@ -54,7 +54,9 @@ def store(
         smem, rows_of, slot = refs.o_smem, refs.o_rows, number
     else:
         smem, rows_of = refs.q_smem, refs.q_rows
-    for piece, to in zip(_as_wide_as(smem, o), smem, strict=True):
+    o = _as_wide_as(smem, o)
+    smem, rows_of = smem[: len(o)], rows_of[: len(o)]
+    for piece, to in zip(o, smem, strict=True):
         to[slot] = (piece * across(factor, piece.shape[1])).astype(to.dtype)
     plgpu.commit_smem()
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
@@ -70,11 +72,13 @@ def store(
 
 def _as_wide_as(parts: tuple[Ref, ...], o: list[Array]) -> list[Array]:
     """O cut as it leaves: into pieces even where it is of one product."""
-    if len(o) == len(parts):
+    if o[0].shape[1] == parts[0].shape[-1]:
         return o
     (whole,) = o
     found, start = [], 0
     for part in parts:
+        if start == whole.shape[1]:
+            break
         found.append(whole[:, start : start + part.shape[-1]])
         start += part.shape[-1]
     return found

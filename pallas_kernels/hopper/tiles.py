@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from pallas_kernels.hopper.bias_form import form_of
-from pallas_kernels.hopper.piece_widths import in_pieces, whole_or_pieces
+from pallas_kernels.hopper.piece_widths import in_pieces, is_latent, whole_or_pieces
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -97,6 +97,8 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
         # Causal 681, 648, 497; full 698, 673, 571. No list: 700, 621, 404; 699, 663, 548. In turn,
         # and keys by 64 or 192: slower.
         return Tiles(2, 128, 2, query_slots=4 if spec.queries < 8192 else 2)
+    if is_latent(spec):
+        return Tiles(2, 128, 2, query_slots=2)
     # Causal 768, 694, 491; full 772, 734, 616. There is no room for blocks of 128 keys, and in a
     # list for three query slots only: causal 716, 654, 465; full 653, 713, 611.
     return Tiles(2, 64, 2, query_slots=2)
@@ -136,7 +138,7 @@ def fit(spec: AttentionSpec, tiles: Tiles, *, listed: bool, out_bytes: int) -> T
     """
     w, sizes = tiles.warpgroups, _widths(spec, out_bytes)
     # Some columns of a tiled matrix are not contiguous, as a copy needs.
-    in_place = sizes[0] == sizes[1] and out_bytes == 2
+    in_place = (sizes[0] == sizes[1] or is_latent(spec)) and out_bytes == 2
     stagings = [own for own in (True, False) if own or in_place]
     most = max(tiles.query_slots, w) if listed else w
     for stages, slots, own in product(range(tiles.stages, 0, -1), range(most, w - 1, -1), stagings):

@@ -31,7 +31,7 @@ def last_block(plan: Plan, value: Array) -> dict[str, Array]:
     if keys % 8 == 0:
         return {}
     rest = value[:, keys // size * size :]
-    return {"v_end": jnp.pad(rest, ((0, 0), (0, size - rest.shape[1]), (0, 0), (0, 0)))}
+    return {"v_end": jnp.pad(rest, ((0, 0), (0, -rest.shape[1] % 8), (0, 0), (0, 0)))}
 
 
 def scratch(plan: Plan) -> dict[str, Any]:

@@ -44,7 +44,9 @@ WHOLE = [
     Half("whole", 2, 9, 131, 1, 1, 128),
     Half("ragged_whole", 2, 131, 203, 2, 1, 128, causal=True),
     Half("whole_lengths", 2, 67, 261, 1, 1, 128, key_lengths=(131, 3)),
+    Half("whole_96", 2, 67, 131, 1, 1, 96),
     Half("whole_latent", 1, 67, 131, 1, 1, 192, 128),
+    Half("latent", 2, 192, 264, 2, 1, 192, 128, causal=True, key_lengths=(264, 200)),
     Half("whole_256", 1, 130, 129, 1, 1, 256, window=(70, 20)),
 ]
 
