@@ -35,7 +35,7 @@ from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.hopper.visits import edge_padded, visits
+from pallas_kernels.hopper.visits import edge_padded, visits, visits_every_block
 
 if TYPE_CHECKING:
     from jattn.call.row_arrays import BackwardRows
@@ -138,21 +138,21 @@ def backward(
         dk, dv, dq = backward_kernel.launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
     else:
         unit = None
-        dq, dk, dv = _added(spec, tiles, inputs, interpret=interpret)
+        dq, dk, dv, words = _added(spec, tiles, inputs, interpret=interpret)
         if tiles.in_fragments and not interpret:
             shape = (inputs["q"].shape[1], inputs["q"].shape[3])
             if wants_scale:
                 # Parts of float32 are wider than a tile, so in whole tiles of rows.
                 shape = (-(-shape[0] // 8) * 8, shape[1])
-                dq = rounded(spec, dq, shape, jnp.float32, kept_factor(spec))
+                dq = rounded(spec, dq, shape, jnp.float32, kept_factor(spec), words)
             else:
                 scale = inputs["scale"] if spec.scale is None else float(spec.scale)
                 if spec.dropout_rate > 0:
                     scale = scale * kept_factor(spec)
-                dq = rounded(spec, dq, shape, spec.dtype, scale)
+                dq = rounded(spec, dq, shape, spec.dtype, scale, words)
         else:
             if tiles.in_fragments:
-                dq = in_rows(spec, dq, inputs["q"].shape[3])
+                dq = in_rows(spec, dq, inputs["q"].shape[3], words)
             if not wants_scale:
                 dq = (dq * spec.scale_beside(dq, operands) * kept_factor(spec)).astype(spec.dtype)
             elif spec.dropout_rate > 0:
@@ -201,8 +201,12 @@ def by_block(*vectors: Array, queries: int) -> Array:
 
 def _added(
     spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
-) -> tuple[Array, Array, Array]:
-    """dQ unscaled in float32, as the kernel stores it or adds to it, dK and dV."""
+) -> tuple[Array, Array, Array, Array | None]:
+    """dQ unscaled in float32, as the kernel stores it or adds to it, dK and dV.
+
+    And a word for each block of queries, 0 of those that no tile visits, whose dQ is not stored;
+    or None, where dQ is all there.
+    """
     b, n, blocks, _, queries = inputs["rows"].shape
     head = inputs["q"].shape[3]
     shape: tuple[int, ...] = (b, blocks * queries, n, head)
@@ -226,7 +230,10 @@ def _added(
 
     # Not by `new_ref`, whose effect cannot be partitioned.
     changed, dk, dv, *stored = pl.run_state(run)((changed, *results))
-    return stored[0] if tiles.first_stores else changed, dk, dv
+    if not tiles.first_stores:
+        return changed, dk, dv, None
+    every = visits_every_block(spec, queries=tiles.queries, keys=tiles.keys)
+    return stored[0], dk, dv, None if every else changed
 
 
 def _whole(matrices: dict[str, Array]) -> dict[str, Array]:

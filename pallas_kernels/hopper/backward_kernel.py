@@ -21,8 +21,8 @@ hold it (`instructions.py`), or by way of shared memory.
 
 Where dK is late, it is waited for when the next visit's S and dP are started.
 
-Where every block of queries is visited, by few tiles, the first to visit one stores its dQ, and no
-zeros are made (`backward_claims.py`).
+Where every block of queries is visited, by few tiles, and of documents, the first to visit one
+stores its dQ, and no zeros are made (`backward_claims.py`).
 
 Shared memory, with the barriers that guard it (`full`: a copy has landed; `free`: its readers are
 done; both for each slot of a ring):

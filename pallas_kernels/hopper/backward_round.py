@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
@@ -23,9 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["in_rows", "rounded"]
 
 
-def in_rows(spec: AttentionSpec, dq: Array, head: int) -> Array:
+def in_rows(spec: AttentionSpec, dq: Array, head: int, words: Array | None = None) -> Array:
     """dq as `rounded` takes it, as (B, rows, N, head) float32."""
     columns = dq.shape[1] // ROWS
+    if words is not None:
+        visited = jnp.repeat(words, dq.shape[0] // words.shape[0]) != 0
+        dq = jnp.where(visited[:, None], dq, 0)
     x = from_fragments(dq, columns)
     x = x.reshape(spec.batch, spec.heads, -1, head // columns, ROWS, columns)
     return x.transpose(0, 2, 4, 1, 3, 5).reshape(spec.batch, -1, spec.heads, head)
@@ -37,6 +43,7 @@ def rounded(
     shape: tuple[int, int],
     dtype: DTypeLike,
     scale: Array | float,
+    words: Array | None = None,
 ) -> Array:
     """dQ (B, rows, N, head) in this dtype, times the scale.
 
@@ -44,6 +51,7 @@ def rounded(
       each part of its columns.
     shape: rows, and head; of no multiple of 8 rows only where the parts are one tile wide each.
     scale: a number, or (1 or B,) float32.
+    words: (B N blocks,) int32, 0 of blocks that were not stored, which are zeros.
     """
     rows, head = shape
     columns = dq.shape[1] // ROWS
@@ -57,6 +65,8 @@ def rounded(
     if ragged:
         scratch = in_both_ways(scratch, scratch, interpret=False)
     inputs = {"dq": dq} | ({} if isinstance(scale, float) else {"scale": scale})
+    if words is not None:
+        inputs["words"] = words
 
     def kernel(*args: Ref) -> None:
         refs = named(scratch, [*inputs, "out", "staging_smem"], args)
@@ -64,12 +74,22 @@ def rounded(
         factor = scale
         if not isinstance(scale, float):
             factor = refs.scale[batch if scale.shape[0] > 1 else 0]
-        first = ((batch * spec.heads + of_head) * blocks + block) * parts
-        loaded = [load_fragment(refs.dq, first + part, columns) for part in range(parts)]
+        number = (batch * spec.heads + of_head) * blocks + block
+        first = number * parts
         out = refs.out.at[batch, pl.ds(block * ROWS, ROWS), of_head]
-        for part, x in enumerate(loaded):
-            own = (part,) if ragged else (slice(None), pl.ds(part * columns, columns))
-            refs.staging_smem[own] = (x * factor).astype(dtype)
+
+        def put(made: Callable[[Array], Array]) -> None:
+            loaded = [load_fragment(refs.dq, first + part, columns) for part in range(parts)]
+            for part, x in enumerate(loaded):
+                own = (part,) if ragged else (slice(None), pl.ds(part * columns, columns))
+                refs.staging_smem[own] = made(x).astype(dtype)
+
+        if words is None:
+            put(lambda x: x * factor)
+        else:
+            stored = refs.words[number] != 0
+            pl.when(stored)(partial(put, lambda x: x * factor))
+            pl.when(jnp.logical_not(stored))(partial(put, jnp.zeros_like))
         plgpu.commit_smem()
         if not ragged:
             plgpu.copy_smem_to_gmem(refs.staging_rows, out)

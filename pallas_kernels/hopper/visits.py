@@ -27,7 +27,7 @@ from pallas_kernels.hopper.constant import constant
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["Visits", "edge_padded", "known_counts", "visits", "visits_every_block"]
+__all__ = ["MOST_KNOWN", "Visits", "edge_padded", "known_counts", "visits", "visits_every_block"]
 
 
 MOST_KNOWN = 4096  # tiles of a constant, which takes 5 us of tracing each

@@ -94,6 +94,7 @@ CASES = [
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
     *FEW_QUERIES,
     Long("grouped_long", batch=2, queries=8192, keys=8192, heads=32, kv_heads=8, causal=True),
+    Long("short_documents", kv_heads=4, causal=True, segments="sorted"),
     Long("documents", queries=32768, keys=32768, kv_heads=4, causal=True, segments="sorted"),
     *(Long(f"grouped_{h}", heads=32, kv_heads=8, head_dim=h, causal=True) for h in (64, 80, 128)),
     *(

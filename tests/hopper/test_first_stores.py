@@ -21,6 +21,9 @@ CASES = [
     Half("grouped", 1, 130, 270, 4, 2, 128, causal=True, sinks=True),
     Half("window", 1, 270, 400, 2, 1, 128, causal=True, window=(100, 0)),
     Bottom("bottom_right", 1, 65, 264, 2, 1, 128),
+    Half("packed", 1, 150, 150, 2, 1, 128, segments="sorted", causal=True),
+    Half("packed_unseen", 1, 400, 200, 2, 1, 128, segments="sorted", causal=True, window=(10, 0)),
+    Half("unsorted", 1, 200, 270, 2, 1, 128, segments="unsorted", causal=True),
 ]
 LARGE = [
     Half("many_full", 8, 577, 577, 16, 16, 128),
@@ -29,10 +32,11 @@ LARGE = [
     Half("short", 64, 257, 257, 16, 16, 128),
     Half("one_key_head", 2, 1024, 1024, 32, 1, 128, causal=True),
     Half("one_block", 16, 50, 700, 16, 16, 128),
+    Half("documents", 2, 1024, 1024, 32, 8, 128, segments="sorted", causal=True),
 ]
 
 
-@pytest.mark.parametrize("case", chosen(CASES, "causal"), ids=str)
+@pytest.mark.parametrize("case", chosen(CASES, "packed"), ids=str)
 def test_interpreted_as_exact(case: Case, seed: int) -> None:
     assert choose_backward_tiles(spec_of(case), deterministic=False).first_stores
     check(INTERPRETED, case, seed)
@@ -44,7 +48,7 @@ def test_interpreted_as_exact(case: Case, seed: int) -> None:
 def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
     tiles = choose_backward_tiles(spec_of(case), deterministic=False)
     assert tiles.first_stores
-    listed = case in LARGE and case.kv_heads > 1 and case.name != "longer"
+    listed = case in LARGE and case.kv_heads > 1 and case.name not in ("longer", "documents")
     assert bool(tiles.listed) == listed
     for again in range(5):
         check(FLASH, case, seed + again)
@@ -53,7 +57,7 @@ def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Half("segments", 1, 200, 200, 2, 2, 128, segments="sorted"),
+        Half("long_packed", 1, 32768, 32768, 8, 8, 128, segments="sorted", causal=True),
         Half("lengths", 1, 200, 200, 2, 2, 128, query_lengths=(9,), key_lengths=(9,)),
         Half("unseen", 1, 400, 100, 2, 2, 128, causal=True, window=(10, 0)),
         Half("wide", 1, 200, 200, 2, 2, 192),
