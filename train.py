@@ -34,6 +34,7 @@ from training import (
     cli,
     compiler,
     fine_tuning,
+    kept_programs,
     kernel_text,
     kernels_ahead,
     plots,
@@ -41,13 +42,14 @@ from training import (
     run_folder,
     start,
 )
-from training.ahead import Programs
+from training.ahead import Programs, is_kept
 from training.checkpoints import Checkpoints
 from training.config import DataConfig, TrainConfig
 from training.data import Corpus, first_long_step, load_corpus
 from training.devices import Devices, check_count, check_lengths, own
 from training.errors import REFUSALS, AgreedError, one_line
 from training.interrupt import stop_on_signals
+from training.kept_programs import KeptPrograms
 from training.loop import Outputs, train
 from training.progress import TrainingProgress, make_console, say
 from training.reports.command import Screen, report_layer, report_longest, report_step
@@ -94,7 +96,17 @@ def run(request: cli.Request, console: Console) -> int:
     """Corpus, run folder, memory report, training, plot; checks all before it writes anything."""
     config = request.config
     reports = config.memory.memory_report and not processes.are_several()
-    corpus, devices = processes.together(lambda: prepare(request, reports=reports))
+    programs_of_runs = runs_folder(request.run) / ".compiled"
+    is_own = request.run.sequence_parallel == 1 and config.fine_tune.model is None
+    is_alone = is_own and not processes.are_several()
+    kept = kept_programs.for_gpu(programs_of_runs) if is_alone else None
+    is_known = is_kept(config, kept)
+    is_early = kept is not None and not reports
+    if is_early:
+        compile_ahead()
+    corpus, devices, programs = processes.together(
+        lambda: prepare(request, kept, is_known=is_known, reports=reports)
+    )
     processes.check_alike("options", repr(cli.of_all(request)))
     processes.check_alike("text in --data", corpus.fingerprint)
     with stop_on_signals() as stop:
@@ -110,11 +122,10 @@ def run(request: cli.Request, console: Console) -> int:
         if reports and not folder.memory_json.exists():
             report_layer(config, here(devices.count), Screen(console, folder, stop))
             began = time.perf_counter()
-        compiler.keep_programs(folder.path.parent / ".compiled")
-        if jax.default_backend() == "gpu":
-            kernels_ahead.begin(compiler.options(is_gpu=True))
+        if not is_early:
+            compile_ahead(programs_of_runs if kept is None else None)
         if state is None:
-            first = start.begin(config, corpus, devices)
+            first = start.begin(config, corpus, devices, kept, programs)
             if first.note:
                 say(console, first.note)
                 config = first.config
@@ -122,7 +133,8 @@ def run(request: cli.Request, console: Console) -> int:
                     folder.put_config(config)
                 checkpoints = Checkpoints(folder.checkpoints, config, corpus.fingerprint)
         else:
-            first = start.Start(config, Programs(config, devices), devices.state(state))
+            programs = Programs(config, devices, kept)
+            first = start.Start(config, programs, devices.state(state))
         done = int(first.state.step)
         with (
             MetricsLog(folder.metrics, after_step=done) as log,
@@ -175,19 +187,40 @@ def title_of(config: TrainConfig, corpus: Corpus) -> str:
     return f"{parameter_count(config) / 1e6:.3g} million weights on {corpus.source}"
 
 
-def prepare(request: cli.Request, *, reports: bool) -> tuple[Corpus, Devices]:
-    """The corpus and the devices, once it is known that the model runs on them."""
-    config = request.config
+def compile_ahead(folder: Path | None = None) -> None:
+    """From here on jax keeps programs in a folder, if one is given, and kernels are compiled once
+    they are lowered."""
+    if folder is not None:
+        compiler.keep_programs(folder)
+    if jax.default_backend() == "gpu":
+        kernels_ahead.begin(compiler.options(is_gpu=True))
+
+
+def runs_folder(run: cli.RunOptions) -> Path:
+    """The folder that holds the run."""
+    return Path(run.runs_dir) if run.resume is None else Path(run.resume).parent
+
+
+def prepare(
+    request: cli.Request, kept: KeptPrograms | None, *, is_known: bool, reports: bool
+) -> tuple[Corpus, Devices, Programs | None]:
+    """The corpus and the devices, once it is known that the model runs on them; and the programs,
+    where they can be begun while the corpus is read."""
+    config, programs = request.config, None
     with ThreadPoolExecutor(max_workers=1) as beside:  # reads, while the model is traced
         read = beside.submit(read_corpus, config.data)
-        check_model_runs(config)
         devices = Devices.checked(request.run.sequence_parallel, config.data)
+        if not is_known:
+            check_model_runs(config)
         if reports:
             check_lengths(devices.count, "--memory-lengths", config.memory.memory_lengths)
+        is_fine = not read.done() or read.exception() is None
+        if kept is not None and request.run.resume is None and is_fine and not reports:
+            programs = start.programs_of(config, devices, kept)
         corpus = read.result()
     if config.fine_tune.model is not None:
         corpus = tokenized(corpus, config)
-    return corpus, devices
+    return corpus, devices, programs
 
 
 def read_corpus(config: DataConfig) -> Corpus:

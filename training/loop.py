@@ -11,7 +11,7 @@ import jax
 from training.ahead import Programs
 from training.checkpoints import Checkpoints
 from training.config import TrainConfig
-from training.data import Batch, Corpus, evaluation_batches, training_batch
+from training.data import Batch, Corpus, Text, evaluation_batches, training_batch
 from training.errors import AgreedError
 from training.interrupt import StopRequest
 from training.progress import TrainingProgress
@@ -29,17 +29,15 @@ class Outputs:
     progress: TrainingProgress
 
 
-def batch_of(config: TrainConfig, corpus: Corpus, step: int) -> Batch:
-    """What the run learns from in one step."""
+def batch_of(config: TrainConfig, text: Text, step: int) -> Batch:
+    """What the run learns from in one step, of the text for that."""
     options = config.optimizer
-    return training_batch(
-        corpus.train, config.data, seed=options.seed, step=step, steps=options.steps
-    )
+    return training_batch(text, config.data, seed=options.seed, step=step, steps=options.steps)
 
 
-def held_out_batches(config: TrainConfig, corpus: Corpus) -> Iterator[Batch]:
-    """What is measured, the same each time."""
-    return evaluation_batches(corpus.held_out, config.data, config.record.evaluation_windows)
+def held_out_batches(config: TrainConfig, text: Text) -> Iterator[Batch]:
+    """What is measured, the same each time, of the text held out."""
+    return evaluation_batches(text, config.data, config.record.evaluation_windows)
 
 
 def train(
@@ -75,9 +73,9 @@ def train(
     total, options, checkpoints = config.optimizer.steps, config.record, outputs.checkpoints
     first = int(state.step) + 1
     record = _Record(config, corpus, programs, outputs, first, began)
-    batch = batch_of(config, corpus, first)
+    batch = batch_of(config, corpus.train, first)
     programs.prepare_update(batch)
-    programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
+    programs.prepare_held_out_loss(next(held_out_batches(config, corpus.held_out)))
     record.begin(state, held_out_loss, stop)
     shape: tuple[int, ...] = ()
     under_way: _Update | None = None
@@ -92,13 +90,14 @@ def train(
         asked_at = time.perf_counter()
         state, scalars = programs.update(state, batch)
         before, under_way = under_way, _Update(step, batch, scalars, asked_at)
-        batch = batch_of(config, corpus, step + 1)  # prepared while the device works
+        batch = batch_of(config, corpus.train, step + 1)  # prepared while the device works
         record.finish(before)
         measured = step % options.evaluate_every == 0 or step == total
         saved = step % options.checkpoint_every == 0
         if measured or saved or step == first:
             record.finish(under_way, measured=state if measured else None)
             under_way = None
+            programs.keep()
         if saved:
             checkpoints.save(state)
     record.finish(under_way)
@@ -191,7 +190,8 @@ class _Record:
             self._since_line.clear()
 
     def _held_out(self, state: TrainState) -> float:
-        return self._programs.held_out_loss(state, held_out_batches(self._config, self._corpus))
+        batches = held_out_batches(self._config, self._corpus.held_out)
+        return self._programs.held_out_loss(state, batches)
 
 
 def shape_line(shape: tuple[int, ...], unit: str, length: int) -> str:

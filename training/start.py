@@ -10,12 +10,15 @@ fits in a loop alone takes the loop instead:
 
 import dataclasses
 
+import numpy as np
+
 from training import processes
 from training.ahead import Programs
 from training.config import TrainConfig
-from training.data import Corpus
+from training.data import Corpus, Text
 from training.devices import Devices
 from training.free_memory import free_bytes
+from training.kept_programs import KeptPrograms
 from training.loop import batch_of, held_out_batches
 from training.program_memory import Memory
 from training.step import TrainState, abstract_state
@@ -35,31 +38,59 @@ class Start:
     note: str = ""  # why the configuration is another
 
 
-def begin(config: TrainConfig, corpus: Corpus, devices: Devices) -> Start:
-    """Compiles a new run's programs, and makes its state."""
-    programs = Programs(config, devices)
-    programs.prepare_initial_state()
-    _prepare(programs, config, corpus)
+def programs_of(config: TrainConfig, devices: Devices, kept: KeptPrograms | None) -> Programs:
+    """Begins to compile a new run's programs, or to load those kept, for which shapes are enough.
+
+    Not of a folder's model, whose tokens are in the corpus.
+    """
+    length = config.data.sequence_length
+    any_text = Text(np.zeros(length + 2, np.uint8), np.zeros(1, np.int64))
+    programs = Programs(config, devices, kept)
+    _prepare_new(programs, config, any_text, any_text)
+    return programs
+
+
+def begin(
+    config: TrainConfig,
+    corpus: Corpus,
+    devices: Devices,
+    kept: KeptPrograms | None = None,
+    programs: Programs | None = None,
+) -> Start:
+    """A new run's programs and its state.
+
+    Args:
+        config: the run's.
+        corpus: its text or tokens.
+        devices: where it runs.
+        kept: programs of earlier starts.
+        programs: its own, if they have been begun.
+    """
+    if programs is None:
+        programs = Programs(config, devices, kept)
+        _prepare_new(programs, config, corpus.train, corpus.held_out)
     state = programs.initial_state()
     if config.fine_tune.model is not None or config.model.scan_blocks:
         return Start(config, programs, state)
     free = _free(devices)
     if free is None:
         return Start(config, programs, state)
-    batch, held_out = batch_of(config, corpus, step=1), next(held_out_batches(config, corpus))
+    batch = batch_of(config, corpus.train, step=1)
+    held_out = next(held_out_batches(config, corpus.held_out))
     loss = None
     if _fits(programs.memory_of_held_out_loss(held_out), free):  # runs while the update compiles
-        loss = programs.held_out_loss(state, held_out_batches(config, corpus))
+        loss = programs.held_out_loss(state, held_out_batches(config, corpus.held_out))
     apart = programs.memory_of_update(batch)
     if _fits(apart, free):
         return Start(config, programs, state, loss)
     looped = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_blocks=True))
-    in_a_loop = Programs(looped, devices)
+    in_a_loop = Programs(looped, devices, kept)
     _prepare(in_a_loop, looped, corpus)
     memory = in_a_loop.memory_of_update(batch)
     if not _fits(memory, free):  # the error of what then runs says what else takes less
         in_a_loop.close()
         return Start(config, programs, state, loss)
+    programs.keep()
     programs.close()
     note = (
         f"one block is compiled and looped over: a step takes {bytes_text(memory.added)} beside the"
@@ -78,8 +109,17 @@ def _free(devices: Devices) -> int | None:
 
 
 def _prepare(programs: Programs, config: TrainConfig, corpus: Corpus) -> None:
-    programs.prepare_update(batch_of(config, corpus, step=1))
-    programs.prepare_held_out_loss(next(held_out_batches(config, corpus)))
+    programs.prepare_update(batch_of(config, corpus.train, step=1))
+    programs.prepare_held_out_loss(next(held_out_batches(config, corpus.held_out)))
+
+
+def _prepare_new(programs: Programs, config: TrainConfig, train: Text, held_out: Text) -> None:
+    batch = batch_of(config, train, step=1)
+    if not programs.is_kept(batch):
+        programs.prepare_update(batch)  # what takes longest is begun first
+    programs.prepare_initial_state()
+    programs.prepare_held_out_loss(next(held_out_batches(config, held_out)))
+    programs.prepare_update(batch)
 
 
 def _fits(memory: Memory, free: int) -> bool:
