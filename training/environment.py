@@ -32,11 +32,17 @@ _NOT_AHEAD = (
 )
 
 
-def open_device() -> None:
-    """Begins to open the device, in a thread, while the trainer's other modules are imported.
+def asks_for_device() -> bool:
+    """Whether the arguments ask for this process's device: not for help, a GPU that is not here, or
+    several processes, which join before they look."""
+    words = (word.replace("_", "-") for word in sys.argv[1:])
+    return not any(word.startswith(_NOT_AHEAD) for word in words)
 
-    CUDA takes about a second, without Python's lock. Not where the arguments ask for no device, as
-    for help or a GPU that is not here, or for several processes, which join before they look.
+
+def open_device() -> None:
+    """Begins to open the device, if asked for, while the trainer's other modules are imported.
+
+    CUDA takes about a second, without Python's lock.
     """
     import jax
 
@@ -44,6 +50,5 @@ def open_device() -> None:
         with contextlib.suppress(RuntimeError):  # raised again where the device is asked for
             jax.devices()
 
-    words = (word.replace("_", "-") for word in sys.argv[1:])
-    if not any(word.startswith(_NOT_AHEAD) for word in words):
+    if asks_for_device():
         threading.Thread(target=open_it).start()
