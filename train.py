@@ -16,6 +16,7 @@ python train.py --help                       every option
 from training import environment, kernels_beside  # isort: skip  (what jax reads when loaded)
 
 if __name__ == "__main__":
+    environment.keep_all()
     kernels_beside.start()
     environment.open_device()
 
@@ -123,6 +124,7 @@ def run(request: cli.Request, console: Console) -> int:
         say(console, str(corpus))
         began = environment.BEGAN
         if reports and not folder.memory_json.exists():
+            environment.start_is_over()
             report_layer(config, here(devices.count), Screen(console, folder, stop))
             began = time.perf_counter()
         if not is_early:
@@ -138,6 +140,7 @@ def run(request: cli.Request, console: Console) -> int:
         else:
             programs = Programs(config, devices, kept)
             first = start.Start(config, programs, devices.state(state))
+        environment.start_is_over()
         done = int(first.state.step)
         with (
             MetricsLog(folder.metrics, after_step=done) as log,
@@ -257,6 +260,7 @@ def report(request: cli.Request, console: Console) -> int:
     """One report into a folder of its own."""
     if processes.are_several():
         raise AgreedError("a report is of one process; leave out --coordinator-address for it")
+    environment.start_is_over()
     options, config = request.run, request.config
     count = options.sequence_parallel
     check_count(count, None if options.target is not None else len(jax.devices()))

@@ -32,6 +32,18 @@ _NOT_AHEAD = (
 )
 
 
+def keep_all() -> None:
+    """Looks for no garbage until the start is over: of what is made till then hardly any is."""
+    gc.disable()
+
+
+def start_is_over() -> None:
+    """Looks for garbage again, among what is made from here on."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def asks_for_device() -> bool:
     """Whether the arguments ask for this process's device: not for help, a GPU that is not here, or
     several processes, which join before they look."""
