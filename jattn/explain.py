@@ -193,7 +193,11 @@ def _is_array(name: str, x: Any) -> bool:
     """Whether an argument is an array to the call, and not part of what is static."""
     if name == "scale":
         return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
-    return name in _ARRAYS and not isinstance(x, int | np.integer)
+    is_array = hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.integer)
+    # An array of text, say, is the call's to refuse.
+    return (
+        name in _ARRAYS and is_array and not (isinstance(x, np.ndarray) and x.dtype.kind in "OSU")
+    )
 
 
 def _spec(arguments: dict[str, Any]) -> AttentionSpec:

@@ -255,7 +255,7 @@ def _refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data", "/no/such/text"], "--data /no/such/text does not exist"),
         (["--sequence-length", "100000"], "is too short: "),
         (["--held-out-fraction", "0.0001", "--sequence-length", "2500"], "bytes held out, but"),
-        (["--held-out-fraction", "1.5"], "held_out_fraction must be between 0 and 1, got 1.5"),
+        (["--held-out-fraction", "1.5"], "held_out_fraction must be above 0 and below 1, got 1.5"),
         (["--num-heads", "3", "--num-key-value-heads", "2"], "num_heads (3) must be a multiple"),
         (["--head-dim", "7"], "head_dim must be even for rotary positions, got 7"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),

@@ -74,7 +74,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(
-                f"held_out_fraction must be between 0 and 1, got {self.held_out_fraction}"
+                f"held_out_fraction must be above 0 and below 1, got {self.held_out_fraction}"
             )
         _require_at_least(1, self, "sequence_length", "batch_size", "short_sequence_length")
         if not 0 <= self.short_share < 1:

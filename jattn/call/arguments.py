@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jattn.call import dropout, positions
 from jattn.call.band import Band
@@ -182,9 +182,16 @@ def _spec_of(operands: Operands) -> AttentionSpec:
     )
 
 
-def _array(x: ArrayLike) -> Array:
+def _array(name: str, x: ArrayLike) -> Array:
     """The array itself if it is one: to differentiate a conversion takes a millisecond."""
-    return x if isinstance(x, Array) else jnp.asarray(x)
+    if isinstance(x, Array):
+        return x
+    try:
+        return jnp.asarray(x)
+    except jax.errors.JAXTypeError:  # of a tracer
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be an array, got {_kind(x)}") from error
 
 
 def _query_key_value(
@@ -193,7 +200,7 @@ def _query_key_value(
     for name, given in {"query": query, "key": key, "value": value}.items():
         if given is None:
             raise TypeError(f"{name} must be an array, got None")
-    q, k, v = (_array(x) for x in (query, key, value))
+    q, k, v = _array("query", query), _array("key", key), _array("value", value)
     layouts = {"query": (q, "BTNH or TNH"), "key": (k, "BSKH or SKH"), "value": (v, "BSKD or SKD")}
     for name, (x, layout) in layouts.items():
         if x.ndim not in (3, 4):
@@ -240,7 +247,7 @@ def _folded(name: str, shape: tuple[int, ...]) -> str:
 def _bias(bias: ArrayLike | None, logits_shape: Shape4) -> Array | None:
     if bias is None:
         return None
-    x = _array(bias)
+    x = _array("bias", bias)
     if x.dtype == bool:
         raise TypeError("bias must be a number to add to the logits, got bool: pass it as mask")
     if jnp.issubdtype(x.dtype, jnp.integer):
@@ -253,7 +260,7 @@ def _bias(bias: ArrayLike | None, logits_shape: Shape4) -> Array | None:
 def _mask(mask: ArrayLike | None, logits_shape: Shape4) -> Array | None:
     if mask is None:
         return None
-    x = _array(mask)
+    x = _array("mask", mask)
     if x.dtype != bool:
         raise TypeError(
             f"mask must be bool (True: may attend), got {x.dtype}: mask.astype(bool) if it holds 0 "
@@ -299,7 +306,7 @@ def _segments(name: str, ids: ArrayLike | None, shape: tuple[int, int]) -> Array
 def _sinks(sinks: ArrayLike | None, heads: int) -> Array | None:
     if sinks is None:
         return None
-    x = _array(sinks)
+    x = _array("sinks", sinks)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"sinks must be floating, got {x.dtype}")
     if x.shape != (heads,):
@@ -317,7 +324,7 @@ def _dropout_seeds(rate: float, rng: ArrayLike | None, batch: int, *, shared: bo
         raise TypeError(
             f"dropout_rng must be one jax.random key, got an nnx.{source}: rngs.dropout() draws one"
         )
-    key = _array(rng)
+    key = _array("dropout_rng", rng)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not (typed and key.ndim == 0) and not (key.dtype == jnp.uint32 and key.ndim == 1):
         hint = ": jax.random.key(seed) makes one" if key.ndim == 0 else ""
@@ -354,16 +361,21 @@ def _is_window_side(side: object) -> bool:
 def _flag(name: str, x: object) -> bool:
     """What is True or False by now as one of them: 1, a NumPy bool, an array of one as well."""
     is_number = isinstance(x, bool | int | np.bool_ | np.integer)
-    is_array = isinstance(x, np.ndarray | Array) and x.ndim == 0 and x.dtype.kind in "biu"
+    is_array = isinstance(x, np.ndarray | Array) and x.ndim == 0 and _is_integer(x.dtype)
     if isinstance(x, jax.core.Tracer) or not (is_number or is_array):
         raise TypeError(f"{name} must be True or False when traced, got {_kind(x)}{_with_cond(x)}")
     return bool(x)
 
 
+def _is_integer(dtype: DTypeLike) -> bool:
+    """Of booleans too."""
+    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+
+
 def _array_scale(scale: ArrayLike | None, dtype: np.dtype[np.generic]) -> Array | None:
     """Scale as an operand (1,), if it is a JAX array; numbers of Python's or NumPy's are not."""
     if scale is not None and hasattr(scale, "__jax_array__"):  # a parameter of Flax, say
-        scale = _array(scale)
+        scale = _array("scale", scale)
     if isinstance(scale, np.ndarray | Array) and scale.size != 1:
         raise ValueError(
             f"scale must be one number, got shape {scale.shape}; multiply query by one that differs"
@@ -419,7 +431,11 @@ def _shape4(x: Array | None) -> Shape4 | None:
 
 
 def _kind(x: object) -> str:
-    return "a traced array" if isinstance(x, jax.core.Tracer) else f"{x!r} ({type(x).__name__})"
+    if isinstance(x, jax.core.Tracer):
+        return "a traced array"
+    if isinstance(x, np.ndarray | Array) and (x.ndim or not jnp.issubdtype(x.dtype, np.number)):
+        return f"an array, {x.dtype}{list(x.shape)}"
+    return f"{x!r} ({type(x).__name__})"
 
 
 def _with_cond(x: object) -> str:
