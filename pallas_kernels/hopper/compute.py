@@ -28,6 +28,7 @@ from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
+from pallas_kernels.hopper.taken import NOTES, Note
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.whole_values import await_values
 
@@ -116,6 +117,9 @@ class Rows:
     def every_tile(self) -> None:
         """The tiles of this thread block's list, or its only one."""
         plan, refs = self.plan, self.refs
+        if plan.counted:
+            self.every_counted()
+            return
         index = plan.listed(refs, 0)
         first = self.tile(0, index, jnp.int32(0))
         weights = self.first_step(first)
@@ -136,6 +140,36 @@ class Rows:
         zero = quotient(tile_count, MOST_LISTED + 1)
         for_each(0, tile_count, tile, (weights, zero, index))
         plgpu.barrier_arrive(refs.q_free.at[query_slot(plan, tile_count, self.warpgroup.number)])
+
+    def every_counted(self) -> None:
+        """The tiles that this thread block takes, of which it is told by its loader."""
+        plan, refs = self.plan, self.refs
+        plgpu.barrier_wait(refs.told.at[0])
+        first = self.told(0, jnp.int32(0))
+        weights = self.first_step(first)
+
+        def tile(carry: Any) -> Any:
+            weights, visited, turn, _ = carry
+            now = self.told(turn, visited)
+            weights = self.steps(now, weights)
+            plgpu.barrier_wait(refs.told.at[remainder(turn + 1, 2)])
+            after = self.told(turn + 1, visited + now.steps.visits)
+            weights = self.last_and_first_step(now, after, weights)
+            return weights, after.visited, turn + 1, Note(plan, refs, turn + 1).number
+
+        number = Note(plan, refs, 0).number
+        zero = jnp.minimum(number, 0)  # but not to ptxas
+        start = (weights, zero, zero, number)
+        end = lax.while_loop(lambda carry: carry[3] < np.int32(plan.works), tile, start)
+        plgpu.barrier_arrive(refs.q_free.at[query_slot(plan, end[2], self.warpgroup.number)])
+
+    def told(self, turn: Array | int, visited: Array) -> Tile:
+        """The turn-th tile, of which this warpgroup was told."""
+        plan, refs = self.plan, self.refs
+        note = Note(plan, refs, turn)
+        work = note.work
+        steps = steps_of(plan, refs, work, note.ranges)
+        return Tile(turn, work, steps, visited, scale_of(plan.spec, refs, work.batch), None)
 
     def tile(self, turn: Array | int, index: Array, visited: Array) -> Tile:
         work = self.plan.work(index)
@@ -246,11 +280,16 @@ class Rows:
                 # A zero that the compiler cannot know.
                 seam.made_before(kept, lax.shift_right_logical(block, np.int32(30)))
             s = seam.wait(s_acc, in_flight=len(self.o_acc) if tiles.overlap else 0)
-            if not spec.has_segments:
+            # Segments come with the keys, and are read where there is a mask.
+            later = spec.has_segments and masked is not False and not plan.counted
+            if not later:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
             p, now, correction = self.weigh(tile, s, i, softmax, words, masked=masked)
-            if spec.has_segments:
+            if later:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
+            if plan.counted and masked is None:
+                # Behind a mask that is a branch ptxas waits for P V before it makes the maximum.
+                seam.hold_rows(now.m, lax.shift_right_logical(block, np.int32(30)))
             o = self.outputs()
             plgpu.barrier_arrive(refs.v_free.at[slot_before])
             for o_acc, value in zip(self.o_acc, next_o(o, correction), strict=True):
@@ -291,7 +330,9 @@ class Rows:
         """
         plan = self.plan
         x, c = logits(plan.spec, tile.scale, self.seam.layout(s, plgpu.Layout.WGMMA))
-        slot = self.slot(tile.visited + i)
+        q_slot, slot = None, self.slot(tile.visited + i)
+        if plan.counted:  # a ring of their own, so that keys need not wait for a mask
+            q_slot, slot = self.query_slot(tile), remainder(tile.visited + i, NOTES)
         has_bias = plan.spec.bias_shape is not None
         if has_bias:
             number, count = self.warpgroup.number, tile.visited + i
@@ -300,7 +341,7 @@ class Rows:
         def hidden(x: Array) -> Array:
             return hide(
                 plan, self.seam, self.refs, tile.work, tile.steps, self.warpgroup, x, i, slot,
-                words,
+                words, q_slot,
             )  # fmt: skip
 
         if masked:

@@ -4,7 +4,8 @@
 
 (Dao, "FlashAttention-2", 2023; Shah et al., "FlashAttention-3", 2024.) A thread block holds W
 compute warpgroups of 64 query rows (`compute.py`) and one that loads (`load.py`). Blocks of keys go
-right to left. A block computes one tile, or a list of tiles, then without a pause between them:
+right to left. A block computes one tile, or several by a list or from a counter (`taken.py`), then
+without a pause between them:
 
     loader         Q  K0   K1 V0   K2 V1   ..    Q' K0' Vn  K1' V0' ..
     warpgroup 0       [QK0] soft0 [QK1|PV0] soft1 [QK2|PV1] .. [Q'K0'|PVn] soft0' [Q'K1'|P'V0'] ..
@@ -60,6 +61,7 @@ from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, transforms
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import unit
+from pallas_kernels.hopper.taken import NOTES, WORDS, longest_first
 from pallas_kernels.hopper.tiles import ROWS, Tiles
 from pallas_kernels.hopper.warpgroups import run
 
@@ -90,7 +92,9 @@ def forward(
       interpret: run on a CPU, thread by thread.
     """
     plan = plan or make_plan(spec, tiles)
-    assert operands.halves is None or _takes_halves(plan)
+    if operands.halves is not None:
+        plan = plan.uncounted  # of halves not timed
+        assert _takes_halves(plan)
     matrices = {"q": operands.query, "k": operands.key, "v": operands.value}
     inputs: dict[str, Any] = matrices
     if not _by_rows(plan):
@@ -109,6 +113,8 @@ def forward(
         inputs["query_offset"] = operands.query_offset
     if spec.has_segments:
         inputs |= segment_arrays(plan, operands)
+        if plan.longest_first:
+            inputs["order"] = longest_first(inputs["ranges"])
     if spec.mask_shape is not None:
         inputs |= mask_arrays(plan, operands)
     if operands.scale is not None:
@@ -120,7 +126,10 @@ def forward(
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
         if not plan.in_parts:
             inputs["sinks"] = sinks
-    out, sums = _launch(plan, inputs, interpret=interpret)
+    if plan.counted:
+        out, sums = _counted(plan, inputs, interpret=interpret)
+    else:
+        out, sums = _launch(plan, inputs, interpret=interpret)
     out = out[..., : spec.queries, :, : spec.value_dim]
     if plan.heads_in_rows:
         top, total = (sums[..., i, :] for i in range(2))
@@ -169,8 +178,24 @@ def in_tiles(x: Array) -> Array:
     return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
 
 
-def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[Array, Array]:
-    spec, tiles, seam = plan.spec, plan.tiles, Seam(interpret)
+def _counted(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[Array, Array]:
+    """What the kernel writes, beside a word that counts the tiles that are taken."""
+
+    def run(refs: tuple[Ref, ...]) -> None:
+        counter, *results = refs
+        found = _launch(plan, inputs | {"counter": counter}, interpret=interpret)
+        for ref, x in zip(results, found, strict=True):
+            ref[...] = x
+
+    results = [jnp.zeros(x.shape, x.dtype) for x in _results(plan, inputs)]
+    # Not by `new_ref`, whose effect cannot be partitioned.
+    _, out, sums = pl.run_state(run)((jnp.zeros(1, jnp.int32), *results))
+    return out, sums
+
+
+def _results(plan: Plan, inputs: dict[str, Array]) -> list[jax.ShapeDtypeStruct]:
+    """What the kernel writes."""
+    spec = plan.spec
     rows, columns = inputs["q"].shape[1], inputs["v"].shape[3]
     if "own_q" in inputs:
         rows = spec.queries
@@ -183,7 +208,17 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
     if plan.in_parts:
         out_shape, row_shape = (plan.splits, *out_shape), (plan.splits, *row_shape)
         out_dtype = jnp.float32
-    if plan.is_scheduled:
+    return [
+        jax.ShapeDtypeStruct(out_shape, out_dtype),
+        jax.ShapeDtypeStruct(row_shape, jnp.float32),
+    ]
+
+
+def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[Array, Array]:
+    spec, tiles, seam = plan.spec, plan.tiles, Seam(interpret)
+    out_type = _results(plan, inputs)
+    out_dtype, columns = out_type[0].dtype, inputs["v"].shape[3]
+    if plan.is_scheduled and not plan.counted:
         inputs = inputs | {"schedule": constant(plan.schedule())}
     names = [*inputs, "out", "sums"]
     by_rows = _by_rows(plan)
@@ -217,15 +252,12 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
         def _() -> None:
             if tiles.registers:
                 plgpu.set_max_registers(tiles.registers[1], action="decrease")
-            load(plan, refs)
+            load(plan, seam, refs)
 
     out, sums = run(
         kernel,
         inputs,
-        out_type=[
-            jax.ShapeDtypeStruct(out_shape, out_dtype),
-            jax.ShapeDtypeStruct(row_shape, jnp.float32),
-        ],
+        out_type=out_type,
         scratch_types=list(scratch.values()),
         grid=(plan.blocks,),
         grid_names=("block",),
@@ -286,6 +318,10 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
     if tiles.in_turn:
         scratch["turn"] = plgpu.Barrier(num_barriers=w)
     if spec.has_segments:
-        scratch["q_segments"] = plgpu.SMEM((w, ROWS), jnp.int32)
-        scratch["k_segments"] = plgpu.SMEM((stages, tiles.keys), jnp.int32)
+        scratch["q_segments"] = plgpu.SMEM((tiles.query_slots, ROWS), jnp.int32)
+        slots = NOTES if plan.counted else stages
+        scratch["k_segments"] = plgpu.SMEM((slots, tiles.keys), jnp.int32)
+    if plan.counted:
+        scratch["notes"] = plgpu.SMEM((NOTES * WORDS,), jnp.int32)
+        scratch["told"] = plgpu.Barrier(num_barriers=2)
     return scratch

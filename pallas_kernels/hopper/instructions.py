@@ -29,13 +29,17 @@ __all__ = [
     "copy_in_tiles",
     "from_fragments",
     "hold",
+    "hold_rows",
     "load_fragment",
     "make_barriers",
     "meet",
     "publish",
     "put_fragment",
     "store_pairs",
+    "take",
+    "tell",
     "to_fragment",
+    "together",
 ]
 
 WGMMA = plgpu.Layout.WGMMA
@@ -171,6 +175,19 @@ def hold(x: Array, never: Array) -> None:
             f"@p st.shared.v4.f32 [$0], {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}};\n"
             for i in range(1, len(numbers), 4)
         )
+        text = "{ .reg .pred p; setp.ne.u32 p, $0, 0;\n" + stores + "}"
+        _asm(text, never.registers.item(), *numbers, constraints="r" + ",f" * len(numbers))
+
+    emit(x, never)
+
+
+def hold_rows(x: Array, never: Array) -> None:
+    """The same of one number a row: `hold` of what all of the row was needed for."""
+
+    @plgpu.inline_mgpu(arg_types=(_ROW, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, never: mgpu.FragmentedArray) -> None:
+        numbers = list(x.registers.flat)
+        stores = "".join(f"@p st.shared.f32 [$0], ${i + 1};\n" for i in range(len(numbers)))
         text = "{ .reg .pred p; setp.ne.u32 p, $0, 0;\n" + stores + "}"
         _asm(text, never.registers.item(), *numbers, constraints="r" + ",f" * len(numbers))
 
@@ -441,6 +458,58 @@ def _place(gmem: _Value, row: mgpu.FragmentedArray) -> _Value:
         mgpu.utils.memref_ptr(gmem), [offset], ir.IntegerType.get_signless(8)
     )
     return place
+
+
+def take(gmem: Any, smem: Any, slot: Array, first: int) -> None:
+    """smem[slot] = first + how often this was done before with the word gmem[0], which counts it.
+
+    For all of the warpgroup, which meets.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _REF, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, gmem: _Value, smem: _Value, slot: mgpu.FragmentedArray) -> None:
+        text = (
+            "{ .reg .pred p; .reg .u32 n;\n"
+            f"{_THREAD}"
+            "setp.eq.u32 p, thread, 0;\n"
+            "@p atom.relaxed.gpu.global.add.u32 n, [$0], 1;\n"
+            f"@p add.u32 n, n, {first};\n"
+            "@p st.shared.u32 [$1], n; }"
+        )
+        own = _shared(smem, slot.registers.item())
+        _asm(text, mgpu.utils.memref_ptr(gmem), own, constraints="l,r")
+        mgpu.warpgroup_barrier()
+
+    emit(gmem, smem, slot)
+
+
+def tell(smem: Any, slot: Array, numbers: list[Array]) -> None:
+    """smem[slot :] = four numbers, by the warpgroup's first thread; slot is a multiple of four."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, *[_NUMBER] * 5))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext, smem: _Value, slot: mgpu.FragmentedArray, *x: mgpu.FragmentedArray
+    ) -> None:
+        text = (
+            "{ .reg .pred p;\n"
+            f"{_THREAD}"
+            "setp.eq.u32 p, thread, 0;\n"
+            "@p st.shared.v4.u32 [$0], {$1, $2, $3, $4}; }"
+        )
+        own = _shared(smem, slot.registers.item())
+        _asm(text, own, *(n.registers.item() for n in x), constraints="r,r,r,r,r")
+
+    emit(smem, slot, *numbers)
+
+
+def together() -> None:
+    """The warpgroup's threads meet."""
+
+    @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext) -> None:
+        mgpu.warpgroup_barrier()
+
+    emit()
 
 
 def _thread() -> _Value:

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import bias, dropout
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
-from pallas_kernels.hopper.masks import steps_of
+from pallas_kernels.hopper.masks import Steps, steps_of
 from pallas_kernels.hopper.plain import columns_of
-from pallas_kernels.hopper.seam import Ref
+from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.taken import Note, take
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.whole_values import copy_values
 
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["copies", "load", "query_parts", "query_slot"]
 
+LEAD = 2  # blocks of keys that are still to be loaded when the next tile is taken
 
-def load(plan: Plan, refs: Ref) -> None:
+
+def load(plan: Plan, seam: Seam, refs: Ref) -> None:
     """Keys go one block ahead of values, also from a tile to the next of a list."""
     tiles = plan.tiles
     # With fewer slots than two tiles need, the rest wait for outputs that need what is loaded here.
@@ -56,11 +60,43 @@ def load(plan: Plan, refs: Ref) -> None:
         index_after = plan.listed(refs, turn + 1)  # long before it is used
         return rest_of(plan.work(index), count, turn, plan.work(index_after)), index_after
 
-    index = plan.listed(refs, 0)
-    first = plan.work(index)
+    def taken(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, turn, _ = carry
+        now, after = (Note(plan, refs, x) for x in (turn, turn + 1))
+        work, steps = now.work, steps_of(plan, refs, now.work, now.ranges)
+
+        def step(i: Array, _: None) -> None:
+            _load_k(plan, refs, work, steps.block(i), count + i)
+            _load_v(plan, refs, work, steps.block(i - 1), count + i - 1)
+
+        # What is taken late is left to others that are done before.
+        late = jnp.maximum(steps.visits - LEAD, 1)
+        for_each(1, late, step, None)
+        take(plan, seam, refs, turn + 1)
+        for_each(late, steps.visits, step, None)
+        done = count + steps.visits
+        queries(after.work, turn + 1, range(early))
+        later = steps_of(plan, refs, after.work, after.ranges)
+        _load_k(plan, refs, after.work, later.block(0), done)
+        _load_v(plan, refs, work, steps.block(steps.visits - 1), done - 1)
+        queries(after.work, turn + 1, range(early, tiles.warpgroups))
+        return done, turn + 1, after.number
+
+    def first_one() -> tuple[Work, Steps, Array]:
+        if plan.counted:
+            take(plan, seam, refs, 0)
+            note = Note(plan, refs, 0)
+            return note.work, steps_of(plan, refs, note.work, note.ranges), note.number
+        number = plan.listed(refs, 0)
+        return plan.work(number), steps_of(plan, refs, plan.work(number)), number
+
+    first, steps, index = first_one()
     queries(first, 0, range(tiles.warpgroups))
-    _load_k(plan, refs, first, steps_of(plan, refs, first).block(0), jnp.int32(0))
-    if plan.is_scheduled:
+    _load_k(plan, refs, first, steps.block(0), jnp.int32(0))
+    if plan.counted:
+        start = (jnp.int32(0), jnp.int32(0), index)
+        lax.while_loop(lambda carry: carry[2] < np.int32(plan.works), taken, start)
+    elif plan.is_scheduled:
         tile_count = refs.schedule[lax.axis_index("block"), 0]
         for_each(0, tile_count, tile, (jnp.int32(0), index))
     else:
@@ -124,7 +160,7 @@ def _load_q(plan: Plan, refs: Ref, work: Work, turn: Array | int, w: int) -> Non
     if plan.spec.has_segments:
         start = work.tile * plan.rows + w * ROWS
         plgpu.copy_gmem_to_smem(
-            refs.query_segments.at[work.batch, pl.ds(start, ROWS)], refs.q_segments.at[w], full
+            refs.query_segments.at[work.batch, pl.ds(start, ROWS)], refs.q_segments.at[slot], full
         )
     bias.load_rows(plan, refs, work, w, full)
 
@@ -136,7 +172,9 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     _copy(plan, refs, "k", work, (rows, work.kv_head), lambda x: x.at[slot], refs.k_full.at[slot])
     if plan.spec.has_segments:
         plgpu.copy_gmem_to_smem(
-            refs.key_segments.at[work.batch, rows], refs.k_segments.at[slot], refs.k_full.at[slot]
+            refs.key_segments.at[work.batch, rows],
+            refs.k_segments.at[remainder(count, refs.k_segments.shape[0])],
+            refs.k_full.at[slot],
         )
     bias.load_block(plan, refs, work, block, count)
     dropout.load_block(plan, refs, block, count)

@@ -11,7 +11,7 @@ an element mask; those between do not, and their loop has none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -83,8 +83,8 @@ def intervals_of(plan: Plan, refs: Ref, batch: Array) -> KeyIntervals:
     )
 
 
-def steps_of(plan: Plan, refs: Ref, work: Work) -> Steps:
-    """The blocks of keys that a tile visits."""
+def steps_of(plan: Plan, refs: Ref, work: Work, ranges: list[Array] | None = None) -> Steps:
+    """The blocks of keys that a tile visits; ranges: those of segments, if they are known."""
     spec, size = plan.spec, plan.tiles.keys
     if spec.mask_shape is not None:
         listed = list_of(plan, refs, work)
@@ -92,8 +92,8 @@ def steps_of(plan: Plan, refs: Ref, work: Work) -> Steps:
         count = jnp.maximum(total, 1)
         return Steps(0, count, jnp.clip(mixed, 1, count), count, total == 0, listed)
     if spec.has_segments:
-        ranges = refs.ranges
-        first, stop, clear_first, clear_stop = (ranges[work.batch, work.tile, i] for i in range(4))
+        ends: Any = ranges or [refs.ranges[work.batch, work.tile, i] for i in range(4)]
+        first, stop, clear_first, clear_stop = ends
     else:
         intervals = intervals_of(plan, refs, work.batch)
         last = work.query + plan.queries
@@ -126,10 +126,13 @@ def hide(
     i: Array | int,
     slot: Array,
     words: list[Array] | None = None,
+    q_slot: Array | None = None,
 ) -> Array:
     """s (64, keys) of the i-th block visited, with -inf where a row does not see a key.
 
+    slot: where the keys' segments are.
     words: of a dense mask, from `words_of`.
+    q_slot: where the queries' segments are, if not by the warpgroup's number.
     """
     spec, shape = plan.spec, s.shape
     key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
@@ -162,7 +165,7 @@ def hide(
         low = of_rows(intervals.start(query)) - start
         seen &= key >= lax.broadcast_in_dim(low, shape, [0]) - own
     if spec.has_segments:
-        mine = seam.layout(refs.q_segments[warpgroup.number], ROW)
+        mine = seam.layout(refs.q_segments[warpgroup.number if q_slot is None else q_slot], ROW)
         its = seam.layout(refs.k_segments[slot], COLUMN)
         seen &= lax.broadcast_in_dim(mine, shape, [0]) == lax.broadcast_in_dim(its, shape, [1])
     if words is not None:

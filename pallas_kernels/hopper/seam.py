@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
@@ -119,6 +120,28 @@ class Seam:
         if not self.interpret:
             instructions.publish(words, claimed, slot)
 
+    def take(self, counter: Ref, notes: Ref, slot: Array, first: int) -> None:
+        """notes[slot] = first + how often this was done before, for the whole warpgroup."""
+        if self.interpret:  # where thread blocks run one after another
+            taken = counter[0]
+            counter[0] = taken + 1
+            notes[slot] = taken + np.int32(first)
+        else:
+            instructions.take(counter, notes, slot, first)
+
+    def together(self) -> None:
+        """The warpgroup's threads have all come here."""
+        if not self.interpret:
+            instructions.together()
+
+    def tell(self, notes: Ref, slot: Array, numbers: list[Array]) -> None:
+        """notes[slot : slot + 4] = numbers, for those that see this warpgroup's next arrival."""
+        if not self.interpret:
+            instructions.tell(notes, slot, numbers)
+            return
+        for i, number in enumerate(numbers):
+            notes[slot + np.int32(i)] = number
+
     def meet(self, warpgroups: int, barrier: Ref) -> None:
         """Waits until as many have written to shared memory what products are to read.
 
@@ -139,6 +162,11 @@ class Seam:
         """
         if not self.interpret:
             instructions.hold(x, never)
+
+    def hold_rows(self, x: Array, never: Array) -> None:
+        """The same of one number a row."""
+        if not self.interpret:
+            instructions.hold_rows(x, never)
 
     def load(self, ref: Ref, layout: Any) -> Array:
         """What shared memory holds, in this register layout."""

@@ -93,6 +93,8 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
         # Causal 530, 461; full 561, 499, 447. No list: causal 531, 434; full 547, 487, 363.
         # Not in turn: 522, 440; 540, 492, 425. Two warpgroups: full 428, 428, 417.
         return Tiles(3, 128, 3, query_slots=6, in_turn=True)
+    if width <= 128 and spec.has_segments:
+        return Tiles(2, 128, 2, query_slots=3)  # where tiles are counted
     if width <= 128:
         # Causal 681, 648, 497; full 698, 673, 571. No list: 700, 621, 404; 699, 663, 548. In turn,
         # and keys by 64 or 192: slower.

@@ -1,4 +1,4 @@
-"""Thread blocks that walk lists of tiles, interpreted: enough tiles for two blocks."""
+"""Thread blocks that compute several tiles each, interpreted: enough tiles for two blocks."""
 
 from __future__ import annotations
 
@@ -6,37 +6,57 @@ import math
 from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jattn.call.spec import Operands
 from pallas_kernels.hopper.forward import forward
 from pallas_kernels.hopper.plan import make_plan
+from pallas_kernels.hopper.taken import longest_first
 from pallas_kernels.hopper.tiles import choose_tiles
 from tests.cases import Case, operands
+from tests.cases import Operands as Drawn
 from tests.hopper.calls import Half, spec_of
 from tests.hopper.exact import INTERPRETED
 from tests.test_semantics import check_found
 
 CASES = [  # with as many slots for queries
     (Half("list_causal", 1, 300, 300, 3, 3, 64, causal=True), 4),
+    (Half("counted", 1, 136, 136, 3, 1, 128, causal=True, segments="sorted"), 3),
+    (Half("counted_loose", 2, 264, 328, 2, 2, 96, segments="unsorted", sinks=True), 3),
+    (Half("counted_window", 1, 392, 392, 2, 2, 128, window=(140, 0), segments="sorted"), 3),
     (Half("list_full_128", 1, 256, 256, 3, 1, 128), 4),
     (Half("list_no_staging", 1, 300, 70, 2, 2, 256, window=(40, 9)), 3),
     (Half("list_sinks", 2, 130, 130, 2, 2, 192, sinks=True), 4),
 ]
 
-MORE = [pytest.param(*case, marks=pytest.mark.thorough) for case in CASES[1:]]
+MORE = [pytest.param(*case, marks=pytest.mark.thorough) for case in CASES[2:]]
 
 
-@pytest.mark.parametrize(("case", "slots"), CASES[:1] + MORE, ids=str)
+def operands_of(drawn: Drawn) -> Operands:
+    names = {"q": "query", "k": "key", "v": "value", "sinks": "sinks"}
+    arrays = {names[name]: jnp.asarray(x) for name, x in drawn.differentiable.items()}
+    if drawn.case.segments is not None:
+        arrays |= {name: jnp.asarray(drawn[name]) for name in ("query_segments", "key_segments")}
+    return Operands(**arrays)
+
+
+@pytest.mark.parametrize(("case", "slots"), [*CASES[:2], *MORE], ids=str)
 def test_lists_of_tiles_are_as_exact_as_the_formula(case: Case, slots: int, seed: int) -> None:
     spec, drawn = spec_of(case), operands(case, seed)
     tiles = replace(choose_tiles(spec, spec.queries), query_slots=slots)
     plan = make_plan(spec, tiles, multiprocessors=2)
     assert plan.is_scheduled
-    names = {"q": "query", "k": "key", "v": "value", "sinks": "sinks"}
-    arrays = Operands(**{names[name]: jnp.asarray(x) for name, x in drawn.differentiable.items()})
+    assert plan.counted == (case.segments is not None)
+    arrays = operands_of(drawn)
     out, top, rest = forward(spec, arrays, plan=plan, interpret=True)
     lse = top * math.log(2) + rest
     if arrays.sinks is not None:
-        lse = jnp.logaddexp(lse, arrays.sinks)
+        lse = jnp.logaddexp(lse, arrays.sinks.astype(jnp.float32)[None, None])
     check_found({"out": out, "lse": lse}, INTERPRETED, case, seed)
+
+
+def test_the_longest_first_are_in_an_order_of_all() -> None:
+    stop = jnp.asarray([[3, 1, 4], [1, 5, 9]], jnp.int32)
+    ranges = jnp.stack([jnp.zeros_like(stop), stop, stop, stop], axis=2)
+    np.testing.assert_array_equal(longest_first(ranges), [5, 4, 2, 0, 1, 3])
