@@ -224,7 +224,7 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
     by_rows = _by_rows(plan)
     scratch = _scratch(plan, out_dtype, columns)
     if by_rows:
-        tiled = () if _values_by_rows(plan) else ("v_smem",)
+        tiled = ("b_smem",) if _values_by_rows(plan) else ("b_smem", "v_smem")
         matrices = [name for name in scratch if name.endswith("_smem") and name not in tiled]
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
     if "v_end" in inputs and not interpret:

@@ -59,7 +59,8 @@ def leaves_backward(spec: AttentionSpec, *, wants_bias: bool) -> bool:
     """Whether the portable kernels make all gradients of a call that Hopper's forward takes."""
     if spec.bias_shape is None:
         return spec.mask_shape is not None and _is_wide(spec)
-    return _is_wide(spec) or (wants_bias and form_of(spec) != "whole")
+    is_narrow = min(spec.head_dim, spec.value_dim) < 64
+    return _is_wide(spec) or is_narrow or (wants_bias and form_of(spec) != "whole")
 
 
 def portable_part(spec: AttentionSpec) -> str:
@@ -104,9 +105,11 @@ def refusals(spec: AttentionSpec) -> list[str]:
         reasons.append("its Hopper kernel takes no bias beside a dense mask or dropout")
     if spec.bias_dtype is not None and (given := spec.bias_dtype.name) not in BIAS_DTYPES:
         reasons.append(f"its Hopper kernel takes a bias of {', '.join(BIAS_DTYPES)}, not {given}")
-    if spec.bias_shape is not None and (least := min(spec.head_dim, spec.value_dim)) < 64:
+    least = min(spec.head_dim, spec.value_dim)
+    if form_of(spec) in ("columns", "rows") and least < 64:
         reasons.append(
-            f"its Hopper kernel takes a bias at head dims from 64 on, not {least}, which is padded"
+            "its Hopper kernel takes a bias without queries or keys of its own at head dims from "
+            f"64 on, not {least}"
         )
     queries = spec.batch * spec.queries * spec.heads * spec.head_dim * spec.element_bytes
     if (copied := copied_bytes(spec)) > max(queries, MOST_COPIED):

@@ -45,9 +45,9 @@ def in_pieces(spec: AttentionSpec) -> bool:
     Where arrays would be padded, or be in tiles of 16 columns: at 112 442 us in place of 544, at
     176 728 in place of 833; but at 80, of which the second piece is 16, 413 in place of 392.
     """
-    if spec.bias_shape is not None:
-        return False
     dims = (spec.head_dim, spec.value_dim)
+    if spec.bias_shape is not None:
+        return min(dims) < WIDTH
     if _is_ragged(spec) or any(x < WIDTH or x % 16 or x % WIDTH == 48 for x in dims):
         return True
     return is_latent(spec)

@@ -183,6 +183,29 @@ BIASES = [
         )
         for h, dtype in ((64, "bfloat16"), (128, "float32"))
     ),
+    # Of forward alone: tiles of four, three and two warpgroups.
+    *(
+        Long(
+            f"bias_narrow_{name}",
+            batch=64,
+            queries=t,
+            keys=t,
+            head_dim=h,
+            bias="1NTS",
+            **options,
+        )
+        for name, t, h, options in (
+            ("256", 256, 32, {}),
+            ("256_float32", 256, 32, {"bias_dtype": "float32"}),
+            ("256_causal", 256, 32, {"causal": True}),
+            ("384", 384, 32, {}),
+            ("384_segments", 384, 32, {"segments": "sorted", "bias_dtype": "float32"}),
+            ("128_lengths", 128, 32, {"key_lengths": (9,) * 64}),
+            ("256_float32_segments", 256, 32, {"segments": "sorted", "bias_dtype": "float32"}),
+            ("512_float32_64", 512, 64, {"bias_dtype": "float32"}),
+            ("ragged", 250, 24, {"soft_cap": 50.0, "sinks": True}),
+        )
+    ),
     Long("bias_shared_by_many", batch=64, queries=256, keys=256, head_dim=64, bias="1NTS"),
     Long("bias_one_query", queries=1, keys=4096, kv_heads=4, bias="1N1S"),
 ]
@@ -228,7 +251,7 @@ CALLS = [
     *(
         (case, "still")
         for case in BIASES
-        if case.head_dim <= 128 and not case.name.startswith("bias_shared")
+        if case.head_dim <= 128 and not case.name.startswith(("bias_shared", "bias_narrow"))
     ),
     *(
         (case, "backward")

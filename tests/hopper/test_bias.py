@@ -40,6 +40,10 @@ SMALL = [
     Small("bias_few_queries_whole", heads=4, kv_heads=2, queries=3, bias="BNTS"),
     Small("bias_few_queries_rows", heads=4, kv_heads=2, queries=3, bias="1NT1"),
     Small("bias_one_key", keys=1, bias="1NT1"),
+    Small("bias_32", head_dim=32, bias="1NTS", queries=130, keys=144),
+    Small("bias_40_ragged", head_dim=40, bias="BNTS", queries=67, keys=131, causal=True),
+    Small("bias_24_96", head_dim=24, value_dim=96, bias="11TS", bias_dtype="float32", sinks=True),
+    Small("bias_32_lengths", head_dim=32, bias="1NTS", key_lengths=(90, 144)),
 ]  # fmt: skip
 Large = partial(Half, batch=2, queries=520, keys=784, heads=4, kv_heads=2)
 LARGE = [
@@ -53,6 +57,14 @@ LARGE = [
             ("BN1S", "bfloat16", False),
             ("BNT1", "float32", False),
         )
+    ),
+    Large(
+        "bias_32_rows", batch=40, queries=384, keys=384, heads=4, kv_heads=4, head_dim=32,
+        bias="1NTS",
+    ),
+    Large(
+        "bias_32_many", batch=60, queries=256, keys=256, heads=4, kv_heads=4, head_dim=32,
+        bias="1NTS",
     ),
     Large("bias_96", head_dim=96, bias="B1TS", window=(200, 70)),
     Large("bias_80", head_dim=80, bias="11TS"),
