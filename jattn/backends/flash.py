@@ -92,6 +92,7 @@ def _forward_plan(spec: AttentionSpec, family: Family) -> HopperPlan | PortableP
 def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     """Bytes that the gradient's computation holds, by the Hopper kernels."""
     from pallas_kernels.hopper.backward_bytes import backward_bytes  # imports jattn, in a circle
+    from pallas_kernels.hopper.plan import make_plan
 
     # Copies of a bias and of its gradient that end within a tile; bits of a mask, both ways round
     # where dQ has a kernel of its own.
@@ -103,11 +104,12 @@ def hopper_gradient_bytes(spec: AttentionSpec, target: Target) -> int:
     beside += limits.words_bytes(spec) * (1 + apart)
     beside += sum_tiles.partial_bytes(spec) if sums else 0
     portable = _portable_backward_bytes(spec) if limits.portable_part(spec) else 0
-    parts = _forward_plan(spec, "hopper").part_bytes
+    plan = make_plan(spec)
+    before = plan.part_bytes + plan.folded_bytes  # forward's
     if leaves:
-        return max(portable, parts) + beside
+        return max(portable, before) + beside
     own = backward_bytes(spec, deterministic=is_deterministic(), wants_bias=sums)
-    return max(own, portable, parts) + beside
+    return max(own, portable, before) + beside
 
 
 def portable_gradient_bytes(spec: AttentionSpec, target: Target) -> int:

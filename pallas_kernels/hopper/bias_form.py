@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
 __all__ = [
+    "FOLDED",
     "Form",
     "copied_bytes",
     "d_bias_sharers",
+    "folds",
     "form_of",
     "has_ring",
     "lends_memory",
@@ -22,6 +24,8 @@ __all__ = [
     "sums_gradient",
     "writes_gradient",
 ]
+
+FOLDED = 16  # columns of keys: the least that a product of 16 bits sums over
 
 type Form = Literal["whole", "columns", "rows"]
 
@@ -35,6 +39,12 @@ def form_of(spec: AttentionSpec) -> Form | None:
         return "rows"
     # One query's bias is all there is, also where several heads' queries make a tile.
     return "columns" if t == 1 and spec.queries > 1 else "whole"
+
+
+def folds(spec: AttentionSpec) -> bool:
+    """Whether columns may come into the logits by Q Kᵀ itself: see `folded_bias.py`."""
+    base_2 = spec.scale is not None and spec.scale > 0 and spec.logits_soft_cap is None
+    return form_of(spec) == "columns" and spec.dtype.name == "bfloat16" and base_2
 
 
 def has_ring(spec: AttentionSpec) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper import bias, dropout
+from pallas_kernels.hopper import bias, dropout, folded_bias
 from pallas_kernels.hopper.dense_mask import words_of
 from pallas_kernels.hopper.dropout import Words, dropped, words_of_rows
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
@@ -26,7 +26,7 @@ from pallas_kernels.hopper.load import query_slot
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
-from pallas_kernels.hopper.softmax import Softmax, across, logits, scale_of
+from pallas_kernels.hopper.softmax import LN2, Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
 from pallas_kernels.hopper.taken import NOTES, Note
 from pallas_kernels.hopper.tiles import ROWS
@@ -60,8 +60,13 @@ class Weights(NamedTuple):
     softmax: Softmax
 
 
-def compute(plan: Plan, seam: Seam, refs: Ref, warpgroup: Warpgroup) -> None:
-    """All tiles of this thread block, for one warpgroup."""
+def compute(
+    plan: Plan, seam: Seam, refs: Ref, warpgroup: Warpgroup, *, folded: bool = False
+) -> None:
+    """All tiles of this thread block, for one warpgroup.
+
+    folded: the bias comes with Q Kᵀ.
+    """
     tiles = plan.tiles
 
     @pl.when(warpgroup.number == 0)
@@ -72,14 +77,15 @@ def compute(plan: Plan, seam: Seam, refs: Ref, warpgroup: Warpgroup) -> None:
     for slot in range(tiles.stages):
         plgpu.barrier_arrive(refs.k_free.at[slot])
         plgpu.barrier_arrive(refs.v_free.at[slot])
-    bias.start(plan, refs)
+    if not folded:
+        bias.start(plan, refs)
     dropout.start(plan, refs)
     if tiles.in_turn:
         pl.when(warpgroup.number == tiles.warpgroups - 1)(
             lambda: plgpu.barrier_arrive(refs.turn.at[0])
         )
     _with_outputs(
-        seam, refs, warpgroup, lambda *o: Rows(plan, seam, refs, warpgroup, o).every_tile()
+        seam, refs, warpgroup, lambda *o: Rows(plan, seam, refs, warpgroup, o, folded).every_tile()
     )
     plgpu.wait_smem_to_gmem(0)
     if tiles.in_turn:
@@ -106,6 +112,7 @@ class Rows:
     """64 query rows of a tile; O is accumulated in `o_acc`, which is zero when a tile begins.
 
     o_acc: an accumulator for each piece of the values' columns.
+    folded: the bias comes with Q Kᵀ.
     """
 
     plan: Plan
@@ -113,6 +120,7 @@ class Rows:
     refs: Ref
     warpgroup: Warpgroup
     o_acc: tuple[Ref, ...]
+    folded: bool
 
     def every_tile(self) -> None:
         """The tiles of this thread block's list, or its only one."""
@@ -333,7 +341,7 @@ class Rows:
         q_slot, slot = None, self.slot(tile.visited + i)
         if plan.counted:  # a ring of their own, so that keys need not wait for a mask
             q_slot, slot = self.query_slot(tile), remainder(tile.visited + i, NOTES)
-        has_bias = plan.spec.bias_shape is not None
+        has_bias = plan.spec.bias_shape is not None and not self.folded
         if has_bias:
             number, count = self.warpgroup.number, tile.visited + i
             x = bias.added(plan, self.seam, self.refs, number, count, x, c, widens=plan.one_power)
@@ -383,6 +391,8 @@ class Rows:
     def store(self, tile: Tile, o: list[Array], softmax: Softmax) -> None:
         """O and the log-sum-exp on their way to their arrays."""
         slot = self.query_slot(tile)
+        if self.folded:
+            softmax = Softmax(softmax.m * LN2, softmax.l)
         store(self.plan, self.seam, self.refs, self.warpgroup, tile.work, slot, o, softmax)
 
     def await_first_values(self, tile: Tile) -> None:
@@ -419,6 +429,8 @@ class Rows:
         place = self.query_slot(tile)
         for q, k in zip(self.refs.q_smem, self.refs.k_smem, strict=True):
             self.seam.matmul_into(s_acc, q.at[place], k.at[slot].T)
+        if self.folded:
+            folded_bias.multiply(self.seam, self.refs, s_acc, slot)
 
     def multiply_values(self, p: Array, slot: Array) -> None:
         """O += P V, started."""

@@ -33,6 +33,7 @@ each time, and the loader waits once more for each at the end.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,7 +43,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.combine import combine
-from pallas_kernels.hopper import bias, dropout, whole_values
+from pallas_kernels.hopper import bias, dropout, folded_bias, whole_values
 from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
@@ -121,6 +122,8 @@ def forward(
         inputs["scale"] = operands.scale
     inputs |= dropout.dropout_inputs(plan, operands)
     inputs |= bias.bias_arrays(plan, operands)
+    if plan.folds:
+        inputs |= folded_bias.arrays(plan, inputs["bias"])
     sinks = None
     if operands.sinks is not None:
         sinks = jnp.atleast_2d(operands.sinks).astype(jnp.float32)
@@ -246,7 +249,13 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
         def _() -> None:
             if tiles.registers:
                 plgpu.set_max_registers(tiles.registers[0], action="increase")
-            compute(plan, seam, refs, Warpgroup(warpgroup))
+            if plan.folds:
+                folded = folded_bias.is_folded(refs)
+                own = partial(compute, plan, seam, refs, Warpgroup(warpgroup))
+                pl.when(folded)(partial(own, folded=True))
+                pl.when(jnp.logical_not(folded))(own)
+            else:
+                compute(plan, seam, refs, Warpgroup(warpgroup))
 
         @pl.when(warpgroup == tiles.warpgroups)
         def _() -> None:
@@ -304,11 +313,15 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
         **matrix("v", stages, tiles.keys, widths=whole, rows=_values_by_rows(plan)),
         "q_full": plgpu.Barrier(num_arrivals=q_arrivals, num_barriers=2 * w),
         "q_free": plgpu.Barrier(num_barriers=tiles.query_slots),
-        "k_full": plgpu.Barrier(num_arrivals=len(head) + segments, num_barriers=stages),
+        "k_full": plgpu.Barrier(
+            num_arrivals=len(head) + segments + plan.folds, num_barriers=stages
+        ),
         "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=len(whole), num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
+    if plan.folds:
+        scratch |= folded_bias.scratch(plan)
     scratch |= bias.scratch(plan) | dropout.scratch(plan)
     if tiles.own_staging and by_rows:
         scratch |= matrix("o", w, ROWS, widths=value)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper import bias, dropout
+from pallas_kernels.hopper import bias, dropout, folded_bias
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import Steps, steps_of
 from pallas_kernels.hopper.plain import columns_of
@@ -106,7 +106,7 @@ def load(plan: Plan, seam: Seam, refs: Ref) -> None:
     for slot in range(tiles.stages):
         plgpu.barrier_wait(refs.k_free.at[slot])
         plgpu.barrier_wait(refs.v_free.at[slot])
-    bias.drain(plan, refs)
+    (folded_bias if plan.folds else bias).drain(plan, refs)
     dropout.drain(plan, refs)
 
 
@@ -176,7 +176,7 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
             refs.k_segments.at[remainder(count, refs.k_segments.shape[0])],
             refs.k_full.at[slot],
         )
-    bias.load_block(plan, refs, work, block, count)
+    (folded_bias if plan.folds else bias).load_block(plan, refs, work, block, count)
     dropout.load_block(plan, refs, block, count)
 
 

@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from jattn.call.masking import KeyIntervals
 from pallas_kernels.blocks import key_blocks, unmasked_key_blocks
-from pallas_kernels.hopper.bias_form import form_of, rows_share
+from pallas_kernels.hopper.bias_form import FOLDED, folds, form_of, rows_share
 from pallas_kernels.hopper.copies import copyable, padded_width
 from pallas_kernels.hopper.indices import divided, quotient
 from pallas_kernels.hopper.piece_widths import in_pieces
@@ -206,6 +206,20 @@ class Plan:
         own = spec.keys * (spec.head_dim + spec.value_dim) * spec.element_bytes
         few = spec.batch * self.query_tiles <= MOST_SORTED
         return self.counted and few and own * spec.batch * spec.kv_heads <= L2_BYTES + L2_BYTES // 4
+
+    @property
+    def folds(self) -> bool:
+        """Whether columns of a bias come with Q Kᵀ if they are small."""
+        return folds(self.spec) and self.tiles.warpgroups > 1 and not self.in_parts
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes of such columns beside the bias: see `folded_bias.py`."""
+        if not self.folds:
+            return 0
+        assert self.spec.bias_shape is not None
+        rows, heads, _, keys = self.spec.bias_shape
+        return rows * heads * -(-keys // self.tiles.keys) * self.tiles.keys * FOLDED * 2
 
     @property
     def is_scheduled(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.bias_form import form_of
+from pallas_kernels.hopper.bias_form import FOLDED, folds, form_of
 from pallas_kernels.hopper.piece_widths import in_pieces, is_latent, whole_or_pieces
 
 if TYPE_CHECKING:
@@ -68,7 +68,10 @@ class Tiles:
         if spec.bias_dtype is None:
             return 0
         if form_of(spec) != "whole":
-            return 1024 * (1 + max(self.bias_stages * self.keys, self.warpgroups * ROWS) // 256)
+            folded = 2 * FOLDED * self.stages * self.keys if folds(spec) else 0
+            return folded + 1024 * (
+                1 + max(self.bias_stages * self.keys, self.warpgroups * ROWS) // 256
+            )
         rows = self.warpgroups * ROWS
         return self.bias_stages * rows * self.keys * spec.bias_dtype.itemsize
 

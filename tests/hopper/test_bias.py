@@ -239,3 +239,38 @@ def test_logits_far_from_zero_when_interpreted(power: float) -> None:
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_logits_far_from_zero(power: float, sign: int) -> None:
     far_from_zero(FLASH, power, sign)
+
+
+# Up to the largest that comes with Q Kᵀ, and one that does not.
+SIZES = [9000.0, 8192.0, 100.0]
+
+
+def large_columns(backend: Backend, size: float) -> None:
+    """Columns near a number of this size have the weights of their differences from it."""
+    rng = np.random.default_rng(8)
+    queries, keys, heads = 72, 200, 2
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, t, heads, 64)), jnp.bfloat16)
+        for t in (queries, keys, keys)
+    )
+    bias = jnp.asarray(size - 4 * rng.random((1, heads, 1, keys)), jnp.float32)
+    out, lse = backend(q, k, v, bias=bias, return_residual=True)
+    exact = (np.asarray(x, np.float64) for x in (q, k, v, bias))
+    with jax.enable_x64(True):
+        wanted, wanted_lse = jattn.eager_attention(*exact, return_residual=True)
+    found = np.asarray(lse, np.float64)
+    np.testing.assert_allclose(found, wanted_lse, atol=1e-5 + 4 * 2.0**-23 * size)
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=2 * eps)
+
+
+@pytest.mark.parametrize("size", first(1, SIZES))
+def test_columns_of_any_size_when_interpreted(size: float) -> None:
+    large_columns(INTERPRETED, size)
+
+
+@ON_GPU
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("size", SIZES)
+def test_columns_of_any_size(size: float) -> None:
+    large_columns(FLASH, size)

@@ -7,16 +7,31 @@ from itertools import product
 from math import prod
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jattn.call.spec import AttentionSpec
-from pallas_kernels.hopper import backward_kernel, backward_queries, backward_wide, forward
+from pallas_kernels.hopper import (
+    backward_kernel,
+    backward_queries,
+    backward_wide,
+    folded_bias,
+    forward,
+)
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.plan import make_plan
 from tests.cases import Case, thorough
 from tests.hopper.calls import Half, spec_of
+
+
+def test_columns_as_those_of_keys_are_as_large_as_is_said() -> None:
+    plan = make_plan(spec_of(Half("", 9, 1000, 1001, 8, 2, 128, bias="1N1S")))
+    columns = jax.ShapeDtypeStruct((1, 8, 8 * plan.tiles.keys), jnp.float32)
+    made = jax.eval_shape(lambda x: folded_bias.arrays(plan, x), columns)["folded"]
+    assert plan.folded_bytes == made.size * made.dtype.itemsize
 
 
 @pytest.mark.parametrize("length", [1024, 1030, 4096])
