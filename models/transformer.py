@@ -18,18 +18,11 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jattn import dot_product_attention
 from models.implementations import JATTN_NAMES, AttnImplementation
 from models.positions import RotaryTable, document_positions, rotate, table_of
-from models.rematerialisation import (
-    GATES,
-    HEADS,
-    NORMALIZED,
-    Rematerialize,
-    rematerialized,
-)
+from models.rematerialisation import Rematerialize, rematerialized
 
 VOCABULARY = 256  # one token per byte value
 
@@ -74,9 +67,10 @@ class TransformerConfig:
     """Attention by name, or an error; sdpa lets jattn pick, flash_attention_2 is flash."""
 
     rematerialize: Rematerialize = "nothing"
-    """What backward computes again instead of keeping it: nothing; what is no matrix product
-    (elementwise); the whole block but attention, of which the output and log-sum-exp are kept
-    (block); or attention too, the dearest part of a long block (everything)."""
+    """What backward computes again instead of keeping it: nothing; what is no matrix product, of
+    which the gates' product alone is kept otherwise (elementwise); the whole block but attention,
+    of which the output and log-sum-exp are kept (block); or attention too, the dearest part of a
+    long block (everything)."""
 
     scan_blocks: bool = True
     """Compile one block and loop over the layers, instead of compiling each layer by itself, which
@@ -151,8 +145,8 @@ def normalize(x: jax.Array, epsilon: float) -> jax.Array:
 def _normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     wide = x.astype(jnp.float32)
     factor = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
-    out = checkpoint_name((wide * factor).astype(x.dtype), NORMALIZED)
-    return out, (out, checkpoint_name(factor, NORMALIZED))
+    out = (wide * factor).astype(x.dtype)
+    return out, (out, factor)
 
 
 def _normalize_backward(
@@ -184,32 +178,41 @@ class Attention(nnx.Module):
         self, x: jax.Array, table: RotaryTable, segment_ids: jax.Array | None = None
     ) -> jax.Array:
         config = self.config
-        heads = (*x.shape[:2], -1, config.head_dim)
+        queries, keys = config.num_heads, config.num_key_value_heads
+        # One product for all three: of few columns, or a sum over few, a product waits for memory.
+        weights = [each[...].astype(x.dtype) for each in (self.query, self.key, self.value)]
+        heads = (x @ jnp.concatenate(weights, axis=1)).reshape(*x.shape[:2], -1, config.head_dim)
+        query, key, value = jnp.split(heads, (queries, queries + keys), axis=2)
         attended = dot_product_attention(
-            checkpoint_name(rotate(_product(x, self.query).reshape(heads), table), HEADS),
-            checkpoint_name(rotate(_product(x, self.key).reshape(heads), table), HEADS),
-            checkpoint_name(_product(x, self.value).reshape(heads), HEADS),
+            rotate(query, table),
+            rotate(key, table),
+            value,
             is_causal=True,
             query_segment_ids=segment_ids,
             key_value_segment_ids=segment_ids,
             implementation=JATTN_NAMES[config.attn_implementation],
         )
         assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
-        return _product(attended.reshape(*x.shape[:2], -1), self.out)
+        out = self.out[...].astype(x.dtype).reshape(*attended.shape[2:], -1)
+        return jnp.einsum("btnh,nhd->btd", attended, out)  # of attention's result as it is kept
 
 
 class SwiGLU(nnx.Module):
     """out(silu(gate(x)) * up(x)), Shazeer 2020: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
         self.gate = _weights(config.hidden_size, config.mlp_size, config, rngs)
         self.up = _weights(config.hidden_size, config.mlp_size, config, rngs)
         self.out = _weights(config.mlp_size, config.hidden_size, config, rngs, into_residual=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = checkpoint_name(_product(x, self.gate), GATES)
-        up = checkpoint_name(_product(x, self.up), GATES)
-        return _product(nnx.silu(gate) * up, self.out)
+        def gated(gate: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
+            return (nnx.silu(gate) * up) @ weights
+
+        if self.config.rematerialize == "elementwise":
+            gated = jax.checkpoint(gated, prevent_cse=not self.config.scan_blocks)
+        return gated(_product(x, self.gate), _product(x, self.up), self.out[...].astype(x.dtype))
 
 
 class Block(nnx.Module):
@@ -279,7 +282,8 @@ class TransformerLM(nnx.Module):
             layer: Block = nnx.merge(graph, weights)
             return layer(x, table, segment_ids)
 
-        block = rematerialized(block, config.rematerialize, in_a_loop=config.scan_blocks)
+        if config.rematerialize in ("block", "everything"):
+            block = rematerialized(block, config.rematerialize, in_a_loop=config.scan_blocks)
         # A product rather than a gather: on a GPU a gather's gradient adds in no fixed order.
         one_hot = jax.nn.one_hot(tokens, VOCABULARY, dtype=dtype)
         x, _ = jax.lax.scan(

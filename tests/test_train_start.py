@@ -62,7 +62,7 @@ def test_what_fits_in_a_loop_alone_is_trained_in_one(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     said["bytes"] = 8_000_000
-    drawn = []
+    drawn: list[Any] = []
     draw = Programs.prepare_initial_state
     with monkeypatch.context() as patch:
         patch.setattr(Programs, "prepare_initial_state", lambda x: drawn.append(draw(x)))
