@@ -13,11 +13,10 @@ python train.py --target h100                any of them for a GPU that is not h
 python train.py --help                       every option
 """
 
-from training import environment, kernels_beside  # isort: skip  (what jax reads when loaded)
+from training import environment  # isort: skip  (what jax reads when loaded)
 
 if __name__ == "__main__":
     environment.keep_all()
-    kernels_beside.start()
     environment.open_device()
 
 import shlex
@@ -52,7 +51,6 @@ from training.devices import Devices, check_count, check_lengths, own
 from training.errors import REFUSALS, AgreedError, one_line
 from training.interrupt import stop_on_signals
 from training.kept_programs import KeptPrograms
-from training.kernels_beside import Layer
 from training.loop import Outputs, train
 from training.progress import TrainingProgress, make_console, say
 from training.reports.command import Screen, report_layer, report_longest, report_step
@@ -104,10 +102,9 @@ def run(request: cli.Request, console: Console) -> int:
     is_alone = is_own and not processes.are_several()
     kept = kept_programs.for_gpu(programs_of_runs) if is_alone else None
     is_known = is_kept(config, kept)
-    layer = None if kept is None or is_known else start.layer_of(config)
     is_early = kept is not None and not reports
     if is_early:
-        compile_ahead(layer=layer)
+        compile_ahead()
     corpus, devices, programs = processes.together(
         lambda: prepare(request, kept, is_known=is_known, reports=reports)
     )
@@ -128,7 +125,7 @@ def run(request: cli.Request, console: Console) -> int:
             report_layer(config, here(devices.count), Screen(console, folder, stop))
             began = time.perf_counter()
         if not is_early:
-            compile_ahead(programs_of_runs if kept is None else None, layer)
+            compile_ahead(programs_of_runs if kept is None else None)
         if state is None:
             first = start.begin(config, corpus, devices, kept, programs)
             if first.note:
@@ -193,13 +190,13 @@ def title_of(config: TrainConfig, corpus: Corpus) -> str:
     return f"{parameter_count(config) / 1e6:.3g} million weights on {corpus.source}"
 
 
-def compile_ahead(folder: Path | None = None, layer: Layer | None = None) -> None:
+def compile_ahead(folder: Path | None = None) -> None:
     """From here on jax keeps programs in a folder, if one is given, and kernels are compiled once
-    they are lowered, those of a layer in other processes."""
+    they are lowered."""
     if folder is not None:
         compiler.keep_programs(folder)
     if jax.default_backend() == "gpu":
-        kernels_ahead.begin(compiler.options(is_gpu=True), kernels_beside.take(), layer)
+        kernels_ahead.begin(compiler.options(is_gpu=True))
 
 
 def runs_folder(run: cli.RunOptions) -> Path:

@@ -44,17 +44,11 @@ def start_is_over() -> None:
         gc.enable()
 
 
-def asks_for_device() -> bool:
-    """Whether the arguments ask for this process's device: not for help, a GPU that is not here, or
-    several processes, which join before they look."""
-    words = (word.replace("_", "-") for word in sys.argv[1:])
-    return not any(word.startswith(_NOT_AHEAD) for word in words)
-
-
 def open_device() -> None:
-    """Begins to open the device, if asked for, while the trainer's other modules are imported.
+    """Begins to open the device, in a thread, while the trainer's other modules are imported.
 
-    CUDA takes about a second, without Python's lock.
+    CUDA takes about a second, without Python's lock. Not where the arguments ask for no device, as
+    for help or a GPU that is not here, or for several processes, which join before they look.
     """
     import jax
 
@@ -62,5 +56,6 @@ def open_device() -> None:
         with contextlib.suppress(RuntimeError):  # raised again where the device is asked for
             jax.devices()
 
-    if asks_for_device():
+    words = (word.replace("_", "-") for word in sys.argv[1:])
+    if not any(word.startswith(_NOT_AHEAD) for word in words):
         threading.Thread(target=open_it).start()

@@ -20,9 +20,7 @@ from jax._src.interpreters import mlir
 from jax._src.pallas.mosaic_gpu import pallas_call_registration
 from jaxlib.mlir import ir
 
-from training import kernels_beside
-
-RULE = "mpmd_map_mgpu_lowering_rule"
+_RULE = "mpmd_map_mgpu_lowering_rule"
 _CALL = "mosaic_gpu_v2"
 _CONFIG = "mhlo.backend_config"
 _OVER_DEVICES = "uses_xla_collective_metadata"
@@ -73,7 +71,6 @@ class Kernels:
         rule: that lowering.
         options: of the compiler; see `training.compiler.options`.
         place: what kernels are compiled for; None for the default device.
-        beside: processes that lower some of them.
     """
 
     def __init__(
@@ -81,9 +78,8 @@ class Kernels:
         rule: Callable[..., Any],
         options: dict[str, Any] | None,
         place: jax.sharding.Sharding | None = None,
-        beside: kernels_beside.Beside | None = None,
     ) -> None:
-        self._rule, self._beside = rule, beside
+        self._rule = rule
         self._options, self._place = options, place
         self._pool = ThreadPoolExecutor(max_workers=_AT_ONCE)
         self._known: dict[Any, _Kernel] = {}
@@ -100,57 +96,25 @@ class Kernels:
         )
         if key in self._known:
             return self._known[key].call(context, operands)
-        if self._beside is not None:
-            lowered = self._beside.find(kernels_beside.name_of(params, *shapes))
-            if lowered is not None:
-                kernel = _Kernel(params["jaxprs"], lowered.config, lowered.aliases, *shapes)
-                self._known[key] = kernel
-                return kernel.call(context, operands)
         results = self._rule(context, *operands, **params)
-        made = kernel_of(params, results, context)
-        if made is not None:
-            self._known[key] = made
-            self._compile(made)
+        kernel = _kernel(params, results, context)
+        if kernel is not None:
+            self._known[key] = kernel
+            if kernel.config["kernel_hash"] not in self.compiled:
+                self.compiled[kernel.config["kernel_hash"]] = self._pool.submit(
+                    kernel.compile, self._options, self._place
+                )
         return results
 
-    def ask(self, layer: kernels_beside.Layer) -> None:
-        """Has a layer's kernels lowered beside, and compiles them as they come."""
-        if self._beside is not None:
-            self._beside.ask(
-                layer,
-                lambda x: self._compile(_Kernel(None, x.config, x.aliases, x.arguments, x.results)),
-            )
 
-    def _compile(self, kernel: _Kernel) -> None:
-        if kernel.config["kernel_hash"] not in self.compiled:
-            self.compiled[kernel.config["kernel_hash"]] = self._pool.submit(
-                kernel.compile, self._options, self._place
-            )
-
-
-def begin(
-    options: dict[str, Any] | None,
-    beside: kernels_beside.Beside | None = None,
-    layer: kernels_beside.Layer | None = None,
-) -> None:
-    """From here on, kernels that are lowered are compiled too, with these options.
-
-    Args:
-        options: of the compiler; see `training.compiler.options`.
-        beside: processes that lower a layer's kernels.
-        layer: which.
-    """
-    rule = getattr(pallas_call_registration, RULE)
+def begin(options: dict[str, Any] | None) -> None:
+    """From here on, kernels that are lowered are compiled too, with these options."""
+    rule = getattr(pallas_call_registration, _RULE)
     if not isinstance(getattr(rule, "__self__", None), Kernels):
-        kernels = Kernels(rule, options, beside=None if layer is None else beside)
-        setattr(pallas_call_registration, RULE, kernels.lower)
-        if layer is not None:
-            kernels.ask(layer)
-    if beside is not None:
-        beside.close()
+        setattr(pallas_call_registration, _RULE, Kernels(rule, options).lower)
 
 
-def kernel_of(
+def _kernel(
     params: dict[str, Any], results: Any, context: mlir.LoweringRuleContext
 ) -> _Kernel | None:
     """What was lowered, unless it is more than one call, or one of several devices together."""

@@ -10,18 +10,15 @@ fits in a loop alone takes the loop instead:
 
 import dataclasses
 
-import jax
 import numpy as np
 
-from models.implementations import JATTN_NAMES
 from training import processes
 from training.ahead import Programs
 from training.config import TrainConfig
-from training.data import Corpus, Text, first_long_step
+from training.data import Corpus, Text
 from training.devices import Devices
 from training.free_memory import free_bytes
 from training.kept_programs import KeptPrograms
-from training.kernels_beside import Layer
 from training.loop import batch_of, held_out_batches
 from training.program_memory import Memory
 from training.step import TrainState, abstract_state
@@ -101,21 +98,6 @@ def begin(
     )
     state = dataclasses.replace(state, graph=abstract_state(looped).graph)
     return Start(looped, in_a_loop, state, note=note)
-
-
-def layer_of(config: TrainConfig) -> Layer:
-    """Attention in each layer of the trainer's own model, in the first step on one device."""
-    model, data = config.model, config.data
-    rows, length = data.batch_size, data.sequence_length
-    if first_long_step(data, config.optimizer.steps) > 1:
-        length = min(length, data.short_sequence_length)
-        rows *= data.sequence_length // length
-    query, key = (
-        (rows, length, heads, model.head_dim)
-        for heads in (model.num_heads, model.num_key_value_heads)
-    )
-    names = (model.dtype, data.pack_documents, JATTN_NAMES[model.attn_implementation])
-    return Layer(jax.devices()[0].device_kind, query, key, *names)
 
 
 def _free(devices: Devices) -> int | None:
