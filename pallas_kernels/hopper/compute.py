@@ -28,7 +28,7 @@ from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import LN2, Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
-from pallas_kernels.hopper.taken import NOTES, Note
+from pallas_kernels.hopper.taken import Note
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.whole_values import await_values
 
@@ -339,8 +339,9 @@ class Rows:
         plan = self.plan
         x, c = logits(plan.spec, tile.scale, self.seam.layout(s, plgpu.Layout.WGMMA))
         q_slot, slot = None, self.slot(tile.visited + i)
-        if plan.counted:  # a ring of their own, so that keys need not wait for a mask
-            q_slot, slot = self.query_slot(tile), remainder(tile.visited + i, NOTES)
+        if plan.counted:
+            q_slot = self.query_slot(tile)
+            slot = remainder(tile.visited + i, self.refs.k_segments.shape[0])
         has_bias = plan.spec.bias_shape is not None and not self.folded
         if has_bias:
             number, count = self.warpgroup.number, tile.visited + i

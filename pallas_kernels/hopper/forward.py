@@ -62,7 +62,7 @@ from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, transforms
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import unit
-from pallas_kernels.hopper.taken import NOTES, WORDS, longest_first
+from pallas_kernels.hopper.taken import NOTES, WORDS, id_slots, longest_first
 from pallas_kernels.hopper.tiles import ROWS, Tiles
 from pallas_kernels.hopper.warpgroups import run
 
@@ -94,7 +94,6 @@ def forward(
     """
     plan = plan or make_plan(spec, tiles)
     if operands.halves is not None:
-        plan = plan.uncounted  # of halves not timed
         assert _takes_halves(plan)
     matrices = {"q": operands.query, "k": operands.key, "v": operands.value}
     inputs: dict[str, Any] = matrices
@@ -332,7 +331,7 @@ def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
         scratch["turn"] = plgpu.Barrier(num_barriers=w)
     if spec.has_segments:
         scratch["q_segments"] = plgpu.SMEM((tiles.query_slots, ROWS), jnp.int32)
-        slots = NOTES if plan.counted else stages
+        slots = id_slots(stages) if plan.counted else stages
         scratch["k_segments"] = plgpu.SMEM((slots, tiles.keys), jnp.int32)
     if plan.counted:
         scratch["notes"] = plgpu.SMEM((NOTES * WORDS,), jnp.int32)

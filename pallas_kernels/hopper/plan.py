@@ -29,7 +29,6 @@ from pallas_kernels.blocks import key_blocks, unmasked_key_blocks
 from pallas_kernels.hopper.bias_form import FOLDED, folds, form_of, rows_share
 from pallas_kernels.hopper.copies import copyable, padded_width
 from pallas_kernels.hopper.indices import divided, quotient
-from pallas_kernels.hopper.piece_widths import in_pieces
 from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles, fit
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ TILE_COST = 0.7  # of a tile's start and end, in visits to a block of keys
 LEAST_IN_ROWS = 8  # heads: so many are packed as well in the order of their queries
 JOIN = 3  # visits that pass while parts of split keys are joined
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
-LONGEST_COUNTED = 1 << 16  # tokens
 MOST_SORTED = 2048  # tiles of all heads: compared with each other
 INT32_MAX = 2**31 - 1
 L2_BYTES = 32 << 20  # of 60 MB: the rest is for queries, output and what is yet to be evicted
@@ -192,14 +190,6 @@ class Plan:
         return width > 64 and not self.masked
 
     @property
-    def uncounted(self) -> Plan:
-        """The same with a thread block for each tile, if tiles are counted."""
-        if not self.counted:
-            return self
-        tiles = replace(self.tiles, query_slots=self.tiles.warpgroups)
-        return replace(self, tiles=tiles, blocks=self.works, counted=False)
-
-    @property
     def longest_first(self) -> bool:
         """Whether counted tiles are taken in the order of their lengths."""
         spec = self.spec
@@ -317,15 +307,14 @@ def make_plan(
 def _is_counted(plan: Plan) -> bool:
     """Whether thread blocks take tiles one by one: those of packed documents.
 
-    ms on an H100, without and with: 16k, 16 heads, eight documents 0.288, 0.247, one 1.595, 1.552;
-    32/8 heads, sixteen 0.353, 0.273; 32k, 8/2 heads, one 3.037, 2.996; 64k, one head, eight 0.378,
-    0.296. Longer ones, packed heads and lengths that are copied as plain rows were not timed.
+    ms, without and with: 16k, 16 heads, eight documents 0.288, 0.247, one 1.595, 1.552; 131k, four
+    39.0, 36.8; 12,345, six 0.290, 0.250; head dim 64, B 16, 1k, three 0.132, 0.094; but tiles of
+    three warpgroups, 32k, 8/2 heads, eight 0.452, 0.463.
     """
     spec = plan.spec
     others = spec.mask_shape is not None or spec.bias_shape is not None or spec.dropout_rate > 0
-    others |= spec.has_key_lengths or plan.in_parts or plan.pack > 1 or in_pieces(spec)
-    others |= not 64 < max(spec.head_dim, spec.value_dim) <= 128 or plan.tiles.query_slots == 2
-    return spec.has_segments and not others and max(spec.queries, spec.keys) <= LONGEST_COUNTED
+    others |= spec.has_key_lengths or plan.in_parts or plan.tiles.warpgroups != 2
+    return spec.has_segments and not others
 
 
 def _heads_in_rows(spec: AttentionSpec) -> int:

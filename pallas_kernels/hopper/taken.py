@@ -5,6 +5,9 @@ are on their way, and tells the others by a note in shared memory, of which ther
 
     number, batch row, first head, query tile; first and stop of the blocks of keys, of the clear
 
+Ids of keys have a ring of their own, `id_slots` long: a mask is made after the product that frees a
+block of keys, and no block need wait for it.
+
 The first tile of a thread block has its own number. A number past the last is of no tile: of what
 its note says, the last one, only the first product is computed, for nobody.
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from pallas_kernels.hopper.plan import Plan
     from pallas_kernels.hopper.seam import Ref, Seam
 
-__all__ = ["NOTES", "WORDS", "Note", "longest_first", "take"]
+__all__ = ["NOTES", "WORDS", "Note", "id_slots", "longest_first", "take"]
 
 NOTES, WORDS = 4, 8
 
@@ -83,6 +86,11 @@ def take(plan: Plan, seam: Seam, refs: Ref, turn: Array | int) -> None:
     seam.tell(refs.notes, slot + np.int32(4), ranges)
     seam.together()
     plgpu.barrier_arrive(refs.told.at[remainder(turn, 2)])
+
+
+def id_slots(stages: int) -> int:
+    """How many blocks' ids of keys there is room for: more than of keys, a power of two."""
+    return 1 << stages.bit_length()
 
 
 def longest_first(ranges: Array) -> Array:

@@ -59,7 +59,8 @@ class Tiles:
         head, value = _widths(spec, out_bytes)
         rings = self.stages * self.keys * (head + value) * 2 + slots * head * 2
         # Vectors, each in kilobytes of its own; the row sums are two for a warpgroup.
-        small = 1024 * (1 + (self.warpgroups > 2) + 3 * spec.has_segments + dropout)
+        ids = (3 if self.stages < 4 else 5) * spec.has_segments
+        small = 1024 * (1 + (self.warpgroups > 2) + ids + dropout)
         staging = rows * value * out_bytes * self.own_staging
         return rings + staging + small + self.bias_bytes(spec)
 

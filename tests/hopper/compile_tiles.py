@@ -95,7 +95,14 @@ CASES = [
     *FEW_QUERIES,
     Long("grouped_long", batch=2, queries=8192, keys=8192, heads=32, kv_heads=8, causal=True),
     Long("short_documents", kv_heads=4, causal=True, segments="sorted"),
-    Long("documents", queries=32768, keys=32768, kv_heads=4, causal=True, segments="sorted"),
+    *(
+        Long(name, queries=t, keys=t, kv_heads=4, causal=True, segments="sorted", **options)
+        for name, t, options in (
+            ("documents", 32768, {}),
+            ("documents_odd", 12345, {}),
+            ("documents_64", 1001, {"batch": 16, "head_dim": 64}),
+        )
+    ),
     *(Long(f"grouped_{h}", heads=32, kv_heads=8, head_dim=h, causal=True) for h in (64, 80, 128)),
     *(
         Long(f"{name}_ragged", queries=1001, keys=2051, kv_heads=4, **options)

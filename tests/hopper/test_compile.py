@@ -39,6 +39,7 @@ KNOWN_SPILLS = {
     "window_ragged": 16,
     "segments_ragged": 24,
     "short_documents": 8,
+    "documents_64": 64,
     "segments_128": 4,
     "text_64": 72,
     "vision": 112,

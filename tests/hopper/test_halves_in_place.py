@@ -11,6 +11,7 @@ import pytest
 from jattn.call.halves import Halves, joined
 from jattn.call.spec import Operands
 from pallas_kernels.hopper.forward import forward, takes_halves
+from pallas_kernels.hopper.plan import make_plan
 from tests.cases import Case, thorough
 from tests.hopper.calls import spec_of
 
@@ -43,7 +44,11 @@ def test_halves_are_read_where_they_are(
     whole = joined(operands)
     parts = [own.query[:, :, 3:5], operands.query]
     assert (whole.query == jnp.concatenate(parts[:: -1 if second else 1], axis=1)).all()
+    counted = make_plan(spec, multiprocessors=2) if is_causal else None  # of documents
+    assert counted is None or counted.counted
     for found, expected in zip(
-        forward(spec, operands, interpret=True), forward(spec, whole, interpret=True), strict=True
+        forward(spec, operands, plan=counted, interpret=True),
+        forward(spec, whole, interpret=True),
+        strict=True,
     ):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))

@@ -25,6 +25,10 @@ CASES = [  # with as many slots for queries
     (Half("counted", 1, 136, 136, 3, 1, 128, causal=True, segments="sorted"), 3),
     (Half("counted_loose", 2, 264, 328, 2, 2, 96, segments="unsorted", sinks=True), 3),
     (Half("counted_window", 1, 392, 392, 2, 2, 128, window=(140, 0), segments="sorted"), 3),
+    (Half("counted_64", 2, 200, 200, 3, 1, 64, causal=True, segments="sorted"), 4),
+    (Half("counted_packed", 5, 20, 150, 8, 1, 128, segments="sorted"), 3),
+    (Half("counted_odd", 1, 203, 203, 3, 1, 80, causal=True, segments="unsorted"), 3),
+    (Half("counted_whole", 1, 40, 1203, 8, 8, 128, segments="sorted"), 3),
     (Half("list_full_128", 1, 256, 256, 3, 1, 128), 4),
     (Half("list_no_staging", 1, 300, 70, 2, 2, 256, window=(40, 9)), 3),
     (Half("list_sinks", 2, 130, 130, 2, 2, 192, sinks=True), 4),
@@ -44,7 +48,7 @@ def operands_of(drawn: Drawn) -> Operands:
 @pytest.mark.parametrize(("case", "slots"), [*CASES[:2], *MORE], ids=str)
 def test_lists_of_tiles_are_as_exact_as_the_formula(case: Case, slots: int, seed: int) -> None:
     spec, drawn = spec_of(case), operands(case, seed)
-    tiles = replace(choose_tiles(spec, spec.queries), query_slots=slots)
+    tiles = replace(choose_tiles(spec, max(spec.queries, 128)), query_slots=slots)
     plan = make_plan(spec, tiles, multiprocessors=2)
     assert plan.is_scheduled
     assert plan.counted == (case.segments is not None)
