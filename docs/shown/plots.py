@@ -87,7 +87,7 @@ def hopper_steps() -> Figure:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return from_matplotlib(
         figure,
-        "Eight steps, each in the call where it shows (NVIDIA H200, jax 0.11.2, 2026-11-22).",
+        "Nine steps, each in the call where it shows (NVIDIA H200, the last H100, jax 0.11.2).",
     )
 
 
