@@ -35,7 +35,8 @@ class BackendReport:
       refusals: why it cannot run; then kernel and gradient_bytes are None.
       passed_over: why another kernel of its own, made for this device, does not run.
       may_run: whether it is among those that were named, or that run unnamed.
-      kernel: what it would run; of few queries its forward cuts the keys into parts.
+      kernel: what it would run; of few queries its forward cuts the keys into parts; tiles of
+        packed documents come from a counter, as only their ids tell how long each takes.
       gradient_bytes: an estimate of what the gradient's computation, forward with it, holds beside
         the call's own arguments, results and their gradients.
       tangents: what makes the tangents, of forward mode and second derivatives, from what forward

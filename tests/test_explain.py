@@ -56,6 +56,14 @@ class TestDevice:
         assert kernel in str(explained.kernel)
         assert explained.target in str(explained)
 
+    @pytest.mark.parametrize(("length", "by"), [(4096, True), (8, False)])
+    def test_it_is_said_where_documents_tiles_are_counted(self, length: int, *, by: bool) -> None:
+        x, ids = shape(1, length, 8, 128), shape(1, length, dtype=jnp.int32)
+        segments: dict[str, Any] = {"query_segment_ids": ids, "key_value_segment_ids": ids}
+        found = jattn.explain(x, x, x, implementation="flash", device="H100", **segments)
+        assert ("from a counter" in str(found.kernel)) == by
+        assert "counter" not in str(jattn.explain(x, x, x, device="H100").kernel)
+
     def test_its_limits_are_those_that_count(self) -> None:
         """Shared memory bounds float32's head dims: 227 KiB on an H100, 163 on A100, 99 on L4."""
         widest = {}

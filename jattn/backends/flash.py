@@ -60,7 +60,7 @@ def attend_portably(spec: AttentionSpec, operands: Operands, target: Target) -> 
 def hopper_kernel(spec: AttentionSpec, target: Target) -> str:
     """What runs by Hopper kernels, and what of it does not."""
     part = limits.portable_part(spec)
-    by = "Pallas Mosaic GPU, Hopper" + _in_parts(spec, "hopper")
+    by = "Pallas Mosaic GPU, Hopper" + _in_parts(spec, "hopper") + _by_counter(spec)
     return by + (f"; {part}: Pallas, portable" if part else "")
 
 
@@ -75,6 +75,14 @@ def _in_parts(spec: AttentionSpec, family: Family) -> str:
         return ""
     parts = _forward_plan(spec, family).splits
     return f", keys in {parts} parts that XLA joins" if parts > 1 else ""
+
+
+def _by_counter(spec: AttentionSpec) -> str:
+    """Whether Hopper's thread blocks take forward's tiles as they come, in words."""
+    from pallas_kernels.hopper.plan import make_plan  # imports jattn, in a circle
+
+    whole = not spec.is_empty and spec.context is None
+    return ", tiles of documents from a counter" if whole and make_plan(spec).counted else ""
 
 
 def _forward_plan(spec: AttentionSpec, family: Family) -> HopperPlan | PortablePlan:
