@@ -135,7 +135,9 @@ def hide(
     q_slot: where the queries' segments are, if not by the warpgroup's number.
     """
     spec, shape = plan.spec, s.shape
-    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+    # Of a power of two of columns: of others a thread's would be found by divisions.
+    wide = 1 << (shape[1] - 1).bit_length()
+    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, wide), 1, layout=WGMMA)[:, : shape[1]]
     # A thread's columns are 0, 1, 8, 9, 16, .. past an even one of 0 to 6: apart from that one they
     # are immediate operands, together they would be kept in as many registers.
     own, key = key & 6, key & ~6
