@@ -47,6 +47,7 @@ from pallas_kernels.hopper import bias, dropout, folded_bias, whole_values
 from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.compute import compute
 from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.dense_mask import mask_arrays
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
@@ -55,6 +56,7 @@ from pallas_kernels.hopper.piece_widths import (
     has_whole_values,
     in_pieces,
     is_latent,
+    value_columns,
     whole_or_pieces,
 )
 from pallas_kernels.hopper.plain import in_both_ways, named, piece_matrices, pieces
@@ -169,6 +171,11 @@ def _values_by_rows(plan: Plan) -> bool:
     return _by_rows(plan) and not has_whole_values(plan.spec)
 
 
+def _value_widths(plan: Plan) -> tuple[int, ...]:
+    """The widths of values in shared memory."""
+    return value_columns(plan.spec) if _by_rows(plan) else (padded_width(plan.spec.value_dim),)
+
+
 def in_tiles(x: Array) -> Array:
     """x (B, rows, heads, columns), padded where the TMA unit's tiles need it: see `copyable`.
 
@@ -217,23 +224,23 @@ def _results(plan: Plan, inputs: dict[str, Array]) -> list[jax.ShapeDtypeStruct]
 
 
 def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[Array, Array]:
-    spec, tiles, seam = plan.spec, plan.tiles, Seam(interpret)
+    tiles, seam = plan.tiles, Seam(interpret)
     out_type = _results(plan, inputs)
     out_dtype, columns = out_type[0].dtype, inputs["v"].shape[3]
     if plan.is_scheduled and not plan.counted:
         inputs = inputs | {"schedule": constant(plan.schedule())}
     names = [*inputs, "out", "sums"]
     by_rows = _by_rows(plan)
-    scratch = _scratch(plan, out_dtype, columns)
+    scratch = _scratch(plan, out_dtype, columns, interpret=interpret)
     if by_rows:
         tiled = ("b_smem",) if _values_by_rows(plan) else ("b_smem", "v_smem")
         matrices = [name for name in scratch if name.endswith("_smem") and name not in tiled]
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
-    if "v_end" in inputs and not interpret:
+    if whole_values.copied_here(plan) and not interpret:
         scratch |= whole_values.scratch(plan)
     if interpret:
         scratch["s_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, tiles.keys), jnp.float32)
-        for i, width in enumerate(whole_or_pieces(spec.value_dim, pieces=_values_by_rows(plan))):
+        for i, width in enumerate(_value_widths(plan)):
             scratch[f"o{i}_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, width), jnp.float32)
 
     def kernel(*args: Ref) -> None:
@@ -289,34 +296,41 @@ def _needs_no_barriers(plan: Plan) -> bool:
     return plain and plan.tiles.own_staging and (not _by_rows(plan) or has_whole_values(spec))
 
 
-def _scratch(plan: Plan, out_dtype: Any, columns: int) -> dict[str, Any]:
+def _scratch(
+    plan: Plan, out_dtype: Any, columns: int, *, interpret: bool = False
+) -> dict[str, Any]:
     spec, tiles = plan.spec, plan.tiles
     w, stages, segments = tiles.warpgroups, tiles.stages, spec.has_segments
     by_rows = _by_rows(plan)
     head, value = (whole_or_pieces(x, pieces=by_rows) for x in (spec.head_dim, spec.value_dim))
 
-    whole = whole_or_pieces(spec.value_dim, pieces=_values_by_rows(plan))
+    values = _value_widths(plan)
+    in_rows = _values_by_rows(plan)
+    here = whole_values.copied_here(plan) and not interpret
 
     def matrix(
-        name: str, *shape: int, widths: tuple[int, ...], rows: bool = by_rows
+        name: str, *shape: int, widths: tuple[int, ...], rows: bool = by_rows, summed: int = 0
     ) -> dict[str, Any]:
-        if rows:
-            return piece_matrices(name, shape, widths, spec.dtype)
-        own = transforms(widths[0], spec.dtype)
-        return {f"{name}_smem": plgpu.SMEM((*shape, *widths), spec.dtype, transforms=own)}
+        found = piece_matrices(name, shape, widths, spec.dtype) if rows or len(widths) > 1 else {}
+        if not rows:  # the first
+            size = jnp.dtype(spec.dtype).itemsize
+            own = transforms(widths[0], spec.dtype, swizzle_of(widths[0], size, summed))
+            first = plgpu.SMEM((*shape, widths[0]), spec.dtype, transforms=own)
+            found |= {f"{name}_smem": first}
+        return found
 
     q_arrivals = copies(plan) * len(head) + segments + (form_of(spec) == "rows")
     scratch = {
         **matrix("q", tiles.query_slots, ROWS, widths=head),
         **matrix("k", stages, tiles.keys, widths=head),
-        **matrix("v", stages, tiles.keys, widths=whole, rows=_values_by_rows(plan)),
+        **matrix("v", stages, tiles.keys, widths=values, rows=in_rows, summed=tiles.keys),
         "q_full": plgpu.Barrier(num_arrivals=q_arrivals, num_barriers=2 * w),
         "q_free": plgpu.Barrier(num_barriers=tiles.query_slots),
         "k_full": plgpu.Barrier(
             num_arrivals=len(head) + segments + plan.folds, num_barriers=stages
         ),
         "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_arrivals=len(whole), num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=max(1, len(values) - here), num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
     if plan.folds:

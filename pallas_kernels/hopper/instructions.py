@@ -103,11 +103,11 @@ def copy_in_tiles(
 ) -> None:
     """smem (rows, columns), in tiles, is made gmem[batch, row:, head]; words[slot] says when.
 
-    Zeros where gmem's whole tiles of 8 rows end.
+    Zeros where gmem's whole tiles of 8 rows end. Columns past those of smem are left out.
     """
     rows, columns = smem.shape
     size = jnp.dtype(gmem.dtype).itemsize
-    swizzle = swizzle_of(columns, size)
+    swizzle = swizzle_of(columns, size, rows)
     tile = (8, swizzle // size)
     form = plgpu.RefType(
         transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
@@ -128,7 +128,7 @@ def copy_in_tiles(
         context.async_copy(
             src_ref=gmem,
             dst_ref=smem,
-            gmem_slice=(batch, mgpu.utils.ds(row, rows), head, slice(None)),
+            gmem_slice=(batch, mgpu.utils.ds(row, rows), head, slice(0, columns)),
             gmem_transform=mgpu.TileTransform(tile, rounding=launch_context.Rounding.DOWN),
             barrier=mgpu.utils.BarrierRef(mgpu.utils.memref_ptr(words), slot, mgpu.c(0, i32), 1),
             swizzle=swizzle,

@@ -18,7 +18,7 @@ from pallas_kernels.hopper.plain import columns_of
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.taken import Note, take
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.hopper.whole_values import copy_values
+from pallas_kernels.hopper.whole_values import copied_here, copy_values
 
 if TYPE_CHECKING:
     from pallas_kernels.hopper.plan import Plan, Work
@@ -184,10 +184,11 @@ def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.v_free.at[slot])
-    if "v_end" in vars(refs):
+    here = copied_here(plan)
+    if here:
         copy_values(plan, refs, work, block, slot)
-        return
-    _copy(plan, refs, "v", work, (rows, work.kv_head), lambda x: x.at[slot], refs.v_full.at[slot])
+    where, full = (rows, work.kv_head), refs.v_full.at[slot]
+    _copy(plan, refs, "v", work, where, lambda x: x.at[slot], full, done=int(here))
 
 
 def _copy(
@@ -198,12 +199,16 @@ def _copy(
     where: tuple[Any, Any],
     into: Callable[[Ref], Ref],
     full: Ref,
+    done: int = 0,
 ) -> None:
-    """Rows and a head of q, k or v into shared memory, from the half that has them."""
+    """Rows and a head of q, k or v into shared memory, from the half that has them.
+
+    done: how many of its pieces are copied elsewhere.
+    """
     rows, head = where
 
     def copy(array: Ref, rows: Any, head: Any) -> None:
-        for piece, columns in _pieces(getattr(refs, f"{name}_rows"), array, work):
+        for piece, columns in _pieces(getattr(refs, f"{name}_rows"), array, work)[done:]:
             plgpu.copy_gmem_to_smem(array.at[work.batch, rows, head, columns], into(piece), full)
 
     if not hasattr(refs, "second"):

@@ -74,13 +74,13 @@ def _as_wide_as(parts: tuple[Ref, ...], o: list[Array]) -> list[Array]:
     """O cut as it leaves: into pieces even where it is of one product."""
     if o[0].shape[1] == parts[0].shape[-1]:
         return o
-    (whole,) = o
-    found, start = [], 0
-    for part in parts:
-        if start == whole.shape[1]:
-            break
-        found.append(whole[:, start : start + part.shape[-1]])
-        start += part.shape[-1]
+    found, left = [], list(parts)
+    for product in o:
+        start = 0
+        while start < product.shape[1]:
+            width = left.pop(0).shape[-1]
+            found.append(product[:, start : start + width])
+            start += width
     return found
 
 

@@ -2,6 +2,9 @@
 
 Copies in tiles end at a multiple of 8 rows. Here those of an array end at its last such multiple,
 to which Mosaic rounds for them; the last block of keys, with zeros behind, is an array of its own.
+Columns are rounded down as well: what is past the last multiple of 64 is a piece of plain rows.
+
+    176 columns    v_smem 128, in tiles    v1_smem 64, of which 16 are zero      O | O1
 
     v_here    barriers as `v_full` has, of 8 bytes: Pallas hands its own to no copy of this kind
 """
@@ -17,12 +20,23 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.indices import quotient, remainder
 from pallas_kernels.hopper.instructions import await_copy, copy_in_tiles, make_barriers
+from pallas_kernels.hopper.piece_widths import has_whole_values, value_columns
 from pallas_kernels.hopper.seam import Ref
 
 if TYPE_CHECKING:
     from pallas_kernels.hopper.plan import Plan, Work
 
-__all__ = ["await_values", "copy_values", "last_block", "prepare", "scratch"]
+__all__ = ["await_values", "copied_here", "copy_values", "last_block", "prepare", "scratch"]
+
+
+def copied_here(plan: Plan) -> bool:
+    """Whether values are copied by `copy_values`: else they are pieces, or tiles by the array's."""
+    spec = plan.spec
+    return (
+        not plan.in_parts
+        and has_whole_values(spec)
+        and (spec.keys % 8 > 0 or len(value_columns(spec)) > 1)
+    )
 
 
 def last_block(plan: Plan, value: Array) -> dict[str, Array]:
@@ -47,17 +61,21 @@ def prepare(plan: Plan, refs: Ref) -> None:
 
 
 def copy_values(plan: Plan, refs: Ref, work: Work, block: Array | int, slot: Array) -> None:
-    """Starts the copy of a block of values."""
+    """Starts the copy of a block of values, of what is in tiles."""
     keys, to = plan.tiles.keys, refs.v_smem[0].at[slot]
-    is_last = block == plan.spec.keys // keys
 
     def copy(array: Ref, first: Any) -> None:
         if "v_here" in vars(refs):
             copy_in_tiles(array, to, refs.v_here, slot, work.batch, first, work.kv_head)
         else:
-            rows = array.at[work.batch, pl.ds(first, keys), work.kv_head]
+            columns = pl.ds(0, to.shape[-1])
+            rows = array.at[work.batch, pl.ds(first, keys), work.kv_head, columns]
             plgpu.copy_gmem_to_smem(rows, to, refs.v_full.at[slot])
 
+    if "v_end" not in vars(refs):
+        copy(refs.v, block * jnp.int32(keys))
+        return
+    is_last = block == plan.spec.keys // keys
     pl.when(is_last)(lambda: copy(refs.v_end, work.batch * 0))
     pl.when(jnp.logical_not(is_last))(lambda: copy(refs.v, block * jnp.int32(keys)))
 
@@ -68,5 +86,5 @@ def await_values(plan: Plan, refs: Ref, block: Array) -> None:
     slot = remainder(block, stages)
     if "v_here" in vars(refs):
         await_copy(refs.v_here, slot, remainder(quotient(block, stages), 2))
-    else:
+    if "v_here" not in vars(refs) or len(refs.v_smem) > 1:
         plgpu.barrier_wait(refs.v_full.at[slot])

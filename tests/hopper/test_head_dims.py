@@ -39,7 +39,7 @@ def test_interpreted_as_exact(case: Case, seed: int) -> None:
     check(INTERPRETED, case, seed)
 
 
-# Values as one matrix in tiles, whose last block is an array of its own.
+# Values as one matrix in tiles, or all but the last columns; their last block an array of its own.
 WHOLE = [
     Half("whole", 2, 9, 131, 1, 1, 128),
     Half("ragged_whole", 2, 131, 203, 2, 1, 128, causal=True),
@@ -47,6 +47,8 @@ WHOLE = [
     Half("whole_96", 2, 67, 131, 1, 1, 96),
     Half("whole_latent", 1, 67, 131, 1, 1, 192, 128),
     Half("latent", 2, 192, 264, 2, 1, 192, 128, causal=True, key_lengths=(264, 200)),
+    Half("partly_176", 1, 67, 136, 1, 1, 176, causal=True),
+    Half("partly_208", 2, 67, 131, 1, 1, 208, key_lengths=(131, 3)),
     Half("whole_256", 1, 130, 129, 1, 1, 256, window=(70, 20)),
 ]
 
@@ -61,8 +63,8 @@ def test_interpreted_with_whole_values(
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("head_dim", [128, 192, 256])
-@pytest.mark.parametrize("length", [2049, 2055, 2177])
+@pytest.mark.parametrize("head_dim", [128, 144, 176, 192, 256])
+@pytest.mark.parametrize("length", [2049, 2055, 2176])
 def test_whole_values_on_a_gpu(length: int, head_dim: int, seed: int) -> None:
     check(FLASH, Half("", 2, length, length, 2, 1, head_dim, causal=True), seed)
 
