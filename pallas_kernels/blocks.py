@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Range",
+    "first_run",
     "first_true",
     "key_blocks",
     "query_blocks",
@@ -84,6 +85,18 @@ def unmasked_query_blocks(
 def first_true(flags: Array) -> Array:
     """Where the first True stands along the last axis, int32; 0 if there is none."""
     return lax.argmax(flags, flags.ndim - 1, jnp.int32)
+
+
+def first_run(flags: Array) -> tuple[Array, Array]:
+    """Where the first run of True along the last axis begins and ends, int32; 0 twice if none does.
+
+    Neither is found from the other, so that XLA makes one kernel of both.
+    """
+    axis = flags.ndim - 1
+    after = lax.slice_in_dim(flags, 1, None, axis=axis)
+    after = lax.pad(after, np.False_, [(0, int(i == axis), 0) for i in range(flags.ndim)])
+    last = first_true(flags & ~after)
+    return first_true(flags), jnp.where(flags.any(axis=axis), last + 1, 0)
 
 
 def _ceil(x: Index, block: int) -> Index:

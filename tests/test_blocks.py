@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,3 +146,13 @@ def test_traced_lengths_give_the_same_ranges(call: tuple) -> None:
     ):
         first, last = (np.broadcast_to(x, 2) for x in function(arrays, 0, stop, block))
         assert members((first[0], last[0])) == members(function(intervals, 0, stop, block))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_the_first_run_ends_before_the_first_that_is_not_of_it(size: int) -> None:
+    flags = np.array(list(itertools.product([False, True], repeat=size)))
+    first, stop = blocks.first_run(jnp.asarray(flags)[None])
+    for row, found in zip(flags, zip(first[0], stop[0], strict=True), strict=True):
+        runs = [(a, b) for a in range(size) for b in range(a + 1, size + 1) if row[a:b].all()]
+        earliest = min((a for a, _ in runs), default=0)
+        assert found == (earliest, max((b for a, b in runs if a == earliest), default=0))

@@ -67,13 +67,10 @@ def segment_ranges(plan: Plan, operands: Operands) -> Array:
     first = jnp.maximum(first, blocks.first_true(meets))
     stop_block = jnp.minimum(stop_block, count - blocks.first_true(meets[..., ::-1]))
     stop_block = jnp.where(meets.any(axis=2), stop_block, first)
-    # One run of clear blocks: from the first one to the first that is not.
     block = jnp.arange(count, dtype=jnp.int32)[None, None]
     inside = one & (block >= clear_first[..., None]) & (block < clear_stop[..., None])
-    run = blocks.first_true(inside)
-    after = jnp.where(~inside & (block > run[..., None]), block, count).min(axis=2)
-    after = jnp.where(inside.any(axis=2), after, run)
-    return jnp.stack([first, stop_block, run, after], axis=2).astype(jnp.int32)
+    run = blocks.first_run(inside)
+    return jnp.stack([first, stop_block, *run], axis=2).astype(jnp.int32)
 
 
 def _pair(values: tuple[Array | int, Array | int], shape: tuple[int, int]) -> tuple[Array, Array]:

@@ -99,10 +99,7 @@ def visits(
         one = (least == own_least) & (most == own_least) & (own_most == own_least)
         clear = one & (block >= clear_first[..., None]) & (block < clear_stop[..., None])
         clear &= (block >= first[..., None]) & (block < stop[..., None])
-        # One run of them: from the first to the first that is not.
-        clear_first = blocks.first_true(clear)
-        after = jnp.where(~clear & (block > clear_first[..., None]), block, count).min(axis=2)
-        clear_stop = jnp.where(clear.any(axis=2), after, clear_first)
+        clear_first, clear_stop = blocks.first_run(clear)
     whole = Visits(
         *(x.astype(jnp.int32) for x in _counted(jnp, first, stop, clear_first, clear_stop))
     )

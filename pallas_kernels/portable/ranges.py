@@ -109,10 +109,7 @@ def _table(
         one = (least == own_least) & (most == own_least) & (own_most == own_least)
         block = jnp.arange(count, dtype=jnp.int32)[None, None]
         one &= (block >= clear_first[..., None]) & (block < clear_stop[..., None])
-        # One run of them: from the first to the first that is not.
-        clear_first = blocks.first_true(one)
-        after = jnp.where(~one & (block > clear_first[..., None]), block, count).min(axis=2)
-        clear_stop = jnp.where(one.any(axis=2), after, clear_first)
+        clear_first, clear_stop = blocks.first_run(one)
     return _in_order(first, clear_first, clear_stop, stop, left=left)
 
 
