@@ -12,7 +12,8 @@ keys are read once; a query's heads are then one copy:
 
 The list of tiles goes through groups of heads whose keys and values fit in L2 together; in a group,
 longest tiles first. Either each tile is a thread block of its own, or the blocks are as many as the
-multiprocessors and each has its share of the list, made when the call is traced.
+multiprocessors, and each has its share of the list, made when the call is traced, or takes what is
+next of it (`taken.py`).
 """
 
 from __future__ import annotations
