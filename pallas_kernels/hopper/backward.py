@@ -106,7 +106,7 @@ def backward(
             queries=tiles.queries,
         ),
         "ranges": ranges,
-        "in_two": _in_groups(spec, jnp.abs(low) > 2**-10),
+        "largest_low": _in_groups(spec, jnp.abs(low)),
     }
     if spec.has_segments:
         inputs["query_segments"] = edge_padded(operands.query_segments, count * tiles.queries)
@@ -180,10 +180,12 @@ def in_two(top: Array, rest: Array) -> tuple[Array, Array]:
     return jnp.where(seen, high, jnp.inf), jnp.where(seen, (top - high) + rest, 0)
 
 
-def _in_groups(spec: AttentionSpec, flags: Array) -> Array:
-    """(B, N, rows) flags as (B, K) int32: whether any is set in a key head's group."""
-    grouped = flags.reshape(flags.shape[0], spec.kv_heads, -1)
-    return grouped.any(axis=2).astype(jnp.int32)
+def _in_groups(spec: AttentionSpec, x: Array) -> Array:
+    """x (B, N, rows) as (B, K): the largest in a key head's group.
+
+    What is asked of it is asked in the kernel: XLA would make a kernel of that comparison alone.
+    """
+    return x.reshape(x.shape[0], spec.kv_heads, -1).max(axis=2)
 
 
 def by_block(*vectors: Array, queries: int) -> Array:

@@ -126,7 +126,7 @@ def key_gradient_tangents(
     of_row = (high, low, rows.t_lse, rows.row_term, rows.t_row_term)
     inputs["rows"] = by_block(*row_numbers(*of_row, rows=count * ROWS), queries=ROWS)
     inputs["ranges"] = visits(spec, operands, queries=ROWS, keys=tiles.keys)
-    inputs["in_two"] = jnp.zeros((spec.batch, spec.kv_heads), jnp.int32)
+    inputs["largest_low"] = jnp.zeros((spec.batch, spec.kv_heads), jnp.float32)
     if spec.has_segments:
         inputs["query_segments"] = edge_padded(operands.query_segments, count * ROWS)
         its_rows = -(-spec.keys // tiles.keys) * tiles.keys
