@@ -11,8 +11,9 @@ weights by more than 2^-10, that is where some logit is beyond 10,000 or so.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -28,6 +29,7 @@ from pallas_kernels.hopper import (
 )
 from pallas_kernels.hopper.backward_block import key_gradients
 from pallas_kernels.hopper.backward_round import in_rows, rounded
+from pallas_kernels.hopper.backward_sums import sums_of_keys, words_of_sums
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
 from pallas_kernels.hopper.bias_form import writes_gradient
 from pallas_kernels.hopper.dropout import kept_factor, key_words, words_by_block
@@ -127,18 +129,17 @@ def backward(
     # About what the scale would be, so that float16 does not overflow; exact as a power of two.
     unit = 2.0 ** -(spec.head_dim.bit_length() // 2) if wants_scale else None
     d_bias: list[Array] = []
+    made = _launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
     if tiles.apart:
-        kernel = backward_kernel if tiles.warpgroups > 1 else backward_wide
-        dk, dv = kernel.launch(spec, tiles, inputs, interpret=interpret)
         writes_bias = wants_bias and writes_gradient(spec)
         dq, *d_bias = backward_queries.launch(
             spec, operands, inputs, unscaled=unit, wants_bias=writes_bias, interpret=interpret
         )
     elif tiles.once:
-        dk, dv, dq = backward_kernel.launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
+        dq = made["dq"]
     else:
-        unit = None
-        dq, dk, dv, words = _added(spec, tiles, inputs, interpret=interpret)
+        unit, dq = None, made["dq"]
+        words = made.get("words")
         if tiles.in_fragments and not interpret:
             shape = (inputs["q"].shape[1], inputs["q"].shape[3])
             if wants_scale:
@@ -162,7 +163,8 @@ def backward(
         d_bias = [bias_sums.launch(spec, operands, inputs | {"dq": dq}, interpret=interpret)]
     if unit is not None:
         dq = dq.astype(jnp.float32) / unit
-    if tiles.shares.count > 1:
+    dk, dv = made["dk"], made["dv"]
+    if tiles.shares.count > 1 and not tiles.adds:
         dk, dv = (x.sum(axis=0).astype(spec.dtype) for x in (dk, dv))
     return (
         dq[:, : spec.queries, :, : spec.head_dim],
@@ -201,41 +203,60 @@ def by_block(*vectors: Array, queries: int) -> Array:
     )
 
 
-def _added(
-    spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
-) -> tuple[Array, Array, Array, Array | None]:
-    """dQ unscaled in float32, as the kernel stores it or adds to it, dK and dV.
+def _launch(
+    spec: AttentionSpec,
+    tiles: BackwardTiles,
+    inputs: dict[str, Array],
+    *,
+    unscaled: float | None,
+    interpret: bool,
+) -> dict[str, Array]:
+    """What the kernel makes, by name.
 
-    And a word for each block of queries, 0 of those that no tile visits, whose dQ is not stored;
-    or None, where dQ is all there.
+    dk, dv: as `key_gradients` says.
+    dq: if the kernel makes it; where `tiles.once` in the call's dtype, else unscaled in float32, as
+      the kernel stores it or adds to it.
+    words: one for each block of queries, 0 of those that no tile visits, whose dQ is not stored; if
+      that may be.
     """
+    kernel = backward_wide if tiles.warpgroups == 1 else backward_kernel
+    results = dict(zip(("dk", "dv"), key_gradients(spec, tiles, inputs), strict=True))
+    changed: dict[str, Array] = {}
+    options: dict[str, Any] = {"interpret": interpret}
     b, n, blocks, _, queries = inputs["rows"].shape
-    head = inputs["q"].shape[3]
-    shape: tuple[int, ...] = (b, blocks * queries, n, head)
+    shape: tuple[int, ...] = (b, blocks * queries, n, inputs["q"].shape[3])
     if tiles.in_fragments:
         shape = backward_kernel.fragments(tiles, inputs)
-    results = [jnp.zeros(x.shape, x.dtype) for x in key_gradients(spec, tiles, inputs)]
-    if tiles.first_stores:
-        name, changed = "words", jnp.zeros(b * n * blocks, jnp.int32)
-        results.append(jnp.zeros(shape, jnp.float32))
-    else:
+    if tiles.once:
+        results["dq"] = jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype)
+        options["unscaled"] = unscaled
+    elif tiles.first_stores:
+        results["dq"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        changed["words"] = jnp.zeros(b * n * blocks, jnp.int32)
+    elif not tiles.apart:
         # Of this call's own zero: of one, XLA makes those of all calls together, before the first.
         zero, rows = lax.optimization_barrier((jnp.zeros((), jnp.float32), inputs["rows"]))
         inputs = inputs | {"rows": rows}
-        name, changed = "dq", jnp.broadcast_to(zero, shape)
+        changed["dq"] = jnp.broadcast_to(zero, shape)
+    if tiles.adds:
+        results["sums"] = sums_of_keys(spec, tiles, inputs)
+        changed["words_of_sums"] = words_of_sums(spec, tiles)
+    if not changed:
+        found = kernel.launch(spec, tiles, inputs, **options)
+        return dict(zip(results, found, strict=True))
 
-    def run(refs: tuple[Ref, ...]) -> None:
-        changed, *results = refs
-        found = backward_kernel.launch(spec, tiles, inputs, **{name: changed}, interpret=interpret)
-        for ref, x in zip(results, found, strict=True):
-            ref[...] = x
+    def run(refs: tuple[dict[str, Ref], dict[str, Ref]]) -> None:
+        mine, others = refs
+        found = kernel.launch(spec, tiles, inputs, **mine, **options)
+        for name, x in zip(results, found, strict=True):
+            others[name][...] = x
 
     # Not by `new_ref`, whose effect cannot be partitioned.
-    changed, dk, dv, *stored = pl.run_state(run)((changed, *results))
-    if not tiles.first_stores:
-        return changed, dk, dv, None
-    every = visits_every_block(spec, queries=tiles.queries, keys=tiles.keys)
-    return stored[0], dk, dv, None if every else changed
+    made = {name: jnp.zeros(x.shape, x.dtype) for name, x in results.items()}
+    changed, made = pl.run_state(run)((changed, made))
+    if tiles.first_stores and visits_every_block(spec, queries=tiles.queries, keys=tiles.keys):
+        del changed["words"]
+    return changed | made
 
 
 def _whole(matrices: dict[str, Array]) -> dict[str, Array]:

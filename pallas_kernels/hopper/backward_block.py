@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper import backward_mask
+from pallas_kernels.hopper.backward_sums import Gradient, row_of_sums, store_share
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.bias_form import rows_share
 from pallas_kernels.hopper.dropout import Words, kept_down, marked
@@ -85,7 +87,8 @@ class Block:
         shares = tiles.shares
         self.batch, self.tile, head = place["batch"], place["tile"], place["head"]
         if tiles.heads_together:
-            self.batch, lot = divided(self.batch, spec.kv_heads // tiles.heads_together)
+            heads = spec.kv_heads * shares.heads
+            self.batch, lot = divided(self.batch, heads // tiles.heads_together)
             head += lot * tiles.heads_together
         self.kv_head, part = divided(head, shares.heads)
         self.heads = spec.group // shares.heads
@@ -133,23 +136,30 @@ class Block:
         """The index of an array's columns that a part of a matrix holds, if it is not all."""
         return (pl.ds(part * HALF, HALF),) if self.tiles.halves else ()
 
-    def store(self, row: Array, *gradients: tuple[Array, Ref, Ref, Ref, int]) -> None:
-        """Gradients (64, columns) of the keys from this row on, or the share of them, on their way.
-
-        Each with shared memory of its operand's size, which nothing reads any more, that as copies
-        name it, its array, and which part of the columns it is.
-        """
-        place = (self.batch, pl.ds(row, ROWS), self.kv_head)
-        if self.tiles.shares.count > 1:
-            for gradient, _, _, gmem, part in gradients:
-                own = gmem.at[(self.share, *place, *self.columns(part))]
-                self.seam.store(gradient, own)
+    def store(self, row: Array, *gradients: Gradient) -> None:
+        """Gradients of the keys from this row on, or the share of them, on their way."""
+        if self.tiles.adds:
+            number = row_of_sums(self.spec, self.tiles, self.batch, self.kv_head, row)
+            whole = partial(self.store_whole, row)
+            shares = self.tiles.shares.count
+            store_share(self.seam, self.refs, number, gradients, shares=shares, store_whole=whole)
             return
-        for gradient, staging, _, _, _ in gradients:
-            staging[...] = gradient.astype(self.spec.dtype)
+        if self.tiles.shares.count == 1:
+            self.store_whole(row, gradients)
+            return
+        place, arrays = (self.batch, pl.ds(row, ROWS), self.kv_head), vars(self.refs)
+        for x, _, _, name, part in gradients:
+            own = arrays[name].at[(self.share, *place, *self.columns(part))]
+            self.seam.store(x, own)
+
+    def store_whole(self, row: Array, gradients: tuple[Gradient, ...]) -> None:
+        """The same where they are all there is, rounded."""
+        place, arrays = (self.batch, pl.ds(row, ROWS), self.kv_head), vars(self.refs)
+        for x, staging, _, _, _ in gradients:
+            staging[...] = x.astype(self.spec.dtype)
         plgpu.commit_smem()
-        for _, _, staging, gmem, part in gradients:
-            plgpu.copy_smem_to_gmem(staging, gmem.at[(*place, *self.columns(part))])
+        for _, _, rows, name, part in gradients:
+            plgpu.copy_smem_to_gmem(rows, arrays[name].at[(*place, *self.columns(part))])
 
     @property
     def masked(self) -> bool:
@@ -252,12 +262,13 @@ class Block:
 def grid_of(spec: AttentionSpec, tiles: BackwardTiles) -> Grid:
     """A thread block for each share of each tile of keys of each key head."""
     shares = tiles.shares
-    batch, head = ("batch", spec.batch), ("head", spec.kv_heads * shares.heads)
+    heads = spec.kv_heads * shares.heads
+    batch, head = ("batch", spec.batch), ("head", heads)
     tile = ("tile", shares.queries * -(-spec.keys // tiles.keys))
     if tiles.heads_together:
-        lots = spec.kv_heads // tiles.heads_together
+        lots = heads // tiles.heads_together
         batch, head = ("batch", spec.batch * lots), ("head", tiles.heads_together)
-    if shares.count > 1:  # few: the longest of all batch rows first
+    if tiles.tiles_outer:  # few: the longest of all batch rows first
         return Grid((tile, batch, head))
     if rows_share(spec) and _outgrows_l2(spec):
         # Rows side by side, so that a block of the bias comes from memory once for all of them.
@@ -280,7 +291,7 @@ def key_gradients(
     shape: tuple[int, ...] = (spec.batch, inputs["k"].shape[1], spec.kv_heads)
     dtype: Any = spec.dtype
     if (
-        tiles.shares.count > 1
+        tiles.shares.count > 1 and not tiles.adds
     ):  # whole tiles: what is stored from registers is not cut at an array's end
         rows = -(-spec.keys // tiles.keys) * tiles.keys
         shape, dtype = (tiles.shares.count, spec.batch, rows, spec.kv_heads), jnp.float32

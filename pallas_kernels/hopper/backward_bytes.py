@@ -39,17 +39,18 @@ def backward_bytes(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool
 
 
 def _shares_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:
-    """Of dK and dV of each share, in float32."""
+    """Of dK and dV of each share, or of their sums, in float32."""
     if tiles.shares.count == 1:
         return 0
-    rows = tiles.shares.count * spec.batch * -(-spec.keys // tiles.keys) * tiles.keys
+    arrays = 1 if tiles.adds else tiles.shares.count
+    rows = arrays * spec.batch * -(-spec.keys // tiles.keys) * tiles.keys
     return rows * spec.kv_heads * (padded_width(spec.head_dim) + padded_width(spec.value_dim)) * 4
 
 
 def _copied_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     """Of matrices that are padded for copies in tiles, or whose rows past a length are zeroed."""
     added = not (tiles.apart or tiles.once)
-    shared = tiles.shares.count > 1
+    shared = tiles.shares.count > 1 and not tiles.adds
     matrices = (  # rows, heads, columns; whether some are zeroed; whether its gradient is as wide
         (spec.queries, spec.heads, spec.head_dim, spec.has_query_lengths, not added),
         (spec.keys, spec.kv_heads, spec.head_dim, spec.has_key_lengths, not shared),

@@ -63,6 +63,7 @@ from pallas_kernels.hopper.backward_block import (
 from pallas_kernels.hopper.backward_claims import claim, claims_none, publish
 from pallas_kernels.hopper.backward_list import each_listed, schedule
 from pallas_kernels.hopper.backward_step import meet, release, visit_block
+from pallas_kernels.hopper.backward_sums import Gradient, sums_of_keys
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant, numbers
@@ -86,6 +87,7 @@ def launch(
     dq: Ref | None = None,
     *,
     words: Ref | None = None,
+    words_of_sums: Ref | None = None,
     unscaled: float | None = None,
     interpret: bool,
 ) -> tuple[Array, ...]:
@@ -97,6 +99,7 @@ def launch(
     Adds the unscaled dQ to `dq` if there is one: (B, T, N, H) float32, or if `tiles.in_fragments`
     (B N blocks parts, 64 columns) for each part of a block's columns, in fragment order.
 
+    words_of_sums: of dK and dV, if `tiles.adds`, as `backward_sums.py` has them; these are last.
     unscaled: what dS K is multiplied by instead of the scale, in a dQ that is returned.
     """
     seam = Seam(interpret)
@@ -112,6 +115,8 @@ def launch(
         inputs = inputs | {"dq": dq}
     if words is not None:
         inputs = inputs | {"words_of_dq": words}
+    if words_of_sums is not None:
+        inputs = inputs | {"words_of_sums": words_of_sums}
     scratch = _scratch(spec, tiles, head, value, makes_dq=not tiles.apart)
     widths = {"s": queries, "dp": queries, "dq": head, "dk": head, "dv": value}
     scratch |= seam.stand_ins({name: (w, ROWS, columns) for name, columns in widths.items()})
@@ -124,7 +129,13 @@ def launch(
         matrices = ("q_smem", "k_smem", "v_smem", "do_smem", *(["dq_smem"] if tiles.once else []))
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
     returns_dq = tiles.once or tiles.first_stores
-    names = [*inputs, "dk", "dv", *(["dq"] if returns_dq else []), *scratch]
+    own = ["dk", "dv"]
+    own += ["dq"] if returns_dq else []
+    if tiles.adds:
+        out_type.append(sums_of_keys(spec, tiles, inputs))
+        own.append("sums")
+        scratch["arrived_smem"] = plgpu.SMEM((w + 1,), jnp.int32)
+    names = [*inputs, *own, *scratch]
 
     def kernel(*args: Ref) -> None:
         refs = named(scratch, names, args)
@@ -379,12 +390,12 @@ def _compute(block: Block, warpgroup: Array | int, ends: Callable[[], None]) -> 
         dk, dv = ([x * kept_factor(block.spec) for x in of] for of in (dk, dv))
     dk = [x * block.scale for x in dk]
     row = block.tile * tiles.keys + warpgroup * ROWS
-    matrices = ((dk, refs.k_smem, refs.k_rows, refs.dk), (dv, refs.v_smem, refs.v_rows, refs.dv))
+    matrices = ((dk, refs.k_smem, refs.k_rows, "dk"), (dv, refs.v_smem, refs.v_rows, "dv"))
     block.store(
         row,
         *(
-            (x, smem.at[mine], rows.at[mine], gmem, i)
-            for gradient, own, own_rows, gmem in matrices
+            Gradient(x, smem.at[mine], rows.at[mine], name, i)
+            for gradient, own, own_rows, name in matrices
             for i, (x, smem, rows) in enumerate(
                 zip(gradient, block.parts(own), block.parts(own_rows), strict=True)
             )

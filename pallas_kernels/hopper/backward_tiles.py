@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from jattn.call.masking import hides_some
+from pallas_kernels.hopper.backward_cut import BackwardTiles
+from pallas_kernels.hopper.backward_order import added_shares, most_visits, order
 from pallas_kernels.hopper.bias_form import form_of, lends_memory, rows_share
 from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
@@ -22,57 +24,6 @@ __all__ = ["BackwardTiles", "by_rows", "choose_backward_tiles", "dq_columns", "d
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
 
 
-@dataclass(frozen=True)
-class BackwardTiles:
-    """How a thread block is cut. It never changes what is computed.
-
-    queries: queries of a block, 64 or 128.
-    stages: blocks of queries in flight; of wide heads, blocks of dO.
-    warpgroups: warpgroups with 64 keys of their own; one means the kernel for wide heads, whose two
-      compute warpgroups share 64 keys.
-    apart: dQ has a kernel of its own.
-    shared_ds: dK's product reads dS from shared memory, not from registers.
-    tiles_first: thread blocks that start together are tiles of one head, not heads of one tile.
-    heads_together: else how many heads these are, of a tile and then of the next; 0: all.
-    heads_inner: every head of the group visits a block of queries before the next, the last block
-      first, so that tiles of all lengths are at one block at a time.
-    heads_turned: tiles of keys that follow each other begin with different heads there.
-    late: a visit's product for dK still runs when the next visit's first ones start; not in lists.
-    once: dQ is written, not added: one thread block visits a block of queries.
-    in_fragments: dQ is added from registers, to an array in their order (`instructions.py`).
-    listed: how many thread blocks there are, each with a list of tiles, the next of which is on its
-      way while one is computed; 0: one for each tile.
-    first_stores: in fragments, it is stored by the first thread block that visits a block of
-      queries, and added by the others.
-    halves: matrices are two halves of their columns, each one tile wide and copied as plain rows.
-    values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
-    shares: the thread blocks that share a tile's work.
-    """
-
-    queries: int
-    stages: int = 2
-    warpgroups: int = 2
-    apart: bool = False
-    shared_ds: bool = False
-    tiles_first: bool = False
-    heads_together: int = 0
-    heads_inner: bool = False
-    heads_turned: bool = False
-    late: bool = False
-    once: bool = False
-    in_fragments: bool = False
-    listed: int = 0
-    first_stores: bool = False
-    halves: bool = False
-    values_first: bool = False
-    shares: Shares = WHOLE
-
-    @property
-    def keys(self) -> int:
-        """Keys of a thread block."""
-        return self.warpgroups * ROWS
-
-
 def choose_backward_tiles(
     spec: AttentionSpec, *, deterministic: bool, wants_bias: bool = False
 ) -> BackwardTiles:
@@ -81,8 +32,11 @@ def choose_backward_tiles(
     if not tiles.apart and writes_dq_once(spec):
         shared = tiles.shared_ds or tiles.in_fragments
         tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
-    tiles = replace(tiles, shares=_shares(spec, tiles), halves=_halves(spec, tiles))
-    tiles = replace(tiles, **_order(spec, tiles))
+    added = {} if deterministic else added_shares(spec, tiles)
+    shares = added or {"shares": _shares(spec, tiles)}
+    tiles = replace(tiles, **shares, halves=_halves(spec, tiles))
+    tiles = replace(tiles, tiles_outer=tiles.shares.count > 1 and not tiles.adds)
+    tiles = replace(tiles, **order(spec, tiles))
     tiles = replace(tiles, first_stores=_first_stores(spec, tiles))
     for stages in sorted({2, tiles.stages if form_of(spec) == "whole" else 2}, reverse=True):
         if listed := _listed(spec, replace(tiles, stages=stages)):
@@ -102,10 +56,7 @@ def _halves(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     return alone and spec.keys <= SHORT and has_plain_halves(spec)
 
 
-# Tiles of keys that visit a block of queries, in the mean. What a block's first visit saves is of
-# each block, what claims cost is of each visit.
-MOST_VISITS = 24
-# The same where documents decide, if the sequence had one alone.
+# Tiles of keys that may visit a block of queries, in the mean, where documents decide.
 MOST_OF_DOCUMENTS = 65
 
 
@@ -125,7 +76,7 @@ def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     if _is_of_documents(spec):
         few = spec.keys <= MOST_KNOWN * tiles.keys
         return tiles.heads_inner or (few and _most_visited(spec, tiles) <= MOST_OF_DOCUMENTS)
-    return 0 < _visited(spec, tiles) <= MOST_VISITS
+    return 0 < _visited(spec, tiles) <= most_visits(tiles)
 
 
 def _is_of_documents(spec: AttentionSpec) -> bool:
@@ -141,8 +92,10 @@ def _adds_often(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     # and heads turned 6.530. Of 16 heads of 16, dK late: 16k 5.889, 5.941, full 11.87, 11.79, 4k
     # full 3.174, 3.167; stored by the first 4k 1.695, 1.708, 1k 0.660, 0.686. 32 heads of one, T
     # 4k, 1.889, 1.942, not stored 1.950, and turned 1.968.
-    alone = tiles.in_fragments and tiles.values_first and tiles.shares.count == 1
-    return tiles.heads_inner and alone and _visited(spec, tiles) > MOST_VISITS
+    # Of shares of two heads, 32 of 8, T 8k, dQ filled 6.269, late 6.638, late and turned 6.186,
+    # stored 6.153; 16k 11.97, late 11.76.
+    alone = tiles.in_fragments and tiles.values_first and (tiles.shares.count == 1 or tiles.adds)
+    return tiles.heads_inner and alone and _visited(spec, tiles) > most_visits(tiles)
 
 
 def _visited(spec: AttentionSpec, tiles: BackwardTiles) -> float:
@@ -214,34 +167,7 @@ def _matrices_bytes(spec: AttentionSpec, tiles: BackwardTiles, *, slots: int) ->
 # Keys up to which rows that share a whole bias have dQ in float32, as rows without one have. Longer
 # rows have it only where it has room: their bias is most of what there is.
 SHORT_ROWS = 1024
-# Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends.
-SIDE_BY_SIDE = 250
 SHORT = 2048  # keys
-
-
-def _order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
-    """What keeps Q, dO and dQ of the tiles that run at a time in L2.
-
-    Only where tiles end at the last query, or their document's, wherever they begin.
-    """
-    # ms on an H200, forward and backward of head dim 128, with neither, heads inner, and both:
-    # 32 heads of one, B 2, T 4k, 2.00, 1.78; of 8, T 8k, 6.65, 6.18, 6.46; and of 16 heads of 16,
-    # with and without heads together, the least of 20 runs: 16k 5.82, 5.72, 8k 3.06, 3.03, 4k
-    # 1.680, 1.677; of head dim 64, 16k, 7.13, 7.08. With dQ apart no better: 32 heads of 8 7.01,
-    # 7.24, 7.20, 16 of 16 7.04, 7.08. Documents on an H100, 8 heads of 2: 10 in 32k 3.646, 3.419, 6
-    # in 131k 62.74, 58.27; 32 of 8, 16 of 1024 tokens, 1.471, 1.407.
-    band = spec.band
-    one_way = band.upper is not None and band.lower is None
-    added = spec.mask_shape is not None or spec.bias_shape is not None
-    if not one_way or added or tiles.apart or tiles.once:
-        return {}
-    if spec.has_segments and not (spec.group > 1 and tiles.values_first):
-        return {}  # not tried
-    if spec.group > 1:
-        return {"heads_inner": spec.group > tiles.shares.heads}
-    many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
-    divisors = (n for n in range(many, spec.kv_heads) if spec.kv_heads % n == 0)
-    return {"heads_together": next(divisors, 0) if tiles.shares.count == 1 else 0}
 
 
 def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:

@@ -42,6 +42,7 @@ from pallas_kernels.hopper.backward_block import (
     grid_of,
     key_gradients,
 )
+from pallas_kernels.hopper.backward_sums import Gradient, sums_of_keys
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.constant import numbers
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
@@ -63,9 +64,14 @@ RING = 2  # slots of P
 
 
 def launch(
-    spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array], *, interpret: bool
-) -> tuple[Array, Array]:
-    """dK and dV, as `key_gradients` says."""
+    spec: AttentionSpec,
+    tiles: BackwardTiles,
+    inputs: dict[str, Array],
+    words_of_sums: Ref | None = None,
+    *,
+    interpret: bool,
+) -> tuple[Array, ...]:
+    """dK and dV, as `key_gradients` says; and sums if `tiles.adds`, with words for them."""
     seam = Seam(interpret)
     head, value = inputs["k"].shape[3], inputs["v"].shape[3]
     if banded(spec):
@@ -73,7 +79,15 @@ def launch(
     widths = {"s": ROWS, "dp": ROWS, "dk": head, "dv": value}
     scratch = _scratch(spec, tiles, head, value)
     scratch |= seam.stand_ins({name: (ROWS, columns) for name, columns in widths.items()})
-    names = [*inputs, "dk", "dv", *scratch]
+    if words_of_sums is not None:
+        inputs = inputs | {"words_of_sums": words_of_sums}
+    out_type = key_gradients(spec, tiles, inputs)
+    own = ["dk", "dv"]
+    if tiles.adds:
+        out_type.append(sums_of_keys(spec, tiles, inputs))
+        own.append("sums")
+        scratch["arrived_smem"] = plgpu.SMEM((3,), jnp.int32)
+    names = [*inputs, *own, *scratch]
     grid = grid_of(spec, tiles)
 
     def kernel(*args: Ref) -> None:
@@ -96,17 +110,17 @@ def launch(
             plgpu.set_max_registers(24, action="decrease")
             _load(block)
 
-    dk, dv = run(
+    found: tuple[Array, ...] = run(
         kernel,
         inputs,
-        out_type=key_gradients(spec, tiles, inputs),
+        out_type=out_type,
         scratch_types=list(scratch.values()),
         **grid.launch,
         num_threads=3,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return dk, dv
+    return tuple(found)
 
 
 def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -> dict[str, Any]:
@@ -283,7 +297,7 @@ def _value_role(block: WideBlock) -> None:
         "dv",
         refs.v_smem.shape[1],
     )
-    _finish(block, dv, refs.v_smem, refs.dv)
+    _finish(block, dv, refs.v_smem, "dv")
     for slot in range(RING):
         plgpu.barrier_wait(refs.p_free.at[slot])
 
@@ -336,14 +350,14 @@ def _key_role(block: WideBlock) -> None:
     for slot in range(RING):
         plgpu.barrier_arrive(refs.p_free.at[slot])
     dk = block.accumulator(over_tile, "dk", refs.k_smem.shape[1])
-    _finish(block, dk * block.scale, refs.k_smem, refs.dk)
+    _finish(block, dk * block.scale, refs.k_smem, "dk")
 
 
-def _finish(block: WideBlock, gradient: Array, smem: Ref, gmem: Ref) -> None:
+def _finish(block: WideBlock, gradient: Array, smem: Ref, name: str) -> None:
     """Writes the role's gradient, by the place of an operand that both roles are done with."""
     if block.spec.dropout_rate > 0:
         gradient = gradient * kept_factor(block.spec)
     plgpu.barrier_arrive(block.refs.done)
     plgpu.barrier_wait(block.refs.done)
-    block.store(block.key_start, (gradient, smem, smem, gmem, 0))
+    block.store(block.key_start, Gradient(gradient, smem, smem, name))
     plgpu.wait_smem_to_gmem(0)

@@ -23,18 +23,23 @@ from pallas_kernels.hopper.copies import swizzle_of
 
 __all__ = [
     "add_fragment",
+    "arrive",
+    "await_all",
     "await_copy",
+    "await_first",
     "claim",
     "claims_none",
     "copy_in_tiles",
     "from_fragments",
     "hold",
     "hold_rows",
+    "leave",
     "load_fragment",
     "make_barriers",
     "meet",
     "publish",
     "put_fragment",
+    "store_fragment",
     "store_pairs",
     "take",
     "tell",
@@ -51,6 +56,10 @@ _GROUP = 4 * 4 * 128  # bytes of 8 columns
 # Of a word that says how far a block of dQ is: four times the visits that began, and what is added
 # once the first one's numbers are there.
 BEGUN, STORED = 4, 2
+
+# Of a word that says how far a tile's sums are: what is added when the first one's numbers are
+# there, and each one's. Below the former it counts who arrived.
+FIRST_THERE, ONE_THERE = 1 << 15, 1 << 16
 
 # A thread's number in its warpgroup, for one use: as an operand it would be kept in a register.
 _THREAD = ".reg .u32 thread; mov.u32 thread, %tid.x; and.b32 thread, thread, 127;\n"
@@ -194,8 +203,8 @@ def hold_rows(x: Array, never: Array) -> None:
     emit(x, never)
 
 
-def add_fragment(x: Array, gmem: Any, row: Array) -> None:
-    """gmem[row] += x, (64, columns) to (rows, 64 columns) float32 in fragment order."""
+def add_fragment(x: Array, gmem: Any, row: Array, first: int = 0) -> None:
+    """gmem[row, first:] += x, (64, columns) to (rows, ..) float32 in fragment order."""
 
     @plgpu.inline_mgpu(arg_types=(_REF, WGMMA, _NUMBER))  # type: ignore[untyped-decorator]
     def emit(
@@ -203,7 +212,8 @@ def add_fragment(x: Array, gmem: Any, row: Array) -> None:
     ) -> None:
         place = _place(gmem, row)
         for i, four in enumerate(_fours(x)):
-            add = f"red.relaxed.gpu.global.add.v4.f32 [$0 + {_GROUP * i}], {{$1, $2, $3, $4}};"
+            at = 4 * first + _GROUP * i
+            add = f"red.relaxed.gpu.global.add.v4.f32 [$0 + {at}], {{$1, $2, $3, $4}};"
             _asm(add, place, *four, constraints="l,f,f,f,f")
         # The compiler has one zero for all accumulators. If x, which began as one, were its last
         # use, it would become x's first register, and be in the way from the first product on.
@@ -247,6 +257,105 @@ def put_fragment(x: Array, gmem: Any, row: Array, smem: Any, slot: Array) -> Non
         _asm("// $0", mgpu.c(0, i32), constraints="r")  # as in add_fragment
 
     emit(gmem, x, row, smem, slot)
+
+
+def store_fragment(x: Array, gmem: Any, row: Array, first: int = 0) -> None:
+    """gmem[row, first:] = x, (64, columns) to (rows, ..) float32 in fragment order."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, WGMMA, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext, gmem: _Value, x: mgpu.FragmentedArray, row: mgpu.FragmentedArray
+    ) -> None:
+        place = _place(gmem, row)
+        for i, four in enumerate(_fours(x)):
+            at = 4 * first + _GROUP * i
+            store = f"st.global.v4.f32 [$0 + {at}], {{$1, $2, $3, $4}};"
+            _asm(store, place, *four, constraints="l,f,f,f,f")
+
+    emit(gmem, x, row)
+
+
+def arrive(gmem: Any, index: Array, smem: Any, slot: Array) -> None:
+    """smem[slot] = how many arrived at the word gmem[index] before; the warpgroup meets."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _NUMBER, _REF, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext,
+        gmem: _Value,
+        index: mgpu.FragmentedArray,
+        smem: _Value,
+        slot: mgpu.FragmentedArray,
+    ) -> None:
+        text = (
+            "{ .reg .pred p; .reg .u32 word; .reg .u64 place;\n"
+            f"{_THREAD}"
+            "setp.eq.u32 p, thread, 0;\n"
+            "mad.wide.u32 place, $1, 4, $0;\n"
+            "@p atom.acq_rel.gpu.global.add.u32 word, [place], 1;\n"
+            f"@p and.b32 word, word, {FIRST_THERE - 1};\n"
+            "@p st.shared.u32 [$2], word; }"
+        )
+        words, own = mgpu.utils.memref_ptr(gmem), _shared(smem, slot.registers.item())
+        _asm(text, words, index.registers.item(), own, constraints="l,r,r")
+        mgpu.warpgroup_barrier()
+
+    emit(gmem, index, smem, slot)
+
+
+def leave(gmem: Any, index: Array, *, first: bool) -> None:
+    """Says at the word gmem[index] that what the warpgroup, which meets, has put there is there."""
+    amount = ONE_THERE + FIRST_THERE * first
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, gmem: _Value, index: mgpu.FragmentedArray) -> None:
+        mgpu.warpgroup_barrier()
+        text = (
+            "{ .reg .pred p; .reg .u64 place;\n"
+            f"{_THREAD}"
+            "setp.eq.u32 p, thread, 0;\n"
+            "mad.wide.u32 place, $1, 4, $0;\n"
+            "@p fence.acq_rel.gpu;\n"
+            f"@p red.relaxed.gpu.global.add.u32 [place], {amount}; }}"
+        )
+        words = mgpu.utils.memref_ptr(gmem)
+        _asm(text, words, index.registers.item(), constraints="l,r")
+
+    emit(gmem, index)
+
+
+def await_first(gmem: Any, index: Array) -> None:
+    """Waits at the word gmem[index] for the first that arrived to leave; the warpgroup meets."""
+    _await(gmem, index, FIRST_THERE, FIRST_THERE)
+
+
+def await_all(gmem: Any, index: Array, count: int) -> None:
+    """The same for so many to leave."""
+    _await(gmem, index, -ONE_THERE % 2**32, ONE_THERE * count)
+
+
+def _await(gmem: Any, index: Array, mask: int, least: int) -> None:
+    """Waits until the word gmem[index], masked, is as much; the warpgroup meets."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, gmem: _Value, index: mgpu.FragmentedArray) -> None:
+        text = (
+            "{ .reg .pred p; .reg .u32 word; .reg .u64 place;\n"
+            f"{_THREAD}"
+            "setp.ne.u32 p, thread, 0;\n"
+            "@p bra THERE;\n"
+            "mad.wide.u32 place, $1, 4, $0;\n"
+            "WAITING:\n"
+            "ld.acquire.gpu.global.u32 word, [place];\n"
+            f"and.b32 word, word, {mask};\n"
+            f"setp.lt.u32 p, word, {least};\n"
+            "@p bra WAITING;\n"
+            "THERE: }"
+        )
+        words = mgpu.utils.memref_ptr(gmem)
+        _asm(text, words, index.registers.item(), constraints="l,r")
+        mgpu.warpgroup_barrier()
+
+    emit(gmem, index)
 
 
 def claims_none(smem: Any, count: int) -> None:
@@ -329,8 +438,8 @@ def publish(gmem: Any, smem: Any, slot: Array) -> None:
     emit(gmem, smem, slot)
 
 
-def load_fragment(gmem: Any, row: Array, columns: int) -> Array:
-    """gmem[row], (64, columns), of (rows, 64 columns) float32 in fragment order."""
+def load_fragment(gmem: Any, row: Array, columns: int, first: int = 0) -> Array:
+    """gmem[row, first:], (64, columns), of (rows, ..) float32 in fragment order."""
 
     @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
         arg_types=(_REF, _NUMBER),
@@ -343,7 +452,8 @@ def load_fragment(gmem: Any, row: Array, columns: int) -> Array:
         i32 = ir.IntegerType.get_signless(32)
         pairs = []
         for i in range(columns // 8):
-            load = f"ld.global.L1::no_allocate.v4.f32 {{$0, $1, $2, $3}}, [$4 + {_GROUP * i}];"
+            at = 4 * first + _GROUP * i
+            load = f"ld.global.L1::no_allocate.v4.f32 {{$0, $1, $2, $3}}, [$4 + {at}];"
             four = llvm.inline_asm(
                 llvm.StructType.get_literal([number] * 4),
                 [place],
@@ -351,10 +461,10 @@ def load_fragment(gmem: Any, row: Array, columns: int) -> Array:
                 "=f,=f,=f,=f,l",
                 has_side_effects=True,
             )
-            for first in (0, 2):
+            for half in (0, 2):
                 pair = llvm.mlir_undef(ir.VectorType.get((2,), number))
                 for k in range(2):
-                    one = llvm.extractvalue(number, four, [first + k])
+                    one = llvm.extractvalue(number, four, [half + k])
                     pair = llvm.insertelement(pair, one, mgpu.c(k, i32))
                 pairs.append(pair)
         registers = np.empty(len(pairs), object)

@@ -43,6 +43,7 @@ from pallas_kernels.hopper.backward_block import (
     grid_of,
     key_gradients,
 )
+from pallas_kernels.hopper.backward_sums import Gradient
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.constant import numbers
 from pallas_kernels.hopper.forward import in_tiles
@@ -265,8 +266,8 @@ class Keys(Products):
         k_smem, v_smem = refs.k_smem.at[self.number], refs.v_smem.at[self.number]
         block.store(
             row,
-            (tdk * block.scale, k_smem, k_smem, refs.tdk, 0),
-            (tdv, v_smem, v_smem, refs.tdv, 0),
+            Gradient(tdk * block.scale, k_smem, k_smem, "tdk"),
+            Gradient(tdv, v_smem, v_smem, "tdv"),
         )
         plgpu.wait_smem_to_gmem(0)
 

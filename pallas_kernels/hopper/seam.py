@@ -81,12 +81,50 @@ class Seam:
             return
         gmem[...] += smem[...]
 
-    def add_fragment(self, x: Array, gmem: Ref, row: Array) -> None:
-        """gmem[row] += x, (64, columns) float32 in registers, there in fragment order."""
+    def add_fragment(self, x: Array, gmem: Ref, row: Array, first: int = 0) -> None:
+        """gmem[row, first:] += x, (64, columns) float32 in registers, there in fragment order."""
         if self.interpret:
-            gmem[row] += instructions.to_fragment(x)
+            gmem[row, pl.ds(first, x.size)] += instructions.to_fragment(x)
         else:
-            instructions.add_fragment(x, gmem, row)
+            instructions.add_fragment(x, gmem, row, first)
+
+    def store_fragment(self, x: Array, gmem: Ref, row: Array, first: int = 0) -> None:
+        """gmem[row, first:] = x; as above."""
+        if self.interpret:
+            gmem[row, pl.ds(first, x.size)] = instructions.to_fragment(x)
+        else:
+            instructions.store_fragment(x, gmem, row, first)
+
+    def load_fragment(self, gmem: Ref, row: Array, columns: int, first: int = 0) -> Array:
+        """gmem[row, first:], (64, columns); as above."""
+        if not self.interpret:
+            return instructions.load_fragment(gmem, row, columns, first)
+        x = gmem[row, pl.ds(first, 64 * columns)]
+        return instructions.from_fragments(x[None], columns)[0]
+
+    def arrive(self, words: Ref, index: Array, notes: Ref, slot: Array) -> None:
+        """notes[slot] = how many arrived at words[index] before, for the whole warpgroup."""
+        if self.interpret:  # where thread blocks run one after another
+            before = words[index]
+            words[index] = before + 1
+            notes[slot] = before
+        else:
+            instructions.arrive(words, index, notes, slot)
+
+    def leave(self, words: Ref, index: Array, *, first: bool) -> None:
+        """What the warpgroup put is there for those that wait for it."""
+        if not self.interpret:
+            instructions.leave(words, index, first=first)
+
+    def await_first(self, words: Ref, index: Array) -> None:
+        """Waits for what the first that arrived put."""
+        if not self.interpret:
+            instructions.await_first(words, index)
+
+    def await_all(self, words: Ref, index: Array, count: int) -> None:
+        """Waits for what so many put."""
+        if not self.interpret:
+            instructions.await_all(words, index, count)
 
     def put_fragment(self, x: Array, gmem: Ref, row: Array, claimed: Ref, slot: Array) -> None:
         """gmem[row] = x where this thread block claimed it, else gmem[row] += x; as above."""

@@ -93,6 +93,17 @@ CASES = [
     Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
+    *(
+        Long(name, queries=t, keys=t, heads=32, kv_heads=kv_heads, **options)
+        for name, t, kv_heads, options in (
+            ("shared_64", 4096, 1, {"head_dim": 64, "causal": True}),
+            ("shared_96", 4096, 1, {"head_dim": 96, "causal": True}),
+            ("shared_128", 4096, 1, {"causal": True}),
+            ("shared_long", 16384, 8, {"causal": True}),
+            ("shared_window", 8192, 8, {"window": (4095, 0)}),
+            ("grouped_window", 8192, 8, {"window": (1023, 0)}),
+        )
+    ),
     *FEW_QUERIES,
     Long("grouped_long", batch=2, queries=8192, keys=8192, heads=32, kv_heads=8, causal=True),
     Long("short_documents", kv_heads=4, causal=True, segments="sorted"),

@@ -58,6 +58,11 @@ KNOWN_SPILLS = {
     "ragged": 16,
     "window_128": 20,
     "array_scale_vision": 4,
+    # Where a tile's thread blocks add what they have at its end.
+    "shared_64": 96,
+    **dict.fromkeys(("shared_128", "shared_long", "shared_window"), 28),
+    "grouped_long": 24,
+    "grouped_window": 40,
     "bias_shared_segments_64": 40,
     "bias_shared_segments_128": 132,
     **dict.fromkeys(("bias_shared_causal_128", "bias_shared_lengths_128"), 4),

@@ -113,14 +113,18 @@ def test_on_a_gpu_as_exact(
 @pytest.mark.parametrize(
     ("case", "together", "inner"),
     [
-        (Half("one_key_head", 2, 4096, 4096, 32, 1, 128, causal=True), 0, True),
-        (Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True), 0, True),
+        (Half("one_key_head", 2, 4096, 4096, 32, 1, 128, causal=True), 4, True),
+        (Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True), 2, True),
+        (Half("grouped_long", 1, 16384, 16384, 32, 8, 128, causal=True), 2, True),
+        (Half("of_three", 2, 8192, 8192, 24, 8, 128, causal=True), 0, True),
         (Half("long", 1, 16384, 16384, 16, 16, 128, causal=True), 2, False),
         (Half("odd", 1, 12345, 12345, 16, 16, 128, causal=True), 4, False),
         (Half("middle", 4, 4096, 4096, 16, 16, 128, causal=True), 8, False),
         (Half("short", 16, 1024, 1024, 16, 16, 128, causal=True), 0, False),
         (Half("full", 2, 8192, 8192, 32, 8, 128), 0, False),
+        (Half("narrow_one_key_head", 2, 4096, 4096, 32, 1, 64, causal=True), 4, True),
         (Half("window", 1, 16384, 16384, 32, 8, 128, causal=True, window=(4095, 0)), 0, False),
+        (Half("short_window", 1, 16384, 16384, 32, 8, 128, window=(127, 0)), 0, False),
         (Half("packed", 1, 16384, 16384, 32, 8, 128, segments="sorted", causal=True), 0, True),
         (Half("narrow", 1, 16384, 16384, 32, 8, 64, segments="sorted", causal=True), 0, False),
         (Half("alone", 1, 16384, 16384, 16, 16, 128, segments="sorted", causal=True), 0, False),
@@ -134,8 +138,9 @@ def test_what_is_chosen(case: Case, together: int, inner: bool) -> None:
     spec = spec_of(case)
     tiles = choose_backward_tiles(spec, deterministic=False)
     assert (tiles.heads_together, tiles.heads_inner) == (together, inner)
-    added_often = case.name == "grouped"
+    added_often = case.name in ("grouped_long", "of_three")
     assert (tiles.late, tiles.heads_turned) == (added_often, added_often)
+    assert tiles.tiles_first == (case.name in ("full", "window"))
     sizes = dict(grid_of(spec, tiles).axes)
     count = -(-spec.keys // tiles.keys) * spec.batch * spec.kv_heads * tiles.shares.count
     assert sizes["batch"] * sizes["tile"] * sizes["head"] == count

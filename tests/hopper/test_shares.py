@@ -56,7 +56,8 @@ def sharing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shares], None]:
 
     def force(shares: Shares) -> None:
         def forced(spec: Any, **options: bool) -> Any:
-            return replace(choose_backward_tiles(spec, **options), shares=shares)
+            tiles = choose_backward_tiles(spec, **options)
+            return replace(tiles, shares=shares, adds=not options["deterministic"], listed=0)
 
         monkeypatch.setattr(backward, "choose_backward_tiles", forced)
 
@@ -141,9 +142,14 @@ def shares_of(case: Case) -> Shares:
 
 def test_few_tiles_are_shared_and_many_are_not() -> None:
     one_key_head = Half("", 2, 4096, 4096, 32, 1, 128, causal=True)
-    assert 4 <= shares_of(one_key_head).heads <= 8
+    assert shares_of(one_key_head) == Shares(16)
+    assert not choose_backward_tiles(spec_of(one_key_head), deterministic=True).adds
     assert shares_of(replace(one_key_head, head_dim=256)).heads >= 2
-    assert shares_of(Half("", 2, 8192, 8192, 32, 8, 128, causal=True)) == WHOLE
+    grouped = Half("", 2, 8192, 8192, 32, 8, 128, causal=True)
+    assert shares_of(grouped) == Shares(2)
+    assert shares_of(replace(grouped, window=(4095, 0))) == Shares(4)
+    assert shares_of(replace(grouped, window=(1023, 0))) == WHOLE
+    assert shares_of(replace(grouped, causal=False)) == WHOLE
     assert shares_of(Half("", 8, 4096, 77, 10, 10, 64)).queries > 1
     assert shares_of(Half("", 1, 128, 128, 8, 8, 64)) == WHOLE
 

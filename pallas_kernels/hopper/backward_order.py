@@ -1,0 +1,126 @@
+"""Which of backward's thread blocks run at a time, and how many share a tile, for L2's sake.
+
+A visit reads Q and dO of a block of queries and adds to its dQ, 64 KiB at head dim 128: of heads
+that run at a time these should stay in L2. Of grouped heads a tile's thread block goes through all
+heads of a group, which are too many; so that each visits two, or in a window one, thread blocks
+share a tile, and add their dK and dV (`backward_sums.py`), which then cost no memory of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pallas_kernels.hopper.shares import ENOUGH, Shares
+from pallas_kernels.hopper.visits import MOST_KNOWN, known_counts
+
+if TYPE_CHECKING:
+    from jattn.call.spec import AttentionSpec
+    from pallas_kernels.hopper.backward_cut import BackwardTiles
+
+__all__ = ["added_shares", "most_visits", "order"]
+
+# Tiles of keys that visit a block of queries, in the mean. What a block's first visit saves is of
+# each block, what claims cost is of each visit.
+MOST_VISITS = 24
+MOST_VISITS_OF_SHARES = 40
+# Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
+LEAST_VISITED = 1536
+# Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends;
+# about one where they share tiles.
+SIDE_BY_SIDE = 250
+SHARES_SIDE_BY_SIDE = 128
+
+
+def most_visits(tiles: BackwardTiles) -> int:
+    """Tiles of keys that visit a block of queries up to which the first one stores its dQ."""
+    # ms on an H100, filled and stored, visited 33 times: 32 heads of 8, T 8k 6.269, 6.153, window
+    # 4095 5.719, 5.648.
+    return MOST_VISITS_OF_SHARES if tiles.adds else MOST_VISITS
+
+
+def added_shares(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
+    """The shares whose dK and dV are added, and the order of their thread blocks; or nothing."""
+    # ms on an H100, forward and backward of head dim 128, before, so, FlashAttention-3: 32 heads of
+    # one, B 2, T 4k 1.896, 1.667, 1.719 (one head a share 1.730, four 1.830); 32 of 4 2.010, 1.670,
+    # 1.732; 16 of one 0.929, 0.851, 0.876; 32 of 8, B 4, T 4k 3.457, 3.321, 3.495, B 2, T 8k 6.481,
+    # 6.153, 6.251 (one head a share 6.386), 16k 12.31, 11.97, 11.85; 8 of 2, 32k 11.77, 11.50,
+    # 11.43. Window 4095, 32 of 8, 16k, 6.138, 5.648, 5.628 (two heads a share 5.726, none shared
+    # but tiles first 5.853); 1023 2.096, 2.154, 2.297, none shared but tiles first 2.080.
+    # Of head dim 96, 32 of one 1.633, 1.452; of 64, with four heads a share, 1.069, 1.024 (two
+    # 1.044), but 32 of 8, 8k, 3.621, 3.638. Wide heads: 8 of one of 256 0.942, 0.945.
+    # Full calls: 32 of one 3.010, 3.086; of 8 3.061, 3.199. Odd groups were not tried.
+    others = spec.has_segments or spec.dropout_rate > 0
+    others |= spec.mask_shape is not None or spec.bias_shape is not None
+    count = -(-spec.keys // tiles.keys)
+    if others or spec.group == 1 or tiles.apart or tiles.once or not 0 < count <= MOST_KNOWN:
+        return {}
+    counts = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
+    if float(counts.mean()) * tiles.queries < LEAST_VISITED:
+        return {}
+    if _is_window(spec):
+        visited = float(counts.sum()) / -(-spec.queries // tiles.queries)
+        if not tiles.values_first or visited <= MOST_VISITS:
+            return {}
+        return {"shares": Shares(spec.group), "adds": True}
+    heads = 4 if tiles.queries > 64 else 2
+    if not _is_one_way(spec) or spec.group % heads or spec.group == heads:
+        return {}
+    if not tiles.values_first and spec.batch * spec.kv_heads * count >= ENOUGH:
+        return {}
+    return {"shares": Shares(spec.group // heads), "adds": True}
+
+
+def order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
+    """What keeps Q, dO and dQ of the tiles that run at a time in L2.
+
+    Only where tiles end at the last query, or their document's, wherever they begin; and in windows
+    of grouped heads.
+    """
+    # ms on an H200, forward and backward of head dim 128, with neither, heads inner, and both:
+    # 32 heads of one, B 2, T 4k, 2.00, 1.78; of 8, T 8k, 6.65, 6.18, 6.46; and of 16 heads of 16,
+    # with and without heads together, the least of 20 runs: 16k 5.82, 5.72, 8k 3.06, 3.03, 4k
+    # 1.680, 1.677; of head dim 64, 16k, 7.13, 7.08. With dQ apart no better: 32 heads of 8 7.01,
+    # 7.24, 7.20, 16 of 16 7.04, 7.08. Documents on an H100, 8 heads of 2: 10 in 32k 3.646, 3.419, 6
+    # in 131k 62.74, 58.27; 32 of 8, 16 of 1024 tokens, 1.471, 1.407.
+    added = spec.mask_shape is not None or spec.bias_shape is not None
+    if added or tiles.apart or tiles.once:
+        return {}
+    if _is_window(spec):
+        alone = spec.group == 1 or spec.has_segments or not tiles.values_first
+        return {} if alone or not _is_long(spec, tiles) else {"tiles_first": True}
+    if not _is_one_way(spec):
+        return {}
+    if spec.has_segments and not (spec.group > 1 and tiles.values_first):
+        return {}  # not tried
+    count = -(-spec.keys // tiles.keys)
+    heads = spec.kv_heads * tiles.shares.heads
+    if tiles.adds:
+        together = _divisor(heads, max(2, -(-SHARES_SIDE_BY_SIDE // count)))
+        return {"heads_inner": True, "heads_together": together}
+    if spec.group > 1:
+        return {"heads_inner": spec.group > tiles.shares.heads}
+    many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
+    return {"heads_together": _divisor(heads, many) if tiles.shares.count == 1 else 0}
+
+
+def _is_long(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether no tile is shared but to add, nor has a window so few visits that it is listed."""
+    count = -(-spec.keys // tiles.keys)
+    if count > MOST_KNOWN or (tiles.shares.count > 1 and not tiles.adds):
+        return False
+    counts = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
+    return float(counts.mean()) * tiles.queries * spec.group >= LEAST_VISITED
+
+
+def _divisor(count: int, least: int) -> int:
+    """The least divisor of a count that is as much, but less than all; else 0."""
+    return next((n for n in range(least, count) if count % n == 0), 0)
+
+
+def _is_one_way(spec: AttentionSpec) -> bool:
+    """Whether tiles end at the last query."""
+    return spec.band.upper is not None and spec.band.lower is None
+
+
+def _is_window(spec: AttentionSpec) -> bool:
+    return spec.band.lower is not None

@@ -1,0 +1,126 @@
+"""dK and dV of a tile that thread blocks share: each adds its own to float32 sums, as it ends.
+
+The first to end stores them, so that no zeros are made before. The last rounds what is there and
+its own, so that nothing is left to do after the kernel. Sums are in fragment order
+(`instructions.py`), and stay in L2 while a tile's thread blocks are at work. A word of global
+memory for each warpgroup's rows counts who arrived, and says whose numbers are there:
+
+    first    arrive: 0    store                                  > leave
+    others   arrive: 1 ..          wait for the first one's, add > leave
+    last     arrive: n - 1         wait for all, load, dK and dV
+
+Nobody waits for one that has not ended, so what is waited for always comes. In which order thread
+blocks end is not known, so gradients that must be the same each time have shares of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.hopper.backward_cut import BackwardTiles
+from pallas_kernels.hopper.piece_widths import WIDTH
+from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.tiles import ROWS
+
+if TYPE_CHECKING:
+    from jattn.call.spec import AttentionSpec
+
+__all__ = ["Gradient", "row_of_sums", "store_share", "sums_of_keys", "words_of_sums"]
+
+
+class Gradient(NamedTuple):
+    """What a warpgroup has of a gradient of the keys: 64 rows, or half of their columns.
+
+    staging: shared memory of its operand's size, which nothing reads any more; `rows` as copies
+      name it.
+    name: of its array.
+    part: which half it is.
+    """
+
+    x: Array
+    staging: Ref
+    rows: Ref
+    name: str
+    part: int = 0
+
+
+def sums_of_keys(
+    spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array]
+) -> jax.ShapeDtypeStruct:
+    """Of dK, and then of dV, of 64 keys each."""
+    columns = sum(inputs[name].shape[3] for name in "kv")
+    rows = spec.batch * spec.kv_heads * _blocks(spec, tiles)
+    return jax.ShapeDtypeStruct((rows, ROWS * columns), jnp.float32)
+
+
+def words_of_sums(spec: AttentionSpec, tiles: BackwardTiles) -> Array:
+    """What the words are at first: of dK or both, and of dV where it has a warpgroup of its own."""
+    return jnp.zeros(spec.batch * spec.kv_heads * _blocks(spec, tiles) * 2, jnp.int32)
+
+
+def _blocks(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """Blocks of 64 keys of a head, in whole tiles."""
+    return -(-spec.keys // tiles.keys) * (tiles.keys // ROWS)
+
+
+def row_of_sums(
+    spec: AttentionSpec, tiles: BackwardTiles, batch: Array, head: Array, key: Array
+) -> Array:
+    """Where those of 64 keys from this one on are."""
+    number = (batch * spec.kv_heads + head) * np.int32(_blocks(spec, tiles))
+    return number + lax.shift_right_logical(key, np.int32(ROWS.bit_length() - 1))
+
+
+def store_share(
+    seam: Seam,
+    refs: Ref,
+    number: Array,
+    gradients: tuple[Gradient, ...],
+    *,
+    shares: int,
+    store_whole: Callable[[tuple[Gradient, ...]], None],
+) -> None:
+    """This thread block's share of gradients, whose sums are in this row.
+
+    shares: how many there are.
+    store_whole: called by the last one, with what all of them make.
+    """
+    last = shares - 1
+    word = number * np.int32(2) + np.int32(gradients[0].name == "dv")
+    own = lax.axis_index("warpgroup")
+    seam.arrive(refs.words_of_sums, word, refs.arrived_smem, own)
+    before = refs.arrived_smem[own]
+
+    def place(gradient: Gradient) -> int:
+        skipped: int = refs.k.shape[3] if gradient.name == "dv" else 0
+        return ROWS * (skipped + WIDTH * gradient.part)
+
+    @pl.when(before == 0)
+    def _() -> None:
+        for gradient in gradients:
+            seam.store_fragment(gradient.x, refs.sums, number, place(gradient))
+        seam.leave(refs.words_of_sums, word, first=True)
+
+    @pl.when((before > 0) & (before < last))
+    def _() -> None:
+        seam.await_first(refs.words_of_sums, word)
+        for gradient in gradients:
+            seam.add_fragment(gradient.x, refs.sums, number, place(gradient))
+        seam.leave(refs.words_of_sums, word, first=False)
+
+    @pl.when(before == last)
+    def _() -> None:
+        seam.await_all(refs.words_of_sums, word, last)
+        whole = []
+        for gradient in gradients:
+            columns = gradient.x.shape[1]
+            others = seam.load_fragment(refs.sums, number, columns, place(gradient))
+            whole.append(gradient._replace(x=gradient.x + others))
+        store_whole(tuple(whole))
