@@ -24,6 +24,8 @@ __all__ = [
 
 WIDTH = 64  # columns of 16 bits in the widest swizzle
 LONG = 1200  # keys of which the last block may be an array of its own
+NARROW = (WIDTH + 16, WIDTH + 48)  # value head dims of which one piece has 16 columns
+LONG_NARROW = 512  # the same of them
 
 
 def needs_plain_rows(spec: AttentionSpec) -> bool:
@@ -44,8 +46,9 @@ def in_pieces(spec: AttentionSpec) -> bool:
     """Whether forward's matrices are pieces, copied as plain rows.
 
     Where arrays would be padded, or be in tiles of 16 columns: at 112 442 us in place of 544, at
-    176 728 in place of 833; but at 80, of which the second piece is 16, 413 in place of 392. Past
-    128 such a piece is worth it: causal, B 4, N 16, T 4k, at 208 0.789 ms in place of 0.977.
+    176 728 in place of 833; but at 80, of which the second piece is 16, 413 in place of 392 (with
+    values whole 380 in place of 341). Past 128 such a piece is worth it: causal, B 4, N 16, 4k, at
+    208 0.789 ms in place of 0.977.
     """
     dims = (spec.head_dim, spec.value_dim)
     if spec.bias_shape is not None:
@@ -71,13 +74,15 @@ def has_whole_values(spec: AttentionSpec) -> bool:
 
     Of pieces P V is a product each, of 64 columns, which takes longer than one of all. Of keys that
     are no multiple of 8 the last block is an array of its own (`whole_values.py`): 1,537 gain 11 to
-    13% all the same, 1,201 3, 1,001 nothing.
+    13% all the same, 1,201 3, 1,001 nothing. A product of 16 columns costs more than its share: 80
+    gains 11% at 4,097, causal, 10 at 1,001 and 6 at 577, full; 112 18% at 4,096, causal.
     """
     return _has_whole(spec) and value_columns(spec)[0] > WIDTH
 
 
 def _has_whole(spec: AttentionSpec) -> bool:
-    return in_pieces(spec) and (spec.keys % 8 == 0 or spec.keys >= LONG)
+    long = min(LONG, LONG_NARROW) if spec.value_dim in NARROW else LONG
+    return in_pieces(spec) and (spec.keys % 8 == 0 or spec.keys >= long)
 
 
 def value_columns(spec: AttentionSpec) -> tuple[int, ...]:
@@ -89,7 +94,7 @@ def value_columns(spec: AttentionSpec) -> tuple[int, ...]:
     whole, parts = spec.value_dim // WIDTH, piece_columns(spec.value_dim)
     if not _has_whole(spec) or spec.value_dim <= WIDTH:
         return parts
-    if spec.value_dim % 32 == 0:
+    if spec.value_dim % 32 == 0 or spec.value_dim in NARROW:
         return (spec.value_dim,)
     return (whole * WIDTH, *parts[whole:]) if whole > 1 else parts
 
@@ -97,7 +102,7 @@ def value_columns(spec: AttentionSpec) -> tuple[int, ...]:
 def piece_columns(columns: int) -> tuple[int, ...]:
     """The pieces of a matrix of this many columns: of 64, and of 32 and 16 what they leave."""
     whole, rest = divmod(columns, WIDTH)
-    if rest > 48 or (whole and rest > 32):
+    if (rest > 48 or (whole and rest > 32)) and columns not in NARROW:
         return (WIDTH,) * (whole + 1)
     rests = {0: (), 1: (16,), 2: (32,), 3: (32, 16)}
     return (WIDTH,) * whole + rests[-(-rest // 16)]

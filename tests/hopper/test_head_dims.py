@@ -47,6 +47,8 @@ WHOLE = [
     Half("whole_96", 2, 67, 131, 1, 1, 96),
     Half("whole_latent", 1, 67, 131, 1, 1, 192, 128),
     Half("latent", 2, 192, 264, 2, 1, 192, 128, causal=True, key_lengths=(264, 200)),
+    Half("whole_112", 1, 130, 136, 2, 1, 112, causal=True),
+    Half("whole_80", 2, 67, 203, 2, 1, 80, segments="unsorted"),
     Half("partly_176", 1, 67, 136, 1, 1, 176, causal=True),
     Half("partly_208", 2, 67, 131, 1, 1, 208, key_lengths=(131, 3)),
     Half("whole_256", 1, 130, 129, 1, 1, 256, window=(70, 20)),
@@ -63,7 +65,7 @@ def test_interpreted_with_whole_values(
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("head_dim", [128, 144, 176, 192, 256])
+@pytest.mark.parametrize("head_dim", [80, 112, 128, 144, 176, 192, 256])
 @pytest.mark.parametrize("length", [2049, 2055, 2176])
 def test_whole_values_on_a_gpu(length: int, head_dim: int, seed: int) -> None:
     check(FLASH, Half("", 2, length, length, 2, 1, head_dim, causal=True), seed)
@@ -113,7 +115,7 @@ def test_pieces_hold_all_columns_and_few_more() -> None:
         assert set(found) <= {16, 32, 64}
         assert 0 <= sum(found) - columns <= 24, columns
     assert [piece_columns(x) for x in (40, 72, 96, 112)] == [
-        (32, 16), (64, 16), (64, 32), (64, 64),
+        (32, 16), (64, 16), (64, 32), (64, 32, 16),
     ]  # fmt: skip
 
 

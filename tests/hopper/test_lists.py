@@ -28,7 +28,7 @@ CASES = [  # with as many slots for queries
     (Half("counted_64", 2, 200, 200, 3, 1, 64, causal=True, segments="sorted"), 4),
     (Half("counted_packed", 5, 20, 150, 8, 1, 128, segments="sorted"), 3),
     (Half("counted_odd", 1, 203, 203, 3, 1, 80, causal=True, segments="unsorted"), 3),
-    (Half("counted_whole", 1, 40, 1203, 8, 8, 128, segments="sorted"), 3),
+    (Half("counted_whole", 1, 40, 1203, 8, 8, 80, segments="sorted"), 3),
     (Half("list_full_128", 1, 256, 256, 3, 1, 128), 4),
     (Half("list_no_staging", 1, 300, 70, 2, 2, 256, window=(40, 9)), 3),
     (Half("list_sinks", 2, 130, 130, 2, 2, 192, sinks=True), 4),
