@@ -133,7 +133,13 @@ def backward(
     if tiles.apart:
         writes_bias = wants_bias and writes_gradient(spec)
         dq, *d_bias = backward_queries.launch(
-            spec, operands, inputs, unscaled=unit, wants_bias=writes_bias, interpret=interpret
+            spec,
+            operands,
+            inputs,
+            unscaled=unit,
+            wants_bias=writes_bias,
+            in_pieces=tiles.pieces,
+            interpret=interpret,
         )
     elif tiles.once:
         dq = made["dq"]
@@ -153,7 +159,7 @@ def backward(
                 dq = rounded(spec, dq, shape, spec.dtype, scale, words)
         else:
             if tiles.in_fragments:
-                dq = in_rows(spec, dq, inputs["q"].shape[3], words)
+                dq = in_rows(spec, dq, padded_width(spec.head_dim), words)
             if not wants_scale:
                 dq = (dq * spec.scale_beside(dq, operands) * kept_factor(spec)).astype(spec.dtype)
             elif spec.dropout_rate > 0:
@@ -224,7 +230,8 @@ def _launch(
     changed: dict[str, Array] = {}
     options: dict[str, Any] = {"interpret": interpret}
     b, n, blocks, _, queries = inputs["rows"].shape
-    shape: tuple[int, ...] = (b, blocks * queries, n, inputs["q"].shape[3])
+    head = padded_width(inputs["q"].shape[3])
+    shape: tuple[int, ...] = (b, blocks * queries, n, head)
     if tiles.in_fragments:
         shape = backward_kernel.fragments(tiles, inputs)
     if tiles.once:

@@ -19,9 +19,11 @@ from pallas_kernels.hopper import backward_mask
 from pallas_kernels.hopper.backward_sums import Gradient, row_of_sums, store_share
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.bias_form import rows_share
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dropout import Words, kept_down, marked
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import divided, quotient, remainder
+from pallas_kernels.hopper.plain import cut, parts_of, places
 from pallas_kernels.hopper.plan import L2_BYTES
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import scale_of
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLAIMS",
-    "HALF",
     "HIGH",
     "INDEX",
     "LOW",
@@ -51,7 +52,6 @@ __all__ = [
 ]
 
 LEAST_LOW = 2.0**-10  # of a log-sum-exp in base 2, that counts beside weights in 16 bits
-HALF = 64  # columns of 16 bits in one tile of the widest swizzle
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a key
 COLUMN = WGMMA.reduce(0)  # one value a query
@@ -126,15 +126,19 @@ class Block:
             first = first + self.turn.slot * np.int32(self.tiles.keys)
         return pl.ds(first, size)
 
+    def rows_of(self, ref: Ref, rows: Any) -> Ref:
+        """These rows of a matrix in shared memory."""
+        return ref.at[:, rows] if self.tiles.pieces else ref.at[rows]
+
     def parts(self, ref: Ref, *slot: Array) -> list[Ref]:
-        """A matrix in shared memory, or in this slot of it, or its halves."""
-        if self.tiles.halves:
-            return [ref.at[(*slot, half)] for half in range(2)]
+        """A matrix in shared memory, or in this slot of it, or its pieces."""
+        if self.tiles.pieces:
+            return parts_of(ref, *slot)
         return [ref.at[slot] if slot else ref]
 
-    def columns(self, part: int) -> tuple[Any, ...]:
-        """The index of an array's columns that a part of a matrix holds, if it is not all."""
-        return (pl.ds(part * HALF, HALF),) if self.tiles.halves else ()
+    def copies(self, array: Ref, place: tuple[Any, ...], parts: list[Ref]) -> list[tuple[Ref, Ref]]:
+        """What of an array is in which part of a matrix: (array, part), for each."""
+        return places(array, place, parts, self.batch * 0)
 
     def store(self, row: Array, *gradients: Gradient) -> None:
         """Gradients of the keys from this row on, or the share of them, on their way."""
@@ -148,18 +152,19 @@ class Block:
             self.store_whole(row, gradients)
             return
         place, arrays = (self.batch, pl.ds(row, ROWS), self.kv_head), vars(self.refs)
-        for x, _, _, name, part in gradients:
-            own = arrays[name].at[(self.share, *place, *self.columns(part))]
-            self.seam.store(x, own)
+        for gradient in gradients:
+            self.seam.store(gradient.x, arrays[gradient.name].at[(self.share, *place)])
 
     def store_whole(self, row: Array, gradients: tuple[Gradient, ...]) -> None:
         """The same where they are all there is, rounded."""
         place, arrays = (self.batch, pl.ds(row, ROWS), self.kv_head), vars(self.refs)
-        for x, staging, _, _, _ in gradients:
-            staging[...] = x.astype(self.spec.dtype)
+        for x, staging, _, _ in gradients:
+            for own, part in zip(cut(x, staging[0].shape[-1]), staging, strict=True):
+                part[...] = own.astype(self.spec.dtype)
         plgpu.commit_smem()
-        for _, _, rows, name, part in gradients:
-            plgpu.copy_smem_to_gmem(rows, arrays[name].at[(*place, *self.columns(part))])
+        for _, _, rows, name in gradients:
+            for to, part in self.copies(arrays[name], place, rows):
+                plgpu.copy_smem_to_gmem(part, to)
 
     @property
     def masked(self) -> bool:
@@ -288,6 +293,8 @@ def key_gradients(
 ) -> list[jax.ShapeDtypeStruct]:
     """dK and dV as a kernel writes them: (B, rows, K, columns), or (shares, ...) in float32."""
     dims = [inputs[name].shape[3] for name in "kv"]
+    if tiles.shares.count > 1:
+        dims = [padded_width(x) for x in dims]
     shape: tuple[int, ...] = (spec.batch, inputs["k"].shape[1], spec.kv_heads)
     dtype: Any = spec.dtype
     if (

@@ -33,7 +33,7 @@ class BackwardTiles:
       way while one is computed; 0: one for each tile.
     first_stores: in fragments, it is stored by the first thread block that visits a block of
       queries, and added by the others.
-    halves: matrices are two halves of their columns, each one tile wide and copied as plain rows.
+    pieces: matrices are pieces of some columns, each one tile wide and copied as plain rows.
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     shares: the thread blocks that share a tile's work.
     adds: they add their dK and dV to sums, in whichever order they end.
@@ -54,7 +54,7 @@ class BackwardTiles:
     in_fragments: bool = False
     listed: int = 0
     first_stores: bool = False
-    halves: bool = False
+    pieces: bool = False
     values_first: bool = False
     shares: Shares = WHOLE
     adds: bool = False

@@ -29,7 +29,7 @@ done; both for each slot of a ring):
 
     k_smem, v_smem (128, H), (128, D)                              kv_full
     q_smem, do_smem (stages, queries, H or D), rows_smem           full[slot], free[slot]
-    (of halves: (2, 128, 64), (stages, 2, queries, 64))
+    (in pieces: (2, 128, 64), (stages, 2, queries, 64))
     ds_smem        (2, 128, queries)                               both: warpgroups are here
     dq_smem        for each, half of a block's dQ            waits for its own warpgroup's copy
 """
@@ -50,7 +50,6 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import backward_bias, backward_mask
 from pallas_kernels.hopper.backward_block import (
-    HALF,
     INDEX,
     Block,
     Turn,
@@ -67,9 +66,10 @@ from pallas_kernels.hopper.backward_sums import Gradient, sums_of_keys
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant, numbers
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dropout import kept_factor, words_head
 from pallas_kernels.hopper.indices import remainder
-from pallas_kernels.hopper.plain import in_both_ways, named
+from pallas_kernels.hopper.plain import in_both_ways, named, piece_shape
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.warpgroups import run
@@ -104,7 +104,7 @@ def launch(
     """
     seam = Seam(interpret)
     w, queries = tiles.warpgroups, tiles.queries
-    head, value = inputs["k"].shape[3], inputs["v"].shape[3]
+    head, value = (padded_width(inputs[name].shape[3]) for name in "kv")
     grid = grid_of(spec, tiles)
     if tiles.listed:
         inputs = inputs | {"schedule": constant(schedule(spec, tiles, grid))}
@@ -206,7 +206,7 @@ def launch(
 def fragments(tiles: BackwardTiles, inputs: dict[str, Array]) -> tuple[int, int]:
     """The shape of dQ in fragment order."""
     b, n, blocks, _, queries = inputs["rows"].shape
-    head = inputs["q"].shape[3]
+    head = padded_width(inputs["q"].shape[3])
     return b * n * blocks * tiles.warpgroups, queries * head // tiles.warpgroups
 
 
@@ -219,15 +219,23 @@ def _scratch(
         return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype, swizzle))
 
     def operand(*shape: int, swizzle: int | None = None) -> Any:
-        if tiles.halves:
-            shape = (*shape[:-2], 2, shape[-2], HALF)
+        if tiles.pieces:
+            shape = (*shape[:-2], *piece_shape(*shape[-2:], swizzle=swizzle))
         return matrix(*shape, swizzle=swizzle)
 
     # Both operands of a product have one swizzle, and columns of dQ are shared in whole tiles.
     swizzle = dq_swizzle(head) if makes_dq and queries == ROWS else None
-    both = 4 if tiles.halves else 2  # copies of two matrices
     slots = 2 if tiles.listed else 1  # tiles of keys
     numbers_behind = _numbers_behind(spec, tiles)
+    operands = {
+        "k": operand(slots * tiles.keys, head, swizzle=swizzle),
+        "v": operand(slots * tiles.keys, value),
+        "q": operand(stages, queries, head, swizzle=swizzle),
+        "do": operand(stages, queries, value),
+    }
+    both = 2  # copies of two matrices
+    if tiles.pieces:
+        both = sum(operands[name].shape[-3] for name in "kv")
     once_a_tile = both + spec.has_segments + (banded(spec) and not numbers_behind)
     once_a_tile += spec.dropout_rate > 0
     arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
@@ -236,10 +244,7 @@ def _scratch(
     vectors = 3 + (form_of(spec) == "rows")
     vectors += tiles.first_stores or numbers_behind
     scratch = {
-        "k_smem": operand(slots * tiles.keys, head, swizzle=swizzle),
-        "v_smem": operand(slots * tiles.keys, value),
-        "q_smem": operand(stages, queries, head, swizzle=swizzle),
-        "do_smem": operand(stages, queries, value),
+        **{f"{name}_smem": x for name, x in operands.items()},
         "rows_smem": plgpu.SMEM((stages, vectors, queries), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=once_a_tile, num_barriers=slots),
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
@@ -320,10 +325,11 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
         before, full = block.turn.visited, refs.kv_full.at[block.turn.slot]
         plgpu.barrier_wait(refs.kv_free.at[block.turn.slot])
     for gmem, smem in ((refs.k, refs.k_rows), (refs.v, refs.v_rows)):
-        for i, part in enumerate(block.parts(smem)):
-            place = (batch, keys, block.kv_head, *block.columns(i))
-            own = part if block.turn is None else part.at[block.keys_at(0, tiles.keys)]
-            plgpu.copy_gmem_to_smem(gmem.at[place], own, full)
+        parts = block.parts(smem)
+        if block.turn is not None:
+            parts = [x.at[block.keys_at(0, tiles.keys)] for x in parts]
+        for source, part in block.copies(gmem, (batch, keys, block.kv_head), parts):
+            plgpu.copy_gmem_to_smem(source, part, full)
     if "index_smem" in vars(refs):
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, full)
     if spec.has_segments:
@@ -344,8 +350,8 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
             plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
 
         def copy_matrix(source: Ref, place: Ref) -> None:
-            for i, part in enumerate(block.parts(place, slot)):
-                own = source.at[(batch, queries, head, *block.columns(i))]
+            parts = block.parts(place, slot)
+            for own, part in block.copies(source, (batch, queries, head), parts):
                 plgpu.copy_gmem_to_smem(own, part, refs.full.at[slot])
 
         copy_matrix(refs.q, refs.q_rows)
@@ -373,10 +379,11 @@ def _compute(block: Block, warpgroup: Array | int, ends: Callable[[], None]) -> 
     tiles, seam, refs = block.tiles, block.seam, block.refs
     plgpu.barrier_wait(refs.kv_full.at[0 if block.turn is None else block.turn.slot])
     accumulator = partial(_accumulator, seam, refs, warpgroup)
-    dk, dv = _with_parts(
-        block, accumulator, "dk", refs.k_smem,
-        lambda dk: _with_parts(
-            block, accumulator, "dv", refs.v_smem,
+    shapes = [(ROWS, padded_width(x.shape[3])) for x in (refs.k, refs.v)]
+    dk, dv = accumulator(
+        "dk", shapes[0],
+        lambda dk: accumulator(
+            "dv", shapes[1],
             lambda dv: _visit_all(block, warpgroup, accumulator, dk, dv),
         ),
     )  # fmt: skip
@@ -387,19 +394,17 @@ def _compute(block: Block, warpgroup: Array | int, ends: Callable[[], None]) -> 
         meet(block)
     mine = block.keys_at(warpgroup * ROWS)
     if block.spec.dropout_rate > 0:
-        dk, dv = ([x * kept_factor(block.spec) for x in of] for of in (dk, dv))
-    dk = [x * block.scale for x in dk]
+        dk, dv = (x * kept_factor(block.spec) for x in (dk, dv))
+    dk = dk * block.scale
     row = block.tile * tiles.keys + warpgroup * ROWS
-    matrices = ((dk, refs.k_smem, refs.k_rows, "dk"), (dv, refs.v_smem, refs.v_rows, "dv"))
+
+    def mine_of(matrix: Ref) -> list[Ref]:
+        return [part.at[mine] for part in block.parts(matrix)]
+
     block.store(
         row,
-        *(
-            Gradient(x, smem.at[mine], rows.at[mine], name, i)
-            for gradient, own, own_rows, name in matrices
-            for i, (x, smem, rows) in enumerate(
-                zip(gradient, block.parts(own), block.parts(own_rows), strict=True)
-            )
-        ),
+        Gradient(dk, mine_of(refs.k_smem), mine_of(refs.k_rows), "dk"),
+        Gradient(dv, mine_of(refs.v_smem), mine_of(refs.v_rows), "dv"),
     )
     if block.turn is not None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -413,37 +418,21 @@ def _accumulator(
     name: str,
     shape: tuple[int, int],
     body: Any,
-    first: int = 0,
 ) -> Any:
     stand_in = None
     if seam.interpret:
-        stand_in = getattr(refs, f"{name}_stand_in").at[warpgroup, :, pl.ds(first, shape[1])]
+        stand_in = getattr(refs, f"{name}_stand_in").at[warpgroup, :, pl.ds(0, shape[1])]
     return seam.with_accumulator(body, shape, stand_in)
-
-
-def _with_parts(
-    block: Block, accumulator: Any, name: str, operand: Ref, body: Any, *made: Ref
-) -> Any:
-    """body(an accumulator for each part of the operand's columns)."""
-    width = operand.shape[-1]
-    if len(made) == 1 + block.tiles.halves:
-        return body(made)
-    return accumulator(
-        name,
-        (ROWS, width),
-        lambda acc: _with_parts(block, accumulator, name, operand, body, *made, acc),
-        width * len(made),
-    )
 
 
 def _visit_all(
     block: Block,
     warpgroup: Array | int,
     accumulator: Any,
-    dk_acc: tuple[Ref, ...],
-    dv_acc: tuple[Ref, ...],
-) -> tuple[list[Array], list[Array]]:
-    """Every visit of the tile in every head of the group; dK and dV, or the halves of them."""
+    dk_acc: Ref,
+    dv_acc: Ref,
+) -> tuple[Array, Array]:
+    """Every visit of the tile in every head of the group; dK and dV."""
     seam, visit = block.seam, block.visits
     step = partial(visit_block, block, warpgroup, accumulator, dk_acc, dv_acc)
 
@@ -477,7 +466,7 @@ def _visit_all(
         over_head(jnp.int32(0))
     else:
         each(0, block.heads, over_head)
-    dk, dv = ([seam.wait(x, in_flight=0) for x in accs] for accs in (dk_acc, dv_acc))
+    dk, dv = (seam.wait(acc, in_flight=0) for acc in (dk_acc, dv_acc))
     if block.tiles.late:
         total = visit.count * block.heads
         release(block, total - 1, total > 0)

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -45,6 +44,7 @@ from pallas_kernels.hopper import bias, dropout
 from pallas_kernels.hopper.backward_block import LOW, ROW_BIAS, ROW_TERM
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dense_mask import mask_arrays, words_of
 from pallas_kernels.hopper.dropout import (
     Words,
@@ -54,6 +54,7 @@ from pallas_kernels.hopper.dropout import (
 )
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
+from pallas_kernels.hopper.plain import cut, in_both_ways, named, parts_of, piece_shape, places
 from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.segments import segment_arrays
@@ -77,6 +78,7 @@ def launch(
     *,
     unscaled: float | None = None,
     wants_bias: bool = False,
+    in_pieces: bool = False,
     tiles: QueryTiles | None = None,
     interpret: bool,
 ) -> tuple[Array, ...]:
@@ -85,6 +87,7 @@ def launch(
     That is (B, N, T, S) in the bias's dtype, T and S in sizes that can be copied in tiles.
 
     unscaled: what dS K is multiplied by instead of the scale.
+    in_pieces: matrices are pieces of 64 columns, copied as plain rows, of arrays of any length.
 
     inputs: q, k, v and do, in sizes that can be copied in tiles; and `rows` by blocks,
       (B, N, blocks, 3, 64 or 128): the log-sum-exp in base 2, rounded and what that leaves,
@@ -92,8 +95,8 @@ def launch(
       is left multiplies all weights of a row by one factor, and so its dQ.
     """
     seam = Seam(interpret)
-    head, value = inputs["q"].shape[3], inputs["v"].shape[3]
-    tiles = tiles or choose_query_tiles(spec, head, value)
+    head, value = (padded_width(inputs[name].shape[3]) for name in "qv")
+    tiles = replace(tiles or choose_query_tiles(spec, head, value), pieces=in_pieces)
     plan = plan_of(spec, tiles)
     inputs = {name: inputs[name] for name in ("q", "k", "v", "do", "rows")}
     inputs["zero"] = constant(np.zeros(1, np.int32))
@@ -112,6 +115,9 @@ def launch(
     widths = {"s": tiles.keys, "dp": tiles.keys, "dq": head}
     scratch = _scratch(plan, tiles, head, value)
     scratch |= seam.stand_ins({x: (tiles.warpgroups, ROWS, size) for x, size in widths.items()})
+    if in_pieces:
+        matrices = [f"{name}_smem" for name in ("q", "do", "k", "v")]
+        scratch = in_both_ways(scratch, matrices, interpret=interpret)
     out_type = [jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype)]
     if wants_bias:
         shape = (spec.batch, spec.heads, *inputs["bias"].shape[2:])
@@ -121,7 +127,7 @@ def launch(
     most, least = tiles.registers
 
     def kernel(*args: Ref) -> None:
-        refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
+        refs = named(scratch, names, args)
         warpgroup = lax.axis_index("warpgroup")
         work = plan.work(lax.axis_index("block"))
         steps = steps_of(plan, refs, work)
@@ -159,9 +165,28 @@ class QueryTiles(Tiles):
     """Tiles of queries; `stages` are of values, and `overlap` is of dQ's product with the next S.
 
     key_slots: blocks of keys in shared memory; with `overlap` each is needed a step longer.
+    pieces: matrices are pieces of 64 columns, each one tile wide and copied as plain rows.
     """
 
     key_slots: int = 2
+    pieces: bool = False
+
+    def matrix(self, rows: int, columns: int) -> tuple[int, ...]:
+        """The shape of one in shared memory."""
+        return piece_shape(rows, columns) if self.pieces else (rows, columns)
+
+    def copies(self, columns: int) -> int:
+        """How many copies one takes."""
+        return piece_shape(0, columns)[0] if self.pieces else 1
+
+    def parts(self, ref: Ref, slot: Any) -> list[Ref]:
+        """One in this slot of shared memory, or its pieces."""
+        return parts_of(ref, slot) if self.pieces else [ref.at[slot]]
+
+    def fetch(self, array: Ref, place: tuple[Any, ...], ref: Ref, slot: Any, full: Ref) -> None:
+        """Starts the copies of one."""
+        for source, part in places(array, place, self.parts(ref, slot), place[0] * 0):
+            plgpu.copy_gmem_to_smem(source, part, full)
 
     def has_words_beside(self, spec: AttentionSpec) -> bool:
         """Whether the words of two blocks of keys for dropout are what the rows' vectors leave."""
@@ -207,15 +232,15 @@ def _scratch(plan: Plan, tiles: QueryTiles, head: int, value: int) -> dict[str, 
     beside = form_of(spec) == "rows" or tiles.has_words_beside(spec)
 
     scratch = {
-        "q_smem": matrix(dtype, w, ROWS, head),
-        "do_smem": matrix(dtype, w, ROWS, value),
-        "k_smem": matrix(dtype, key_slots, tiles.keys, head),
-        "v_smem": matrix(dtype, stages, tiles.keys, value),
+        "q_smem": matrix(dtype, w, *tiles.matrix(ROWS, head)),
+        "do_smem": matrix(dtype, w, *tiles.matrix(ROWS, value)),
+        "k_smem": matrix(dtype, key_slots, *tiles.matrix(tiles.keys, head)),
+        "v_smem": matrix(dtype, stages, *tiles.matrix(tiles.keys, value)),
         "rows_smem": plgpu.SMEM((w, 3 + beside, ROWS), jnp.float32),
-        "rows_full": ring(w, 3 + spec.has_segments),
-        "k_full": ring(key_slots, 1 + spec.has_segments),
+        "rows_full": ring(w, tiles.copies(head) + tiles.copies(value) + 1 + spec.has_segments),
+        "k_full": ring(key_slots, tiles.copies(head) + spec.has_segments),
         "k_free": ring(key_slots, w),
-        "v_full": ring(stages, 1),
+        "v_full": ring(stages, tiles.copies(value)),
         "v_free": ring(stages, w),
     }
     scratch |= dropout.scratch(plan, beside_rows=tiles.has_words_beside(spec))
@@ -232,8 +257,8 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
     batch = work.batch
     for w in range(tiles.warpgroups):
         full, rows = refs.rows_full.at[w], pl.ds(work.query + w * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, work.head], refs.q_smem.at[w], full)
-        plgpu.copy_gmem_to_smem(refs.do.at[batch, rows, work.head], refs.do_smem.at[w], full)
+        tiles.fetch(refs.q, (batch, rows, work.head), refs.q_rows, w, full)
+        tiles.fetch(refs.do, (batch, rows, work.head), refs.do_rows, w, full)
         size = refs.rows.shape[-1]
         block = quotient(work.query, size) + w * ROWS // size
         own = refs.rows.at[batch, work.head, block, :, pl.ds(w * ROWS % size, ROWS)]
@@ -248,7 +273,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         slot = remainder(i, tiles.key_slots)
         full = refs.k_full.at[slot]
         plgpu.barrier_wait(refs.k_free.at[slot])
-        plgpu.copy_gmem_to_smem(refs.k.at[batch, rows, work.kv_head], refs.k_smem.at[slot], full)
+        tiles.fetch(refs.k, (batch, rows, work.kv_head), refs.k_rows, slot, full)
         if plan.spec.has_segments:
             ids = refs.key_segments.at[batch, rows]
             plgpu.copy_gmem_to_smem(ids, refs.k_segments.at[slot], full)
@@ -256,9 +281,7 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         dropout.load_block(plan, refs, steps.block(i), i)
         slot = remainder(i, tiles.stages)
         plgpu.barrier_wait(refs.v_free.at[slot])
-        plgpu.copy_gmem_to_smem(
-            refs.v.at[batch, rows, work.kv_head], refs.v_smem.at[slot], refs.v_full.at[slot]
-        )
+        tiles.fetch(refs.v, (batch, rows, work.kv_head), refs.v_rows, slot, refs.v_full.at[slot])
 
     for_each(0, steps.visits, step, None)
     for slot in range(tiles.key_slots):
@@ -296,8 +319,7 @@ class Rows:
         bias.start(self.plan, refs)
         dropout.start(self.plan, refs)
         plgpu.barrier_wait(refs.rows_full.at[number])
-        dq = self.accumulator(self.visit_all, "dq", refs.q_smem.shape[-1])
-        q_smem = refs.q_smem.at[number]
+        dq = self.accumulator(self.visit_all, "dq", padded_width(refs.q.shape[3]))
         if self.writes_bias:
             self.end_bias()
         scale = self.scale if unscaled is None else unscaled
@@ -308,10 +330,14 @@ class Rows:
         else:
             factor = jnp.exp2(-self.seam.load(refs.rows_smem.at[number, 1], ROW))
             dq = dq * across(factor * scale, dq.shape[1])
-        q_smem[...] = dq.astype(self.plan.spec.dtype)
+        parts = tiles.parts(refs.q_smem, number)
+        for x, part in zip(cut(dq, dq.shape[1] // len(parts)), parts, strict=True):
+            part[...] = x.astype(self.plan.spec.dtype)
         plgpu.commit_smem()
         rows = pl.ds(self.work.query + number * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(q_smem, refs.dq.at[self.work.batch, rows, self.work.head])
+        place = (self.work.batch, rows, self.work.head)
+        for to, part in places(refs.dq, place, tiles.parts(refs.q_rows, number), place[0] * 0):
+            plgpu.copy_smem_to_gmem(part, to)
         plgpu.wait_smem_to_gmem(0)
 
     def visit_all(self, dq_acc: Ref) -> Array:
@@ -351,8 +377,8 @@ class Rows:
         number = self.warpgroup.number + i * refs.zero[0]
 
         def gradient(s_acc: Ref, dp_acc: Ref) -> Array:
-            seam.matmul_into(s_acc, refs.q_smem.at[number], refs.k_smem.at[k_slot].T)
-            seam.matmul_into(dp_acc, refs.do_smem.at[number], refs.v_smem.at[v_slot].T)
+            seam.inner_into(s_acc, refs.q_smem.at[number], refs.k_smem.at[k_slot])
+            seam.inner_into(dp_acc, refs.do_smem.at[number], refs.v_smem.at[v_slot])
             if before is not None:
                 seam.matmul_into(dq_acc, before, refs.k_smem.at[self.k_slot(i - 1)])
             words = self.mask_words(i, masked=masked)

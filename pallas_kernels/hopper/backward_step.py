@@ -24,7 +24,7 @@ from pallas_kernels.hopper.backward_block import HIGH, LOW, ROW, ROW_TERM, WGMMA
 from pallas_kernels.hopper.backward_claims import put_dq
 from pallas_kernels.hopper.dropout import kept
 from pallas_kernels.hopper.indices import remainder
-from pallas_kernels.hopper.seam import Ref, Seam
+from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E, across, logits
 from pallas_kernels.hopper.tiles import ROWS
 
@@ -88,7 +88,7 @@ class _Visit(NamedTuple):
     mine: the rows of its 64 keys in a tile's.
     hidden: a zero that the compiler cannot know. Without it each wgmma's descriptor of K and V is
       kept in two registers, 32 in all, which then spill.
-    k, v: this warpgroup's 64 keys; like q and do, each whole or in halves.
+    k, v: this warpgroup's 64 keys; like q and do in pieces, if all is.
     n: it is the n-th of the thread block's.
     h, at: the head, counted from the first, and the block of queries.
     """
@@ -98,10 +98,10 @@ class _Visit(NamedTuple):
     slot: Array
     mine: Any
     hidden: Array
-    k: list[Ref]
-    v: list[Ref]
-    q: list[Ref]
-    do: list[Ref]
+    k: Ref
+    v: Ref
+    q: Ref
+    do: Ref
     h: Array
     at: Array
     first_query: Array
@@ -116,23 +116,18 @@ def _visit_at(block: Block, warpgroup: Array | int, n: Array, h: Array, i: Array
     mine = pl.ds(warpgroup * ROWS, ROWS)
     hidden = lax.shift_right_logical(n, np.int32(30))
     k, v = (
-        [x.at[block.keys_at((warpgroup + hidden) * ROWS)] for x in block.parts(smem)]
+        block.rows_of(smem, block.keys_at((warpgroup + hidden) * ROWS))
         for smem in (refs.k_smem, refs.v_smem)
     )
-    q, do = (block.parts(smem, slot) for smem in (refs.q_smem, refs.do_smem))
+    q, do = refs.q_smem.at[slot], refs.do_smem.at[slot]
     h, at = block.located(h, i)
     return _Visit(warpgroup, n, slot, mine, hidden, k, v, q, do, h, at, at * tiles.queries)
-
-
-def _each_into(seam: Seam, accs: tuple[Ref, ...], a: Array | Ref, b: list[Ref]) -> None:
-    for acc, y in zip(accs, b, strict=True):
-        seam.matmul_into(acc, a, y)
 
 
 def _weights(
     block: Block,
     visit: _Visit,
-    dv_acc: tuple[Ref, ...],
+    dv_acc: Ref,
     s_acc: Ref,
     dp_acc: Ref,
     *,
@@ -144,16 +139,15 @@ def _weights(
     """
     spec, seam, refs, slot = block.spec, block.seam, block.refs, visit.slot
     first, own = block.tiles.values_first, visit.warpgroup
-    for acc, a, b in ((s_acc, visit.k, visit.q), (dp_acc, visit.v, visit.do)):
-        for x, y in zip(a, b, strict=True):
-            seam.matmul_into(acc, x, y.T)  # Sᵀ = K Qᵀ, dPᵀ = V dOᵀ
+    seam.inner_into(s_acc, visit.k, visit.q)  # Sᵀ = K Qᵀ
+    seam.inner_into(dp_acc, visit.v, visit.do)  # dPᵀ = V dOᵀ
     capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
     early: Array | None = None
     if block.tiles.late:
-        seam.drain(len(visit.k) + len(visit.v))
+        seam.drain(2)
         release(block, visit.n - 1, visit.n > 0)
         early = block.row(refs.rows_smem.at[slot, HIGH])
-    s = seam.wait(s_acc, in_flight=0 if capped else len(visit.v))
+    s = seam.wait(s_acc, in_flight=0 if capped else 1)
     x, c = logits(spec, block.scale, s)
     if has_bias:
         lse = block.row(refs.rows_smem.at[slot, HIGH])
@@ -175,8 +169,8 @@ def _weights(
     elif first:
         seam.hold(p, visit.hidden)
     if first:
-        _each_into(seam, dv_acc, p.astype(spec.dtype), visit.do)  # dV += Pᵀ dO
-    dp = seam.wait(dp_acc, in_flight=len(dv_acc) if first else 0)
+        seam.matmul_into(dv_acc, p.astype(spec.dtype), visit.do)  # dV += Pᵀ dO
+    dp = seam.wait(dp_acc, in_flight=1 if first else 0)
     row_term = block.row(refs.rows_smem.at[slot, ROW_TERM])
     if drops and capped:
         ds = kept(slope) * dp - jnp.abs(slope) * row_term
@@ -194,8 +188,8 @@ def visit_block(
     block: Block,
     warpgroup: Array | int,
     accumulator: Any,
-    dk_acc: tuple[Ref, ...],
-    dv_acc: tuple[Ref, ...],
+    dk_acc: Ref,
+    dv_acc: Ref,
     n: Array,
     h: Array,
     i: Array,
@@ -219,8 +213,8 @@ def visit_block(
     p, ds = accumulator("s", shape, lambda s_acc: accumulator("dp", shape, partial(weights, s_acc)))
     if not block.makes_dq:
         if not tiles.values_first:
-            _each_into(seam, dv_acc, p, visit.do)
-        _each_into(seam, dk_acc, ds, visit.q)  # dK += dSᵀ Q
+            seam.matmul_into(dv_acc, p, visit.do)
+        seam.matmul_into(dk_acc, ds, visit.q)  # dK += dSᵀ Q
         seam.drain(0)
         plgpu.barrier_arrive(free)
         return
@@ -231,13 +225,12 @@ def visit_block(
     else:
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.both)
-        _each_into(seam, dv_acc, p, visit.do)
+        seam.matmul_into(dv_acc, p, visit.do)
         plgpu.barrier_wait(refs.both)
     _make_dq(block, visit, accumulator, dk_acc, ds, ds_smem)
     if tiles.late:
         return
-    for acc in dk_acc:
-        seam.wait(acc, in_flight=0)
+    seam.wait(dk_acc, in_flight=0)
     plgpu.barrier_arrive(free)
 
 
@@ -245,7 +238,7 @@ def _make_dq(
     block: Block,
     visit: _Visit,
     accumulator: Any,
-    dk_acc: tuple[Ref, ...],
+    dk_acc: Ref,
     ds: Array,
     ds_smem: Ref,
 ) -> None:
@@ -257,29 +250,32 @@ def _make_dq(
     dq_rows: Any = None
     if isinstance(warpgroup, int):
         dq_smem, dq_rows = (getattr(refs, f"dq{warpgroup}_{name}") for name in ("smem", "rows"))
-        own = dq_smem.shape[1]
-        columns = pl.ds(warpgroup * refs.dq0_smem.shape[1], own)
+        own, before = dq_smem.shape[1], refs.dq0_smem.shape[1]
     else:
         if tiles.in_fragments:
             own = refs.dq.shape[1] // ROWS
         else:
             dq_smem, dq_rows = refs.dq_smem.at[warpgroup], refs.dq_rows.at[warpgroup]
             own = dq_smem.shape[1]
-        columns = pl.ds(warpgroup * own, own)
+        before = own
+    columns = pl.ds(warpgroup * before, own)
 
     def products(dq_acc: Ref) -> Array:
         if by_columns:
             every = slice(None)
             if block.turn is not None:
                 every = block.keys_at(visit.hidden * ROWS, tiles.keys)
-            own_k = refs.k_smem.at[(warpgroup, every) if tiles.halves else (every, columns)]
-            seam.matmul_into(dq_acc, ds_smem.T, own_k)  # dQ = dS K
+            own_k: Ref = refs.k_smem.at[every, columns] if not tiles.pieces else None
+            if tiles.pieces:
+                width = refs.k_smem.shape[-1]
+                first, count = warpgroup * (before // width), own // width
+                own_k = refs.k_smem.at[first if count == 1 else pl.ds(first, count), every]
+            seam.turned_into(dq_acc, ds_smem, own_k)  # dQ = dS K
         else:
-            seam.matmul_into(dq_acc, ds_smem.at[:, visit.mine].T, refs.k_smem)
-        _each_into(
-            seam, dk_acc, ds_smem.at[visit.mine] if tiles.shared_ds else ds, visit.q
-        )  # dK += dSᵀ Q
-        return seam.wait(dq_acc, in_flight=len(dk_acc))
+            seam.turned_into(dq_acc, ds_smem.at[:, visit.mine], refs.k_smem)
+        own_ds = ds_smem.at[visit.mine] if tiles.shared_ds else ds
+        seam.matmul_into(dk_acc, own_ds, visit.q, in_registers=not tiles.shared_ds)  # dK += dSᵀ Q
+        return seam.wait(dq_acc, in_flight=1)
 
     dq = accumulator("dq", (ROWS, own), products)
     if tiles.in_fragments:

@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.backward_cut import BackwardTiles
-from pallas_kernels.hopper.piece_widths import WIDTH
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.tiles import ROWS
 
@@ -36,26 +36,24 @@ __all__ = ["Gradient", "row_of_sums", "store_share", "sums_of_keys", "words_of_s
 
 
 class Gradient(NamedTuple):
-    """What a warpgroup has of a gradient of the keys: 64 rows, or half of their columns.
+    """What a warpgroup has of a gradient of the keys: 64 rows.
 
-    staging: shared memory of its operand's size, which nothing reads any more; `rows` as copies
-      name it.
+    staging: the parts of shared memory of its operand's size, which nothing reads any more; `rows`
+      as copies name them.
     name: of its array.
-    part: which half it is.
     """
 
     x: Array
-    staging: Ref
-    rows: Ref
+    staging: list[Ref]
+    rows: list[Ref]
     name: str
-    part: int = 0
 
 
 def sums_of_keys(
     spec: AttentionSpec, tiles: BackwardTiles, inputs: dict[str, Array]
 ) -> jax.ShapeDtypeStruct:
     """Of dK, and then of dV, of 64 keys each."""
-    columns = sum(inputs[name].shape[3] for name in "kv")
+    columns = sum(padded_width(inputs[name].shape[3]) for name in "kv")
     rows = spec.batch * spec.kv_heads * _blocks(spec, tiles)
     return jax.ShapeDtypeStruct((rows, ROWS * columns), jnp.float32)
 
@@ -99,8 +97,7 @@ def store_share(
     before = refs.arrived_smem[own]
 
     def place(gradient: Gradient) -> int:
-        skipped: int = refs.k.shape[3] if gradient.name == "dv" else 0
-        return ROWS * (skipped + WIDTH * gradient.part)
+        return ROWS * padded_width(refs.k.shape[3]) if gradient.name == "dv" else 0
 
     @pl.when(before == 0)
     def _() -> None:

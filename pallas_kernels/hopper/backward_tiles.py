@@ -11,7 +11,7 @@ from pallas_kernels.hopper.backward_order import added_shares, most_visits, orde
 from pallas_kernels.hopper.bias_form import form_of, lends_memory, rows_share
 from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
-from pallas_kernels.hopper.piece_widths import has_plain_halves, needs_plain_rows
+from pallas_kernels.hopper.piece_widths import has_plain_pieces, needs_plain_rows
 from pallas_kernels.hopper.shares import ENOUGH, MULTIPROCESSORS, WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY
 from pallas_kernels.hopper.visits import MOST_KNOWN, known_counts, visits_every_block
@@ -34,7 +34,8 @@ def choose_backward_tiles(
         tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
     added = {} if deterministic else added_shares(spec, tiles)
     shares = added or {"shares": _shares(spec, tiles)}
-    tiles = replace(tiles, **shares, halves=_halves(spec, tiles))
+    tiles = replace(tiles, **shares)
+    tiles = replace(tiles, pieces=_pieces(spec, tiles))
     tiles = replace(tiles, tiles_outer=tiles.shares.count > 1 and not tiles.adds)
     tiles = replace(tiles, **order(spec, tiles))
     tiles = replace(tiles, first_stores=_first_stores(spec, tiles))
@@ -46,14 +47,12 @@ def choose_backward_tiles(
     return tiles
 
 
-def _halves(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
-    """Whether what padding would copy takes longer than products of half as many columns."""
-    # Beside the copies of dQ, which are in flight at `once`, the halves leave too few registers.
+def _pieces(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether arrays are read and written in place that would be padded for copies in tiles."""
+    # Dropout, and shares that are added up, have not been tried so on a GPU.
     others = spec.dropout_rate > 0 or spec.mask_shape is not None or spec.bias_shape is not None
-    alone = not (tiles.apart or tiles.once or others)
-    # ms on an H200, forward and backward, padded and in halves: T = 577, B 32, N 16, full 1.18,
-    # 0.88; 257, B 64, 0.96, 0.68; but 12,345, causal, 3.67, 3.90, 0.13 of which are the padding.
-    return alone and spec.keys <= SHORT and has_plain_halves(spec)
+    others |= tiles.once or tiles.adds
+    return not (others or _is_narrow(spec, tiles)) and has_plain_pieces(spec)
 
 
 # Tiles of keys that may visit a block of queries, in the mean, where documents decide.
@@ -167,7 +166,6 @@ def _matrices_bytes(spec: AttentionSpec, tiles: BackwardTiles, *, slots: int) ->
 # Keys up to which rows that share a whole bias have dQ in float32, as rows without one have. Longer
 # rows have it only where it has room: their bias is most of what there is.
 SHORT_ROWS = 1024
-SHORT = 2048  # keys
 
 
 def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:
@@ -243,9 +241,13 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool)
 
 def by_rows(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     """Whether matrices are copied as plain rows, and no array is padded."""
+    return tiles.pieces or _is_narrow(spec, tiles)
+
+
+def _is_narrow(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether matrices are one piece each, which arrays fill."""
     # Blocks of 64 queries have a narrower swizzle, see `dq_swizzle`.
-    narrow = not tiles.apart and tiles.queries > ROWS and needs_plain_rows(spec)
-    return tiles.halves or narrow
+    return not tiles.apart and tiles.queries > ROWS and needs_plain_rows(spec)
 
 
 def dq_swizzle(head: int) -> int:

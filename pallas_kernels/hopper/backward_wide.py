@@ -24,7 +24,6 @@ are done; both for each slot of a ring):
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -45,9 +44,11 @@ from pallas_kernels.hopper.backward_block import (
 from pallas_kernels.hopper.backward_sums import Gradient, sums_of_keys
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.constant import numbers
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
+from pallas_kernels.hopper.plain import in_both_ways, named, piece_shape
 from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.softmax import logits
 from pallas_kernels.hopper.tiles import ROWS
@@ -73,7 +74,7 @@ def launch(
 ) -> tuple[Array, ...]:
     """dK and dV, as `key_gradients` says; and sums if `tiles.adds`, with words for them."""
     seam = Seam(interpret)
-    head, value = inputs["k"].shape[3], inputs["v"].shape[3]
+    head, value = (padded_width(inputs[name].shape[3]) for name in "kv")
     if banded(spec):
         inputs = inputs | {"index": numbers(ROWS)}
     widths = {"s": ROWS, "dp": ROWS, "dk": head, "dv": value}
@@ -87,11 +88,14 @@ def launch(
         out_type.append(sums_of_keys(spec, tiles, inputs))
         own.append("sums")
         scratch["arrived_smem"] = plgpu.SMEM((3,), jnp.int32)
+    if tiles.pieces:
+        matrices = [f"{name}_smem" for name in ("q", "k", "v", "do")]
+        scratch = in_both_ways(scratch, matrices, interpret=interpret)
     names = [*inputs, *own, *scratch]
     grid = grid_of(spec, tiles)
 
     def kernel(*args: Ref) -> None:
-        refs = SimpleNamespace(**dict(zip(names, args, strict=True)))
+        refs = named(scratch, names, args)
         warpgroup = lax.axis_index("warpgroup")
         block = WideBlock(spec, tiles, seam, refs, grid)
 
@@ -125,21 +129,30 @@ def launch(
 
 def _scratch(spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int) -> dict[str, Any]:
     dtype, q_slots, do_slots = spec.dtype, 2, tiles.stages
+    columns = {"q": head, "k": head, "v": value, "do": value}
+    own: dict[str, tuple[int, ...]] = {name: (ROWS, x) for name, x in columns.items()}
+    if tiles.pieces:
+        own = {name: piece_shape(ROWS, x) for name, x in columns.items()}
+    copies = {name: shape[0] if tiles.pieces else 1 for name, shape in own.items()}
 
     scratch = {
-        "k_smem": matrix(dtype, ROWS, head),
-        "v_smem": matrix(dtype, ROWS, value),
-        "q_smem": matrix(dtype, q_slots, ROWS, head),
-        "do_smem": matrix(dtype, do_slots, ROWS, value),
+        "k_smem": matrix(dtype, *own["k"]),
+        "v_smem": matrix(dtype, *own["v"]),
+        "q_smem": matrix(dtype, q_slots, *own["q"]),
+        "do_smem": matrix(dtype, do_slots, *own["do"]),
         "lse_smem": plgpu.SMEM((q_slots, 2, ROWS), jnp.float32),
         "row_term_smem": plgpu.SMEM((do_slots, ROWS), jnp.float32),
         "p_smem": matrix(dtype, RING, ROWS, ROWS),
         "kv_full": plgpu.Barrier(
-            num_arrivals=2 + banded(spec) + spec.has_segments + (spec.dropout_rate > 0)
+            num_arrivals=copies["k"]
+            + copies["v"]
+            + banded(spec)
+            + spec.has_segments
+            + (spec.dropout_rate > 0)
         ),
-        "q_full": ring(q_slots, 2 + spec.has_segments + (spec.dropout_rate > 0)),
+        "q_full": ring(q_slots, copies["q"] + 1 + spec.has_segments + (spec.dropout_rate > 0)),
         "q_free": ring(q_slots, 2),
-        "do_full": ring(do_slots, 2),
+        "do_full": ring(do_slots, copies["do"] + 1),
         "do_free": ring(do_slots, 2),
         "p_full": ring(RING, 1),
         "p_free": ring(RING, 1),
@@ -180,6 +193,11 @@ class WideBlock(Block):
         h, i = (quotient(n, count), remainder(n, count)) if self.heads > 1 else (jnp.int32(0), n)
         return self.first_head + h, self.visited(i)
 
+    def fetch(self, array: Ref, place: tuple[Any, ...], parts: list[Ref], full: Ref) -> None:
+        """Starts the copies of a matrix's parts."""
+        for source, part in self.copies(array, place, parts):
+            plgpu.copy_gmem_to_smem(source, part, full)
+
     def q_slot(self, n: Array) -> Array:
         """Where the queries of step n are."""
         return remainder(n, self.refs.q_smem.shape[0])
@@ -198,8 +216,8 @@ def _load(block: WideBlock) -> None:
     """K and V once, then Q, dO and what belongs to their rows, each as soon as its slot is free."""
     spec, refs, batch, kv_head = block.spec, block.refs, block.batch, block.kv_head
     keys = pl.ds(block.key_start, ROWS)
-    plgpu.copy_gmem_to_smem(refs.k.at[batch, keys, kv_head], refs.k_smem, refs.kv_full)
-    plgpu.copy_gmem_to_smem(refs.v.at[batch, keys, kv_head], refs.v_smem, refs.kv_full)
+    block.fetch(refs.k, (batch, keys, kv_head), block.parts(refs.k_rows), refs.kv_full)
+    block.fetch(refs.v, (batch, keys, kv_head), block.parts(refs.v_rows), refs.kv_full)
     if banded(spec):
         plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, refs.kv_full)
     if spec.has_segments:
@@ -212,7 +230,7 @@ def _load(block: WideBlock) -> None:
         rows, slot = pl.ds(first * ROWS, ROWS), block.q_slot(n)
         full = refs.q_full.at[slot]
         plgpu.barrier_wait(refs.q_free.at[slot])
-        plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, head], refs.q_smem.at[slot], full)
+        block.fetch(refs.q, (batch, rows, head), block.parts(refs.q_rows, slot), full)
         lse = refs.rows.at[batch, head, first, pl.ds(0, 2)]
         plgpu.copy_gmem_to_smem(lse, refs.lse_smem.at[slot], full)
         if spec.has_segments:
@@ -224,7 +242,7 @@ def _load(block: WideBlock) -> None:
         slot = block.do_slot(n)
         full = refs.do_full.at[slot]
         plgpu.barrier_wait(refs.do_free.at[slot])
-        plgpu.copy_gmem_to_smem(refs.do.at[batch, rows, head], refs.do_smem.at[slot], full)
+        block.fetch(refs.do, (batch, rows, head), block.parts(refs.do_rows, slot), full)
         row_term = refs.rows.at[batch, head, first, ROW_TERM]
         plgpu.copy_gmem_to_smem(row_term, refs.row_term_smem.at[slot], full)
 
@@ -259,8 +277,8 @@ def _value_role(block: WideBlock) -> None:
             slot = block.q_slot(n)
             pl.when(n < block.steps)(lambda: plgpu.barrier_wait(refs.q_full.at[slot]))
             s_acc[...] = seam.layout(jnp.zeros((ROWS, ROWS), jnp.float32), WGMMA)
-            k = refs.k_smem.at[pl.ds(ROWS * _hidden_zero(n), ROWS)]
-            seam.matmul_into(s_acc, k, refs.q_smem.at[slot].T)
+            k = block.rows_of(refs.k_smem, pl.ds(ROWS * _hidden_zero(n), ROWS))
+            seam.inner_into(s_acc, k, refs.q_smem.at[slot])
 
         def step(n: Array, *, in_two: bool) -> None:
             q_slot, do_slot, p_slot = block.q_slot(n), block.do_slot(n), remainder(n, RING)
@@ -295,9 +313,9 @@ def _value_role(block: WideBlock) -> None:
     dv = block.accumulator(
         lambda dv_acc: block.accumulator(partial(over_tile, dv_acc), "s", ROWS),
         "dv",
-        refs.v_smem.shape[1],
+        padded_width(refs.v.shape[3]),
     )
-    _finish(block, dv, refs.v_smem, "dv")
+    _finish(block, dv, "v")
     for slot in range(RING):
         plgpu.barrier_wait(refs.p_free.at[slot])
 
@@ -312,8 +330,8 @@ def _key_role(block: WideBlock) -> None:
             q, do = refs.q_smem.at[q_slot], refs.do_smem.at[do_slot]
 
             def product(dp_acc: Ref) -> Array:
-                v = refs.v_smem.at[pl.ds(ROWS * _hidden_zero(n), ROWS)]
-                seam.matmul_into(dp_acc, v, do.T)
+                v = block.rows_of(refs.v_smem, pl.ds(ROWS * _hidden_zero(n), ROWS))
+                seam.inner_into(dp_acc, v, do)
                 return seam.wait(dp_acc, in_flight=0)
 
             plgpu.barrier_wait(refs.do_full.at[do_slot])
@@ -349,15 +367,16 @@ def _key_role(block: WideBlock) -> None:
     _start(block)
     for slot in range(RING):
         plgpu.barrier_arrive(refs.p_free.at[slot])
-    dk = block.accumulator(over_tile, "dk", refs.k_smem.shape[1])
-    _finish(block, dk * block.scale, refs.k_smem, "dk")
+    dk = block.accumulator(over_tile, "dk", padded_width(refs.k.shape[3]))
+    _finish(block, dk * block.scale, "k")
 
 
-def _finish(block: WideBlock, gradient: Array, smem: Ref, name: str) -> None:
+def _finish(block: WideBlock, gradient: Array, name: str) -> None:
     """Writes the role's gradient, by the place of an operand that both roles are done with."""
     if block.spec.dropout_rate > 0:
         gradient = gradient * kept_factor(block.spec)
     plgpu.barrier_arrive(block.refs.done)
     plgpu.barrier_wait(block.refs.done)
-    block.store(block.key_start, Gradient(gradient, smem, smem, name))
+    smem, rows = (block.parts(getattr(block.refs, f"{name}_{kind}")) for kind in ("smem", "rows"))
+    block.store(block.key_start, Gradient(gradient, smem, rows, f"d{name}"))
     plgpu.wait_smem_to_gmem(0)

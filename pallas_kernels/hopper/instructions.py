@@ -37,6 +37,7 @@ __all__ = [
     "load_fragment",
     "make_barriers",
     "meet",
+    "multiplied",
     "publish",
     "put_fragment",
     "store_fragment",
@@ -166,6 +167,51 @@ def await_copy(words: Any, slot: Array, parity: Array) -> None:
         _asm(text, place, parity.registers.item(), constraints="r,r")
 
     emit(words, slot, parity)
+
+
+def multiplied(
+    acc: Array, a: Any, b: Any, *, in_registers: bool, turns_a: bool, turns_b: bool
+) -> Array:
+    """acc + a @ b, started, where b is in pieces; or of a.T or b.T where it turns them.
+
+    In pieces are (pieces, rows, columns) in shared memory: each is one tile wide, so that its tiles
+    are its rows. To wgmma they are tiles in an order that Pallas has no name for.
+
+    a: in registers; in pieces; or a matrix in tiles of b's width.
+    """
+    width = b.shape[-1]
+    swizzle = width * jnp.dtype(b.dtype).itemsize
+    form = plgpu.RefType(
+        transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
+    )
+
+    def in_order(x: _Value) -> _Value:
+        """Tiles of rows, tiles of columns, 8, width."""
+        if ir.MemRefType(x.type).rank == 4:
+            return x
+        return mgpu.memref_transpose(mgpu.memref_fold(x, 1, 2), (1, 0, 2, 3))
+
+    def turned(x: _Value) -> _Value:
+        return mgpu.memref_transpose(x, (1, 0, 3, 2))
+
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(WGMMA, WGMMA if in_registers else form, form),
+        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA),
+    )
+    def emit(
+        _: mgpu.LaunchContext, acc: mgpu.FragmentedArray, a_own: Any, b_own: _Value
+    ) -> mgpu.FragmentedArray:
+        if not in_registers:
+            a_own = turned(in_order(a_own)) if turns_a else in_order(a_own)
+        b_own = turned(in_order(b_own)) if turns_b else in_order(b_own)
+        made = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
+        made = mgpu.wgmma(made, a_own, b_own, swizzle=swizzle)
+        _asm("wgmma.commit_group.sync.aligned;")
+        value: mgpu.FragmentedArray = made.value
+        return value
+
+    found: Array = emit(acc, a, b)
+    return found
 
 
 def hold(x: Array, never: Array) -> None:

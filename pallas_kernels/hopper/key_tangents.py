@@ -266,8 +266,8 @@ class Keys(Products):
         k_smem, v_smem = refs.k_smem.at[self.number], refs.v_smem.at[self.number]
         block.store(
             row,
-            Gradient(tdk * block.scale, k_smem, k_smem, "tdk"),
-            Gradient(tdv, v_smem, v_smem, "tdv"),
+            Gradient(tdk * block.scale, [k_smem], [k_smem], "tdk"),
+            Gradient(tdv, [v_smem], [v_smem], "tdv"),
         )
         plgpu.wait_smem_to_gmem(0)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
 __all__ = [
-    "has_plain_halves",
+    "has_plain_pieces",
     "has_whole_values",
     "in_pieces",
     "needs_plain_rows",
@@ -33,9 +33,12 @@ def needs_plain_rows(spec: AttentionSpec) -> bool:
     return _is_ragged(spec) and spec.head_dim == spec.value_dim == WIDTH
 
 
-def has_plain_halves(spec: AttentionSpec) -> bool:
-    """The same of two pieces."""
-    return _is_ragged(spec) and spec.head_dim == spec.value_dim == 2 * WIDTH
+def has_plain_pieces(spec: AttentionSpec) -> bool:
+    """The same of matrices of several pieces, or of one that an array's columns need not fill."""
+    dims = (spec.head_dim, spec.value_dim)
+    padded = _is_ragged(spec) or any(padded_width(x) != x for x in dims)
+    # dQ in fragments of 128 columns is written in whole tiles.
+    return padded and not 7 * 16 < spec.head_dim < 2 * WIDTH
 
 
 def _is_ragged(spec: AttentionSpec) -> bool:

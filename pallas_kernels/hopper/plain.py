@@ -7,6 +7,9 @@ is rows, and copies by that name are cut at the array's ends by the hardware, wh
 them. Matrices of more columns are pieces that are each one tile wide, next to each other:
 
     72 columns    q_smem 64    q1_smem 16, of which 8 are zero      S = Q Kᵀ + Q1 K1ᵀ    O | O1
+
+In backward they are of one width, an axis of one matrix (.., pieces, rows, columns), and a product
+is of all of them (`Seam.matmul_into`): 72 columns are five pieces of 16.
 """
 
 from __future__ import annotations
@@ -20,14 +23,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.seam import Ref, transforms
 
 __all__ = [
     "columns_of",
+    "cut",
     "in_both_ways",
     "named",
+    "parts_of",
     "piece_matrices",
+    "piece_shape",
     "pieces",
+    "places",
 ]
 
 
@@ -77,6 +85,38 @@ def pieces(refs: Ref, name: str) -> tuple[Ref, ...]:
     while (more := f"{first}{len(found)}_{kind}") in vars(refs):
         found.append(getattr(refs, more))
     return tuple(found)
+
+
+def piece_shape(rows: int, columns: int, *, swizzle: int | None = None) -> tuple[int, int, int]:
+    """Of a 16-bit matrix in pieces of one width: (pieces, rows, columns of each).
+
+    swizzle: its bytes, where they are not to be the most that there can be.
+    """
+    width = (swizzle or swizzle_of(columns, 2)) // 2
+    return columns // width, rows, width
+
+
+def parts_of(ref: Ref, *slot: Any) -> list[Ref]:
+    """The pieces (.., pieces, rows, columns) of a matrix in this slot of shared memory."""
+    return [ref.at[(*slot, i)] for i in range(ref.shape[-3])]
+
+
+def cut(x: Array, width: int) -> list[Array]:
+    """An array's columns, so many at a time."""
+    return [x[:, first : first + width] for first in range(0, x.shape[1], width)]
+
+
+def places(
+    array: Ref, place: tuple[Any, ...], parts: list[Ref], zero: Array
+) -> list[tuple[Ref, Ref]]:
+    """What of an array's rows is in which part of a matrix: (array, part), for each.
+
+    zero: as `columns_of` wants it.
+    """
+    if len(parts) == 1 and parts[0].shape[-1] == array.shape[-1]:
+        return [(array.at[place], parts[0])]
+    columns = columns_of(tuple(parts), array.shape[-1], zero)
+    return [(array.at[(*place, own)], part) for own, part in zip(columns, parts, strict=True)]
 
 
 def columns_of(parts: tuple[Ref, ...], size: int, zero: Array) -> list[Any]:

@@ -30,12 +30,51 @@ class Seam:
 
     interpret: bool
 
-    def matmul_into(self, acc: Ref, a: Array | Ref, b: Ref) -> None:
-        """acc += a @ b, started; `a` is in registers or shared memory, `b` in shared memory."""
-        if not self.interpret:
+    def matmul_into(self, acc: Ref, a: Array | Ref, b: Ref, *, in_registers: bool = True) -> None:
+        """acc += a @ b, started; `a` is in registers or shared memory, `b` in shared memory.
+
+        in_registers: whether `a` is, which matters where b is in pieces (`plain.py`).
+        """
+        if len(b.shape) == 3:
+            self._multiply(acc, a, b, in_registers=in_registers)
+        elif self.interpret:
+            acc[...] += jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+        else:
             plgpu.wgmma(acc, a, b)
+
+    def inner_into(self, acc: Ref, a: Ref, b: Ref) -> None:
+        """acc += a @ b.T, started, of matrices in shared memory, or both in pieces there."""
+        if len(b.shape) == 3:
+            self._multiply(acc, a, b, turns_b=True)
+        else:
+            self.matmul_into(acc, a, b.T)
+
+    def turned_into(self, acc: Ref, a: Ref, b: Ref) -> None:
+        """acc += a.T @ b, started, of matrices in shared memory; b may be in pieces there."""
+        if len(b.shape) == 3:
+            self._multiply(acc, a, b, turns_a=True)
+        else:
+            self.matmul_into(acc, a.T, b)
+
+    def _multiply(
+        self,
+        acc: Ref,
+        a: Array | Ref,
+        b: Ref,
+        *,
+        in_registers: bool = False,
+        turns_a: bool = False,
+        turns_b: bool = False,
+    ) -> None:
+        if not self.interpret:
+            turns = {"turns_a": turns_a, "turns_b": turns_b}
+            before = plgpu.wgmma_accumulator_load(acc, wait_n=None)
+            acc[...] = instructions.multiplied(before, a, b, in_registers=in_registers, **turns)
             return
-        acc[...] += jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+        x, y = (jnp.concatenate(list(z[...]), axis=1) if z.ndim == 3 else z[...] for z in (a, b))
+        acc[...] += jnp.dot(
+            x.T if turns_a else x, y.T if turns_b else y, preferred_element_type=jnp.float32
+        )
 
     def wait(self, acc: Ref, *, in_flight: int) -> Array:
         """The accumulator's value once at most `in_flight` younger products are running."""

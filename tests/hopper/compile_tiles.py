@@ -90,6 +90,8 @@ CASES = [
     Long("lengths_80", head_dim=80, causal=True, query_lengths=(9,), key_lengths=(9,)),
     Long("text_80", batch=8, queries=4096, keys=77, head_dim=80),
     Long("ragged", queries=1001, keys=2051),
+    Long("ragged_256", queries=1001, keys=2051, head_dim=256, causal=True),
+    Long("ragged_latent", queries=1001, keys=2051, head_dim=192, value_dim=128),
     Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
@@ -384,11 +386,12 @@ def read(said: str) -> dict[str, Any]:
 def moves(case: Case, direction: str, compiled: Any) -> list[str]:
     """Arrays of an operand's size that XLA pads, copies or transposes around the kernels.
 
-    Only where it need not: in backward sequences that are no multiple of 8 are padded for the TMA
-    unit, but for head dim 64.
+    Only where it need not: in tangents, and in backward where a thread block has all keys,
+    sequences that are no multiple of 8 are padded for the TMA unit.
     """
     ragged = case.queries % 8 or case.keys % 8
-    if ragged and case.head_dim != 64 and direction != "forward":
+    in_place = direction in ("backward", "deterministic") and case.keys > 128
+    if ragged and not in_place and direction != "forward":
         return []
     rows = min(case.queries * case.heads, case.keys * case.kv_heads)
     least = case.batch * rows * min(case.head_dim, case.value_dim or case.head_dim)

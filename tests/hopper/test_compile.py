@@ -22,7 +22,8 @@ PARTS = 4
 # The more of both versions' ptxas.
 KNOWN_SPILLS = {
     "full_64": 28,
-    **dict.fromkeys(("causal_64", "float16_causal_64", "narrow"), 88),
+    "narrow": 56,
+    **dict.fromkeys(("causal_64", "float16_causal_64"), 88),
     "short_causal_64": 96,
     "window_64": 64,
     "lengths_64": 120,
@@ -35,9 +36,7 @@ KNOWN_SPILLS = {
     "one_query_offsets": 16,
     "packed_heads": 16,
     "grouped_64": 92,
-    "causal_ragged": 16,
-    "window_ragged": 16,
-    "segments_ragged": 24,
+    "segments_ragged": 28,
     "short_documents": 8,
     "documents_64": 64,
     "segments_128": 4,
@@ -55,9 +54,7 @@ KNOWN_SPILLS = {
     "lists_full": 24,
     "lists_causal": 12,
     "lists_window": 40,
-    "ragged": 16,
     "window_128": 20,
-    "array_scale_vision": 4,
     # Where a tile's thread blocks add what they have at its end.
     "shared_64": 96,
     **dict.fromkeys(("shared_128", "shared_long", "shared_window"), 28),
@@ -77,9 +74,9 @@ OF_FORWARD = {"window_64": 8, "bias_window_64": 8, "bias_narrow_512_float32_64":
 OF_TANGENT = {"window_64": 16}
 # The same of the tangent of the query's gradient.
 OF_QUERY_TANGENT = {"offsets_128": 16}
-# In backward operands are padded to head dims of at least 64, and to multiples of 16; in forward to
-# lengths of a multiple of 8 where keys are split. One query is padded to eight in backward. Dense
-# masks are padded to whole words of bits, and their words to tiles of 192 queries.
+# In forward operands are padded to lengths of a multiple of 8 where keys are split. One query is
+# padded to eight in backward. Dense masks are padded to whole words of bits, and their words to
+# tiles of 192 queries.
 # The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
     "forward": ("packed_heads", "mask_ragged_64", "mask_dropout_64"),
@@ -88,7 +85,6 @@ PADDED = {
     "key_tangents": (),
     "still": (),
     "backward": (
-        "narrow",
         "mask_ragged_64",
         "one_query_64",
         *(f"array_scale_{x}" for x in ("64", "128", "full_64", "full_128")),

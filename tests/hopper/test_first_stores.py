@@ -17,7 +17,7 @@ __all__ = ["hopper"]
 CASES = [
     Half("full", 1, 330, 390, 2, 2, 128),
     Half("causal", 1, 150, 270, 2, 2, 128, causal=True),
-    Half("halves", 1, 67, 390, 1, 1, 128),
+    Half("pieces", 1, 67, 390, 1, 1, 128),
     Half("grouped", 1, 130, 270, 4, 2, 128, causal=True, sinks=True),
     Half("window", 1, 270, 400, 2, 1, 128, causal=True, window=(100, 0)),
     Bottom("bottom_right", 1, 65, 264, 2, 1, 128),

@@ -100,13 +100,15 @@ def test_forward_pads_no_operand(head_dim: int) -> None:
     assert pads(Half("", 40, 197, 203, 2, 2, head_dim), gradient=False) == []
 
 
-@pytest.mark.parametrize("head_dim", [80, 96, 160])
-def test_backward_pads_no_operand_of_sixteens(head_dim: int) -> None:
-    assert pads(Half("", 2, 200, 200, 2, 2, head_dim), gradient=True) == []
+@pytest.mark.parametrize("head_dim", [40, 72, 80, 128, 176])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward_pads_no_operand(head_dim: int, *, deterministic: bool) -> None:
+    with jattn.deterministic_gradients(deterministic):
+        assert pads(Half("", 2, 197, 203, 2, 2, head_dim), gradient=True) == []
 
 
-def test_backward_pads_heads_under_64_and_it_is_seen() -> None:
-    assert pads(Half("", 2, 200, 200, 2, 2, 40), gradient=True) != []
+def test_backward_pads_beside_a_mask_and_it_is_seen() -> None:
+    assert pads(Half("", 2, 197, 203, 2, 2, 128, mask="11TS"), gradient=True) != []
 
 
 def test_pieces_hold_all_columns_and_few_more() -> None:

@@ -64,7 +64,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forced(spec: Any, **options: bool) -> Any:
         tiles = choose_backward_tiles(spec, **options)
-        tiles = replace(tiles, shares=Shares(), first_stores=False, listed=0, halves=False)
+        tiles = replace(tiles, shares=Shares(), first_stores=False, listed=0, pieces=False)
         return replace(tiles, heads_inner=True, heads_turned=True, late=True, shared_ds=True)
 
     monkeypatch.setattr(backward, "choose_backward_tiles", forced)
