@@ -81,8 +81,8 @@ def _by_counter(spec: AttentionSpec) -> str:
     """Whether Hopper's thread blocks take forward's tiles as they come, in words."""
     from pallas_kernels.hopper.plan import make_plan  # imports jattn, in a circle
 
-    whole = not spec.is_empty and spec.context is None
-    return ", tiles of documents from a counter" if whole and make_plan(spec).counted else ""
+    packed = spec.has_segments and not spec.is_empty and spec.context is None
+    return ", tiles of documents from a counter" if packed and make_plan(spec).counted else ""
 
 
 def _forward_plan(spec: AttentionSpec, family: Family) -> HopperPlan | PortablePlan:

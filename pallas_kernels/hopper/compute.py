@@ -233,17 +233,20 @@ class Rows:
 
     def last_and_first_step(self, tile: Tile, after: Tile, weights: Weights) -> Weights:
         """S_0 of the tile after this with O += P_n V_n of this one, which is then done."""
-        own_staging = self.plan.tiles.own_staging
+        tiles = self.plan.tiles
+        through_slot = not (tiles.own_staging or tiles.from_registers)
         q_free = self.refs.q_free.at[self.query_slot(tile)]
 
         def store(o: list[Array], _: Array | None) -> list[Array]:
             self.store(tile, o, weights.softmax)
-            if not own_staging:
+            if through_slot:
                 plgpu.barrier_arrive(q_free)
             return [jnp.zeros_like(x) for x in o]
 
+        if tiles.from_registers:  # the next ones come to the same slot
+            plgpu.barrier_arrive(q_free)
         self.await_queries(after)
-        if own_staging:
+        if tiles.own_staging:
             plgpu.barrier_arrive(q_free)
         return self.two_products(after, 0, weights, None, store, masked=self.plan.masked)
 
@@ -295,8 +298,9 @@ class Rows:
             p, now, correction = self.weigh(tile, s, i, softmax, words, masked=masked)
             if later:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
-            if plan.counted and masked is None:
-                # Behind a mask that is a branch ptxas waits for P V before it makes the maximum.
+            if plan.holds_maxima(masked=masked is None) and softmax is not None:
+                # Behind a mask that is a branch, and in some loops without one, ptxas waits for P V
+                # before it has made the maximum.
                 seam.hold_rows(now.m, lax.shift_right_logical(block, np.int32(30)))
             o = self.outputs()
             plgpu.barrier_arrive(refs.v_free.at[slot_before])
@@ -339,7 +343,7 @@ class Rows:
         plan = self.plan
         x, c = logits(plan.spec, tile.scale, self.seam.layout(s, plgpu.Layout.WGMMA))
         q_slot, slot = None, self.slot(tile.visited + i)
-        if plan.counted:
+        if plan.counted and plan.spec.has_segments:
             q_slot = self.query_slot(tile)
             slot = remainder(tile.visited + i, self.refs.k_segments.shape[0])
         has_bias = plan.spec.bias_shape is not None and not self.folded

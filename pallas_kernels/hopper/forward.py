@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
@@ -117,6 +118,9 @@ def forward(
         inputs |= segment_arrays(plan, operands)
         if plan.longest_first:
             inputs["order"] = longest_first(inputs["ranges"])
+    elif plan.counted:
+        ends = np.array([[*pair, *clear] for pair, clear in plan.ranges()], np.int32)
+        inputs["ranges"] = constant(ends[None])
     if spec.mask_shape is not None:
         inputs |= mask_arrays(plan, operands)
     if operands.scale is not None:
@@ -293,7 +297,8 @@ def _needs_no_barriers(plan: Plan) -> bool:
     spec = plan.spec
     plain = plan.lengths_known and spec.bias_shape is None and spec.dropout_rate == 0
     # Without, values in pieces lose 2 to 6%.
-    return plain and plan.tiles.own_staging and (not _by_rows(plan) or has_whole_values(spec))
+    is_whole = plan.tiles.own_staging or plan.tiles.from_registers
+    return plain and is_whole and (not _by_rows(plan) or has_whole_values(spec))
 
 
 def _scratch(
@@ -336,9 +341,10 @@ def _scratch(
     if plan.folds:
         scratch |= folded_bias.scratch(plan)
     scratch |= bias.scratch(plan) | dropout.scratch(plan)
-    if tiles.own_staging and by_rows:
+    staged = tiles.own_staging or (tiles.from_registers and interpret)
+    if staged and by_rows:
         scratch |= matrix("o", w, ROWS, widths=value)
-    elif tiles.own_staging:
+    elif staged:
         own = transforms(columns, out_dtype)
         scratch["o_smem"] = plgpu.SMEM((w, ROWS, *value), out_dtype, transforms=own)
     if tiles.in_turn:

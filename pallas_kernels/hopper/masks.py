@@ -91,7 +91,7 @@ def steps_of(plan: Plan, refs: Ref, work: Work, ranges: list[Array] | None = Non
         total, mixed = listed[0], listed[1]
         count = jnp.maximum(total, 1)
         return Steps(0, count, jnp.clip(mixed, 1, count), count, total == 0, listed)
-    if spec.has_segments:
+    if spec.has_segments or ranges is not None:
         ends: Any = ranges or [refs.ranges[work.batch, work.tile, i] for i in range(4)]
         first, stop, clear_first, clear_stop = ends
     else:

@@ -10,10 +10,10 @@ keys are read once; a query's heads are then one copy:
 
     heads in rows:             t0: head 0, head 1, ...  t1: head 0, head 1, ...
 
-The list of tiles goes through groups of heads whose keys and values fit in L2 together; in a group,
-longest tiles first. Either each tile is a thread block of its own, or the blocks are as many as the
-multiprocessors, and each has its share of the list, made when the call is traced, or takes what is
-next of it (`taken.py`).
+The list of tiles goes through groups of heads whose keys and values stay in L2; in a group, longest
+tiles first. Either each tile is a thread block of its own, or the blocks are as many as the
+multiprocessors, and each takes the next tile that nobody has taken (`taken.py`) or has its share of
+the list, made when the call is traced.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ TILE_COST = 0.7  # of a tile's start and end, in visits to a block of keys
 LEAST_IN_ROWS = 8  # heads: so many are packed as well in the order of their queries
 JOIN = 3  # visits that pass while parts of split keys are joined
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
+FEWEST_COUNTED = 3  # tiles a multiprocessor: of fewer, to set the counter to zero takes as long
+FEWEST_VISITS = 4  # of a tile, else the counter may not answer in time
+SHORT, LONG = 2048, 8192  # keys; queries whose tiles a list would not gain
 MOST_SORTED = 2048  # tiles of all heads: compared with each other
 INT32_MAX = 2**31 - 1
 L2_BYTES = 32 << 20  # of 60 MB: the rest is for queries, output and what is yet to be evicted
+BYTES_IN_STEP = 10 << 20  # of keys and values that short tiles side by side read
 
 
 class Work(NamedTuple):
@@ -162,6 +166,18 @@ class Plan:
         """
         return self.is_scheduled or not self.masked_later
 
+    def holds_maxima(self, *, masked: bool) -> bool:
+        """Whether a step's maxima are to be made while P V runs, whatever the compiler would do.
+
+        masked: the step's mask is a branch. ms without and with, where there is none: 128 full 1k
+        0.208, 0.206, 4k 0.778, 0.764, 16k 3.090, 3.037; 192/128 causal 4k 0.498, 0.485, full 0.929,
+        0.909.
+        """
+        spec = self.spec
+        full = spec.band.upper is None and spec.band.lower is None
+        wide = spec.head_dim > 128 or (full and max(spec.head_dim, spec.value_dim) > 64)
+        return self.counted and (masked or wide)
+
     def ranges(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Each query tile's blocks of keys, and those of them that need no mask; see `blocks`."""
         spec, size = self.spec, self.tiles.keys
@@ -195,7 +211,7 @@ class Plan:
         """Whether counted tiles are taken in the order of their lengths."""
         spec = self.spec
         own = spec.keys * (spec.head_dim + spec.value_dim) * spec.element_bytes
-        few = spec.batch * self.query_tiles <= MOST_SORTED
+        few = spec.batch * self.query_tiles <= MOST_SORTED and spec.has_segments
         return self.counted and few and own * spec.batch * spec.kv_heads <= L2_BYTES + L2_BYTES // 4
 
     @property
@@ -259,10 +275,29 @@ class Plan:
 
     @property
     def heads_together(self) -> int:
-        """Packs of heads, a divisor of their number, whose keys and values share L2."""
+        """Packs of heads, a divisor of their number, whose tiles are taken side by side.
+
+        Each half of L2 keeps a copy of what its multiprocessors read, 25 MB on an H100. In a full
+        call all tiles are as long, so that those of one head run in step, and that one's keys are
+        all that is kept. Where tiles differ, the longest of several heads come first.
+        """
         spec = self.spec
         own = spec.keys * (spec.head_dim + spec.value_dim) * spec.element_bytes
-        most = max(self.tiles.heads_together, L2_BYTES // own) * max(1, spec.group // self.pack)
+        narrow, uneven = max(spec.head_dim, spec.value_dim) <= 64, spec.band.upper is not None
+        least, size = 1, 0
+        if spec.band.lower is not None or spec.has_segments or rows_share(spec):
+            least, size = self.tiles.heads_together, L2_BYTES
+        elif narrow and spec.keys >= SHORT:
+            # ms, one head, 8, 16, all that fit: causal 4k 0.582 0.578 0.574; full 1.020 1.028 1.059
+            least, size = (self.tiles.heads_together, L2_BYTES) if uneven else (1, 0)
+        elif narrow:
+            # 16, 32, 64: causal 1k 0.190 0.192 0.193; 1, 8, 32: full 0.299 0.296 0.295
+            size = BYTES_IN_STEP if uneven else BYTES_IN_STEP // 4
+        elif uneven:
+            # 128, causal: 1k 8 0.135, 16 0.135, 32 0.139; 4k 4 0.415, 8 0.410, 16 0.413; 16k 1
+            # 1.538, 2 1.528, 8 1.548.
+            least, size = 2, BYTES_IN_STEP if spec.keys < SHORT else BYTES_IN_STEP * 3 // 2
+        most = max(least, size // own) * max(1, spec.group // self.pack)
         count = spec.batch * self.head_packs
         return max(n for n in range(1, min(most, count) + 1) if count % n == 0)
 
@@ -298,9 +333,20 @@ def make_plan(
     # A list made beforehand is fair only where the tiles' lengths are known beforehand.
     listed = plan.lengths_known and multiprocessors < plan.works <= MOST_LISTED
     counted = _is_counted(plan) and plan.works > multiprocessors
-    fitted = fit(spec, plan.tiles, listed=listed or counted, out_bytes=4 if plan.in_parts else 2)
-    listed &= fitted.query_slots > fitted.warpgroups
-    counted &= fitted.query_slots > fitted.warpgroups
+    if _may_count(plan):
+        few = plan.works <= FEWEST_COUNTED * multiprocessors
+        uneven = spec.band.upper is not None and spec.keys >= SHORT
+        narrow = max(spec.head_dim, spec.value_dim) <= 64
+        counted = plan.works > multiprocessors and (not few or (uneven and not narrow))
+        listed &= narrow  # few tiles, that is
+    else:
+        plan = replace(plan, tiles=replace(plan.tiles, from_registers=False))
+        listed &= spec.queries < LONG or not 64 < max(spec.head_dim, spec.value_dim) <= 128
+    out_bytes = 4 if plan.in_parts else 2
+    several = listed or counted
+    fitted = fit(spec, plan.tiles, listed=several, noted=counted, out_bytes=out_bytes)
+    several = fitted.query_slots > fitted.warpgroups or fitted.from_registers
+    listed, counted = listed and several, counted and several
     blocks = multiprocessors if listed or counted else plan.works
     return replace(plan, tiles=fitted, blocks=blocks, counted=counted)
 
@@ -316,6 +362,20 @@ def _is_counted(plan: Plan) -> bool:
     others = spec.mask_shape is not None or spec.bias_shape is not None or spec.dropout_rate > 0
     others |= spec.has_key_lengths or plan.in_parts or plan.tiles.warpgroups != 2
     return spec.has_segments and not others
+
+
+def _may_count(plan: Plan) -> bool:
+    """Whether they may of a call whose tiles have known lengths, and more than a few visits.
+
+    ms on an H100, by a list or the grid, what was faster, and by the counter: 128 full 1k 0.211,
+    0.206, 16k 3.120, 3.037, causal 1k 0.135, 0.132, window of 255 in 16k 0.109, 0.106; but of two
+    tiles a multiprocessor full 1k 0.0336, 0.0349, causal 1k 0.0228, 0.0239, 2k 0.0351, 0.0340.
+    """
+    spec = plan.spec
+    others = spec.bias_shape is not None or spec.dropout_rate > 0 or plan.in_parts or plan.pack > 1
+    timed = max(spec.head_dim, spec.value_dim) <= 128 or plan.tiles.from_registers
+    long = spec.keys > FEWEST_VISITS * plan.tiles.keys or spec.band.lower is not None
+    return plan.lengths_known and plan.splits == 1 and timed and long and not others
 
 
 def _heads_in_rows(spec: AttentionSpec) -> int:

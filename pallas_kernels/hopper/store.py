@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import instructions
 from pallas_kernels.hopper.dropout import kept_factor
+from pallas_kernels.hopper.from_registers import store_rows
 from pallas_kernels.hopper.load import query_parts
 from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.plain import columns_of
@@ -49,7 +51,13 @@ def store(
         factor *= more
     if plan.spec.dropout_rate > 0:
         factor *= kept_factor(plan.spec)
-    if plan.tiles.own_staging:
+    batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
+    if plan.tiles.from_registers and not seam.interpret:
+        o = [(x * across(factor, x.shape[1])).astype(refs.out.dtype) for x in o]
+        _store_rows(plan, refs, work, number, o)
+        _store_sums(plan, seam, refs, warpgroup, work, batch, softmax)
+        return
+    if plan.tiles.own_staging or plan.tiles.from_registers:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem, rows_of, slot = refs.o_smem, refs.o_rows, number
     else:
@@ -59,15 +67,28 @@ def store(
     for piece, to in zip(o, smem, strict=True):
         to[slot] = (piece * across(factor, piece.shape[1])).astype(to.dtype)
     plgpu.commit_smem()
-    batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
     for rows, queries, head in query_parts(plan, work, number):
         found = columns_of(rows_of, refs.out.shape[-1], work.batch * 0)
         for piece, columns in zip(rows_of, found, strict=True):
             out = refs.out.at[(*batch, queries, head, columns)]
             plgpu.copy_smem_to_gmem(piece.at[slot, rows], out)
     _store_sums(plan, seam, refs, warpgroup, work, batch, softmax)  # beside O's copies
-    if not plan.tiles.own_staging:
+    if smem[0] is refs.q_smem[0]:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _store_rows(plan: Plan, refs: Ref, work: Work, number: Array, o: list[Array]) -> None:
+    """O straight from registers."""
+    query, rows = work.query + number * ROWS, refs.out.shape[1]
+    limit = None if rows % plan.queries == 0 else rows - query
+    start, columns = 0, refs.out.shape[-1]
+    for piece in o:
+        width = min(piece.shape[1], columns - start)
+        if width <= 0:
+            break
+        to = refs.out.at[work.batch, pl.ds(query, ROWS), work.head, pl.ds(start, width)]
+        store_rows(piece, to, limit)
+        start += width
 
 
 def _as_wide_as(parts: tuple[Ref, ...], o: list[Array]) -> list[Array]:

@@ -55,7 +55,8 @@ class Note:
     @property
     def work(self) -> Work:
         """The tile, or for a number past the last some tile."""
-        batch, head, tile = (self._word(i) for i in range(1, 4))
+        head, tile = self._word(2), self._word(3)
+        batch = self._word(1) if self._plan.spec.batch > 1 else head * 0
         kv_head = quotient(head, self._plan.spec.group)
         return Work(batch, head, kv_head, tile * self._plan.queries, head * 0, tile)
 
@@ -81,7 +82,8 @@ def take(plan: Plan, seam: Seam, refs: Ref, turn: Array | int) -> None:
     else:
         work = plan.work(at)
         batch, head, tile = work.batch, work.head, work.tile
-    ranges = [refs.ranges[batch, tile, i] for i in range(4)]
+    row = batch if refs.ranges.shape[0] > 1 else 0  # the same in all where shapes tell
+    ranges = [refs.ranges[row, tile, i] for i in range(4)]
     seam.tell(refs.notes, slot, [number, batch, head, tile])
     seam.tell(refs.notes, slot + np.int32(4), ranges)
     seam.together()

@@ -35,6 +35,8 @@ class Tiles:
     overlap: the softmax of a block does not wait for the product before it.
     in_turn: warpgroups issue their products one after another.
     own_staging: the output waits for its copy beside the queries, not in their place.
+    from_registers: where a list has no room for a staging and slots of two tiles, the output leaves
+      without a staging, and the next tile's queries come to the slot of those before.
     heads_together: the fewest heads whose tiles are computed side by side; more where their keys
       and values fit in L2.
     bias_stages: blocks of a bias in flight.
@@ -47,6 +49,7 @@ class Tiles:
     overlap: bool = True
     in_turn: bool = False
     own_staging: bool = True
+    from_registers: bool = False
     heads_together: int = 8
     bias_stages: int = 2
 
@@ -108,9 +111,10 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     if width <= 128:
         # Causal 681, 648, 497; full 698, 673, 571. No list: 700, 621, 404; 699, 663, 548. In turn,
         # and keys by 64 or 192: slower.
-        return Tiles(2, 128, 2, query_slots=4 if spec.queries < 8192 else 2)
+        return Tiles(2, 128, 2, query_slots=4)
     if is_latent(spec):
-        return Tiles(2, 128, 2, query_slots=2)
+        # Without a list causal 0.539 ms, 0.211, with one 0.485, 0.172; full 0.962, 0.909.
+        return Tiles(2, 128, 2, query_slots=2, from_registers=True)
     if width <= 160 and spec.bias_shape is None and spec.dropout_rate == 0:
         # ms on an H200 at 160, B 4, N 16, T 4k, in blocks of 64, of 128 and with a list: causal
         # 0.570, 0.522, 0.504, full 1.081, 0.947, 0.952, window of 1,023 0.306, 0.289. Dropout
@@ -196,19 +200,24 @@ def _beside_narrow(spec: AttentionSpec, width: int) -> Tiles:
     return next(x for x in choices if _rounded(spec.queries, x.warpgroups * ROWS) <= 1.15 * least)
 
 
-def fit(spec: AttentionSpec, tiles: Tiles, *, listed: bool, out_bytes: int) -> Tiles:
+def fit(
+    spec: AttentionSpec, tiles: Tiles, *, listed: bool, out_bytes: int, noted: bool = False
+) -> Tiles:
     """The tiles with as many stages, slots and stagings as shared memory has room for.
 
     listed: thread blocks walk lists of tiles; without one they need a slot a warpgroup.
+    noted: or take them from a counter, of which they are told by notes.
     out_bytes: bytes of an element that the kernel writes, 4 if its outputs are still to be joined.
     """
     w, sizes = tiles.warpgroups, _widths(spec, out_bytes)
+    notes = 1024 * (noted and not spec.has_segments)  # beside segments they are counted
     # Some columns of a tiled matrix are not contiguous, as a copy needs.
     in_place = (sizes[0] == sizes[1] or is_latent(spec)) and out_bytes == 2
-    stagings = [own for own in (True, False) if own or in_place]
+    tiles = replace(tiles, from_registers=tiles.from_registers and listed and out_bytes == 2)
+    stagings = [False] if tiles.from_registers else [True, False] if in_place else [True]
     most = max(tiles.query_slots, w) if listed else w
     for stages, slots, own in product(range(tiles.stages, 0, -1), range(most, w - 1, -1), stagings):
         fitted = replace(tiles, stages=stages, query_slots=slots, own_staging=own)
-        if fitted.shared_memory(spec, out_bytes) <= SHARED_MEMORY:
+        if fitted.shared_memory(spec, out_bytes) + notes <= SHARED_MEMORY:
             return fitted
     raise ValueError(f"{tiles} need more than {SHARED_MEMORY} bytes for head dims {sizes}")

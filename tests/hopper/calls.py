@@ -43,6 +43,12 @@ LARGE = [
     *(Half(f"odd_{h}", 1, 1000, 1001, 2, 2, h) for h in HEAD_DIMS),
     *(Half(f"many_tiles_{h}", 4, 1030, 1030, 8, 8, h, causal=True) for h in (64, 128, 256)),
     *(Half(f"many_full_tiles_{h}", 4, 1024, 1024, 8, 8, h) for h in (64, 128, 256)),
+    # So many tiles that they come from a counter.
+    *(Half(f"counted_{h}", 4, 1030, 1030, 12, 4, h, causal=True) for h in (64, 128)),
+    *(Half(f"counted_full_{h}", 4, 1000, 1000, 16, 16, h) for h in (64, 96, 128)),
+    Half("counted_window", 1, 4100, 4100, 16, 4, 128, window=(200, 0), sinks=True),
+    Half("counted_latent", 4, 1030, 1030, 12, 12, 192, 128, causal=True),
+    Half("counted_latent_full", 4, 1024, 1024, 14, 14, 192, 128, sinks=True, soft_cap=9.0),
     replace(Bottom("", 1, 1024, 2048, 4, 4, 128), name="float16", dtype="float16"),
     Bottom("latent", 1, 333, 777, 4, 4, 192, 128),
     Half("lengths_64", 3, 700, 900, 4, 2, 64, **_LENGTHS),

@@ -131,6 +131,26 @@ CASES = [
     Long("text_64_96", batch=8, queries=4096, keys=80, head_dim=64, value_dim=96),
     Long("packed_heads", queries=60, keys=4096, kv_heads=4, causal=True, alignment="bottom_right"),
 ]
+# Whose tiles come from a counter, of one batch row and of several.
+COUNTED = [
+    *(
+        Long(
+            f"counted_{mask}_{h}",
+            batch=b,
+            head_dim=h,
+            **({"queries": 8192, "keys": 8192} | options),
+        )
+        for h in (64, 128)
+        for b, mask, options in (
+            (1, "full", {}),
+            (2, "full_odd", {"queries": 5001, "keys": 5001}),
+            (1, "causal", {"causal": True}),
+            (2, "window", {"window": (255, 0), "kv_heads": 4}),
+        )
+    ),
+    Long("counted_latent", batch=4, head_dim=192, value_dim=128, causal=True),
+    Long("counted_latent_full", batch=4, queries=1001, keys=1001, head_dim=192, value_dim=128),
+]
 OF_TANGENTS = (
     *(
         f"{mask}_{h}"
@@ -268,7 +288,7 @@ CALLS = [
         for case in CASES
         if case.name in OF_TANGENTS and case.soft_cap is None and case.head_dim == 64
     ),
-    *((case, "forward") for case in BIASES),
+    *((case, "forward") for case in (*COUNTED, *BIASES)),
     *(
         (case, "still")
         for case in BIASES

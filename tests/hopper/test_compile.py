@@ -70,7 +70,12 @@ KNOWN_SPILLS = {
 # The same of gradients beside a bias that has none.
 OF_STILL = {"bias_soft_cap_sinks": 80, "bias_short_128": 8, "bias_columns_128": 8}
 # The same of forward, and of the output's tangent.
-OF_FORWARD = {"window_64": 8, "bias_window_64": 8, "bias_narrow_512_float32_64": 28}
+OF_FORWARD = {
+    "window_64": 8,
+    "bias_window_64": 8,
+    "bias_narrow_512_float32_64": 28,
+    **dict.fromkeys(("counted_full_odd_64", "counted_latent_full"), 4),
+}
 OF_TANGENT = {"window_64": 16}
 # The same of the tangent of the query's gradient.
 OF_QUERY_TANGENT = {"offsets_128": 16}

@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.call.spec import Operands
+from jattn.call.spec import AttentionSpec, Operands
+from pallas_kernels.hopper import plan as plans
 from pallas_kernels.hopper.forward import forward
-from pallas_kernels.hopper.plan import make_plan
+from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.taken import longest_first
-from pallas_kernels.hopper.tiles import choose_tiles
+from pallas_kernels.hopper.tiles import Tiles, choose_tiles
 from tests.cases import Case, operands
 from tests.cases import Operands as Drawn
 from tests.hopper.calls import Half, spec_of
 from tests.hopper.exact import INTERPRETED
 from tests.test_semantics import check_found
 
-CASES = [  # with as many slots for queries
+CASES = [  # with as many slots for queries; those of segments by a counter
     (Half("list_causal", 1, 300, 300, 3, 3, 64, causal=True), 4),
     (Half("counted", 1, 136, 136, 3, 1, 128, causal=True, segments="sorted"), 3),
     (Half("counted_loose", 2, 264, 328, 2, 2, 96, segments="unsorted", sinks=True), 3),
@@ -34,6 +35,12 @@ CASES = [  # with as many slots for queries
     (Half("list_sinks", 2, 130, 130, 2, 2, 192, sinks=True), 4),
 ]
 
+KNOWN = [  # by a counter too
+    (Half("latent_causal", 1, 136, 136, 2, 1, 192, 128, causal=True), 2),
+    (Half("latent_sinks", 2, 150, 150, 2, 1, 192, 128, sinks=True), 2),
+    (Half("full_128", 2, 256, 256, 3, 1, 128), 4),
+    (Half("window_64", 1, 300, 300, 2, 2, 64, window=(140, 0)), 4),
+]
 MORE = [pytest.param(*case, marks=pytest.mark.thorough) for case in CASES[2:]]
 
 
@@ -46,18 +53,49 @@ def operands_of(drawn: Drawn) -> Operands:
 
 
 @pytest.mark.parametrize(("case", "slots"), [*CASES[:2], *MORE], ids=str)
-def test_lists_of_tiles_are_as_exact_as_the_formula(case: Case, slots: int, seed: int) -> None:
+def test_lists_of_tiles_are_as_exact_as_the_formula(
+    case: Case, slots: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec, drawn = spec_of(case), operands(case, seed)
     tiles = replace(choose_tiles(spec, max(spec.queries, 128)), query_slots=slots)
-    plan = make_plan(spec, tiles, multiprocessors=2)
+    plan = counted_plan(spec, tiles, monkeypatch)
+    if case.segments is None:
+        plan = replace(plan, counted=False)
     assert plan.is_scheduled
-    assert plan.counted == (case.segments is not None)
-    arrays = operands_of(drawn)
+    check(plan, drawn, seed)
+
+
+@pytest.mark.parametrize(
+    ("case", "slots"),
+    [KNOWN[0], *(pytest.param(*case, marks=pytest.mark.thorough) for case in KNOWN[1:])],
+    ids=str,
+)
+def test_tiles_of_known_lengths_from_a_counter_too(
+    case: Case, slots: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(case)
+    tiles = replace(choose_tiles(spec, max(spec.queries, 128)), query_slots=slots)
+    plan = counted_plan(spec, tiles, monkeypatch)
+    assert plan.counted
+    assert plan.tiles.from_registers == (case.head_dim > 128)
+    check(plan, operands(case, seed), seed)
+
+
+def counted_plan(spec: AttentionSpec, tiles: Tiles, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Two thread blocks' plan of a call whose tiles are too few for a counter."""
+    monkeypatch.setattr(plans, "FEWEST_COUNTED", 0)
+    monkeypatch.setattr(plans, "FEWEST_VISITS", 0)
+    return make_plan(spec, tiles, multiprocessors=2)
+
+
+def check(plan: Plan, drawn: Drawn, seed: int) -> None:
+    """Output and log-sum-exp by this plan, beside the formula's."""
+    spec, arrays = plan.spec, operands_of(drawn)
     out, top, rest = forward(spec, arrays, plan=plan, interpret=True)
     lse = top * math.log(2) + rest
     if arrays.sinks is not None:
         lse = jnp.logaddexp(lse, arrays.sinks.astype(jnp.float32)[None, None])
-    check_found({"out": out, "lse": lse}, INTERPRETED, case, seed)
+    check_found({"out": out, "lse": lse}, INTERPRETED, drawn.case, seed)
 
 
 def test_the_longest_first_are_in_an_order_of_all() -> None:
