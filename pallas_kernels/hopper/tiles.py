@@ -120,8 +120,7 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
         # 0.570, 0.522, 0.504, full 1.081, 0.947, 0.952, window of 1,023 0.306, 0.289. Dropout
         # would spill.
         return Tiles(2, 128, 2, query_slots=3 if _ends_differ(spec) else 2)
-    # By 96 keys 1.107 in place of 1.175; causal 4k 0.611 for 0.627, but 1k 0.261 for 0.235.
-    if _is_full(spec) and spec.head_dim == spec.value_dim == 192 and _values_whole(spec):
+    if _by_96(spec):
         return Tiles(2, 96, 2, query_slots=2)
     # Causal 768, 694, 491; full 772, 734, 616. There is no room for blocks of 128 keys, and in a
     # list for three query slots only: causal 716, 654, 465; full 653, 713, 611.
@@ -142,12 +141,23 @@ def _ends_differ(spec: AttentionSpec) -> bool:
     return spec.band.upper is not None and spec.band.lower is None
 
 
-def _is_full(spec: AttentionSpec) -> bool:
-    """Whether every query sees every key, and nothing else is asked for."""
+def _by_96(spec: AttentionSpec) -> bool:
+    """Whether blocks are of 96 keys: they are few, and those with a mask too wide for the rest."""
+    # ms on an H100, B 4, N 16, T 4k, in blocks of 64 and 96: 192 full 1.194, 1.114, causal 0.621,
+    # 0.586, window of 1,023 0.343, 0.341; 224 full 1.346, 1.263, causal (H200) 0.709, 0.730. B 8,
+    # 2k, 192 causal 0.349, 0.336. B 16, 1k: 192 full 0.370, 0.356, causal (H200) 0.235, 0.261.
+    if spec.head_dim != spec.value_dim or not _is_plain(spec) or not _values_whole(spec):
+        return False
+    if spec.band.upper is None and spec.band.lower is None:
+        return spec.head_dim in (192, 224)
+    return spec.head_dim == 192 and _ends_differ(spec) and spec.queries >= 2048
+
+
+def _is_plain(spec: AttentionSpec) -> bool:
+    """Whether nothing but a band is asked for."""
     others = spec.has_segments or spec.has_query_lengths or spec.has_key_lengths
     others |= spec.has_query_offset or spec.mask_shape is not None or spec.dropout_rate > 0
-    alone = spec.bias_shape is None and not others
-    return alone and spec.band.upper is None and spec.band.lower is None
+    return spec.bias_shape is None and not others
 
 
 def _values_whole(spec: AttentionSpec) -> bool:
