@@ -67,7 +67,7 @@ COMPILED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, tuple[int,
         },
         129.505,
     ),
-    "padded head dim": ((1, 8192, 16, 16), (1, 8192, 16, 16), {}, 128.001),
+    "narrow heads": ((1, 8192, 16, 16), (1, 8192, 16, 16), {}, 33.501),
     "lengths": (
         (4, 2048, 8, 128),
         (4, 2048, 8, 128),
