@@ -42,8 +42,8 @@ def ordering(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def force(together: int) -> None:
         def forced(spec: Any, **options: bool) -> Any:
             tiles = choose_backward_tiles(spec, **options)
-            inner = spec.group > 1
-            return replace(tiles, shares=Shares(), heads_together=together, heads_inner=inner)
+            tiles = replace(tiles, shares=Shares(), adds=False)
+            return replace(tiles, heads_together=together, heads_inner=spec.group > 1)
 
         monkeypatch.setattr(backward, "choose_backward_tiles", forced)
 
@@ -64,8 +64,9 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forced(spec: Any, **options: bool) -> Any:
         tiles = choose_backward_tiles(spec, **options)
-        tiles = replace(tiles, shares=Shares(), first_stores=False, listed=0, pieces=False)
-        return replace(tiles, heads_inner=True, heads_turned=True, late=True, shared_ds=True)
+        tiles = replace(tiles, shares=Shares(), adds=False, listed=0, pieces=False)
+        tiles = replace(tiles, first_stores=False, late=True, shared_ds=True)
+        return replace(tiles, heads_inner=True, heads_turned=True)
 
     monkeypatch.setattr(backward, "choose_backward_tiles", forced)
 
