@@ -56,8 +56,11 @@ def test_bytes_are_those_that_were_measured(peer: str) -> None:
                 if cell["bias"] and cell["head_dim"] >= 64 and peer == "jattn/flash":
                     # Hopper's sums of dQ, where the bias's gradient will be.
                     more -= 4 * cell["batch"] * cell["queries"] * cell["heads"] * cell["head_dim"]
-                if peer == "jattn/flash" and (tiles.pieces or tiles.adds):
-                    continue  # these arrays were padded then, these shares summed up by XLA
+                if tiles.adds and peer == "jattn/flash":
+                    # Sums of dK and dV, where dQ will be if they are no larger.
+                    sums = 2 * cell["kv_heads"] * cell["keys"] * cell["head_dim"]
+                    if 2 * sums <= cell["heads"] * cell["queries"] * cell["head_dim"]:
+                        more -= 4 * cell["batch"] * sums
                 # What is held where the program leaves no room for it in its results.
                 assert -0.01 <= more / (operands + x["temp_bytes"]) <= 0.08, cell["name"]
                 compared += 1
