@@ -143,9 +143,10 @@ def _ends_differ(spec: AttentionSpec) -> bool:
 
 def _by_96(spec: AttentionSpec) -> bool:
     """Whether blocks are of 96 keys: they are few, and those with a mask too wide for the rest."""
-    # ms on an H100 (* H200), B 4, N 16, T 4k, in blocks of 64 and 96: 192 full 1.194, 1.114, causal*
-    # 0.621, 0.586, window of 1,023 0.343, 0.341; 224 full* 1.346, 1.263, causal 0.709, 0.730. B 8,
-    # 2k, 192 causal* 0.349, 0.336. B 16, 1k: 192 full 0.370, 0.356, causal 0.235, 0.261.
+    # ms on an H100 (* H200), B 4, N 16, T 4k, in blocks of 64 and 96: 192 full 1.194, 1.114,
+    # causal* 0.621, 0.586, window of 1,023 0.343, 0.341; 224 full* 1.346, 1.263, causal 0.709,
+    # 0.730. B 8, 2k, 192 causal* 0.349, 0.336. B 16, 1k: 192 full 0.370, 0.356, causal 0.235,
+    # 0.261.
     if spec.head_dim != spec.value_dim or not _is_plain(spec) or not _values_whole(spec):
         return False
     if spec.band.upper is None and spec.band.lower is None:
