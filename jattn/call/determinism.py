@@ -19,8 +19,9 @@ def deterministic_gradients(on: bool = True) -> Generator[None]:
     """Makes gradients of the calls inside bitwise repeatable; part of `jax.jit`'s cache key.
 
     Only `flash`'s Hopper kernels are ever anything else, for head dims up to 128 without a soft
-    cap: their thread blocks add to a query's gradient in whatever order they come. Inside, that
-    gradient has a kernel of its own: seven products instead of five. Outside, XLA's own flag
+    cap: their thread blocks add to a query's gradient, and of grouped heads to a key's and a
+    value's, in whatever order they come. Inside, the first has a kernel of its own, seven products
+    instead of five, and the others are summed in one order. Outside, XLA's own flag
     `--xla_gpu_deterministic_ops` decides.
 
     Args:
