@@ -28,7 +28,7 @@ from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import LN2, Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
-from pallas_kernels.hopper.taken import Note
+from pallas_kernels.hopper.taken import NOTES, Note
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.whole_values import await_values
 
@@ -160,7 +160,7 @@ class Rows:
             weights, visited, turn, _ = carry
             now = self.told(turn, visited)
             weights = self.steps(now, weights)
-            plgpu.barrier_wait(refs.told.at[remainder(turn + 1, 2)])
+            plgpu.barrier_wait(refs.told.at[remainder(turn + 1, NOTES)])
             after = self.told(turn + 1, visited + now.steps.visits)
             weights = self.last_and_first_step(now, after, weights)
             return weights, after.visited, turn + 1, Note(plan, refs, turn + 1).number

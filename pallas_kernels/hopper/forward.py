@@ -355,5 +355,5 @@ def _scratch(
         scratch["k_segments"] = plgpu.SMEM((slots, tiles.keys), jnp.int32)
     if plan.counted:
         scratch["notes"] = plgpu.SMEM((NOTES * WORDS,), jnp.int32)
-        scratch["told"] = plgpu.Barrier(num_barriers=2)
+        scratch["told"] = plgpu.Barrier(num_barriers=NOTES)
     return scratch

@@ -1,9 +1,14 @@
 """Tiles whose lengths only segments tell: each thread block takes the next that nobody has taken.
 
 The loading warpgroup counts in a word of global memory, shortly before a tile's last blocks of keys
-are on their way, and tells the others by a note in shared memory, of which there are four in turn:
+are on their way, and tells the others by a note in shared memory, of which there are four in turn,
+each with a barrier:
 
     number, batch row, first head, query tile; first and stop of the blocks of keys, of the clear
+
+A thread must see every phase of a barrier that it waits for. Of tiles of one block of keys three
+are taken before any other warpgroup need have begun: with two barriers one that began late would
+miss a phase, and wait for ever.
 
 Ids of keys have a ring of their own, `id_slots` long: a mask is made after the product that frees a
 block of keys, and no block need wait for it.
@@ -87,7 +92,7 @@ def take(plan: Plan, seam: Seam, refs: Ref, turn: Array | int) -> None:
     seam.tell(refs.notes, slot, [number, batch, head, tile])
     seam.tell(refs.notes, slot + np.int32(4), ranges)
     seam.together()
-    plgpu.barrier_arrive(refs.told.at[remainder(turn, 2)])
+    plgpu.barrier_arrive(refs.told.at[remainder(turn, NOTES)])
 
 
 def id_slots(stages: int) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.shared_memory import Barrier
 
 from jattn.call.spec import AttentionSpec, Operands
 from pallas_kernels.hopper import plan as plans
@@ -79,6 +82,28 @@ def test_tiles_of_known_lengths_from_a_counter_too(
     assert plan.counted
     assert plan.tiles.from_registers == (case.head_dim > 128)
     check(plan, operands(case, seed), seed)
+
+
+def test_a_warpgroup_may_begin_when_its_loader_has_taken_all_that_is_free(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tiles of one block of keys: the interpreter says which phase of a barrier is missed."""
+    waits = Barrier.wait
+    late: set[Any] = set()
+
+    def wait(self: Barrier, thread: Any, **options: Any) -> None:
+        if thread.warpgroup_id == 1 and not late:
+            late.add(thread)
+            time.sleep(0.3)
+        waits(self, thread, **options)
+
+    monkeypatch.setattr(Barrier, "wait", wait)
+    case = Half("", 1, 128, 128, 3, 3, 64, window=(0, 0))
+    spec = spec_of(case)
+    plan = counted_plan(spec, choose_tiles(spec, 128), monkeypatch)
+    assert plan.counted
+    check(plan, operands(case, seed), seed)
+    assert late
 
 
 def counted_plan(spec: AttentionSpec, tiles: Tiles, monkeypatch: pytest.MonkeyPatch) -> Plan:
