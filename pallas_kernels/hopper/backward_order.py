@@ -25,8 +25,8 @@ MOST_VISITS = 24
 MOST_VISITS_OF_SHARES = 40
 # Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
 LEAST_VISITED = 1536
-# Keys, causal and in a window, up to which shares add: at 16k they gain 3%, at 32k 2, and a layer of
-# 8 heads of 2 would take 6% more memory, and 15% from 32k on.
+# Keys, causal and in a window, up to which shares add: at 16k they gain 3%, at 32k 2, and a layer
+# of 8 heads of 2 would take 6% more memory, and 15% from 32k on.
 LONGEST, LONGEST_IN_WINDOW = 8192, 16384
 # Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends;
 # about one where they share tiles.
