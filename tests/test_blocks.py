@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jattn.call.band import Band
-from jattn.call.masking import KeyIntervals, every_row_sees
+from jattn.call.masking import KeyIntervals
 from pallas_kernels import blocks
-from tests.cases import Case
-from tests.hopper.calls import spec_of
 from tests.reference import Bools
 
 OFFSETS = st.one_of(st.none(), st.integers(-45, 45))
-NEAR = st.one_of(st.none(), st.integers(-10, 10))
-SPEC = spec_of(Case("", 1, 8, 8, 1, 1, 64))
 
 
 @st.composite
@@ -161,26 +156,3 @@ def test_the_first_run_ends_before_the_first_that_is_not_of_it(size: int) -> Non
         runs = [(a, b) for a in range(size) for b in range(a + 1, size + 1) if row[a:b].all()]
         earliest = min((a for a, _ in runs), default=0)
         assert found == (earliest, max((b for a, b in runs if a == earliest), default=0))
-
-
-@settings(max_examples=200)
-@given(st.integers(0, 9), st.integers(0, 9), st.tuples(NEAR, NEAR))
-def test_every_row_sees_a_key_where_that_is_said(
-    queries: int, keys: int, ends: tuple[int | None, int | None]
-) -> None:
-    band = Band(*ends)
-    i, k = np.arange(queries)[:, None], np.arange(keys)[None, :]
-    seen = np.ones((queries, keys), bool)
-    if band.lower is not None:
-        seen &= k >= i + band.lower
-    if band.upper is not None:
-        seen &= k <= i + band.upper
-    spec = replace(SPEC, queries=queries, keys=keys, band=band)
-    assert every_row_sees(spec) <= bool(seen.any(axis=1).all())
-    if queries and (band.lower is None or band.upper is None):
-        assert every_row_sees(spec) == bool(seen.any(axis=1).all())
-
-
-def test_what_arrays_hold_may_hide_all_keys() -> None:
-    for options in ({"segments": "sorted"}, {"key_lengths": (1,)}, {"bias": "11TS"}):
-        assert not every_row_sees(spec_of(Case("", 1, 8, 8, 1, 1, 64, **options)))

@@ -16,7 +16,7 @@ visits, and the reverse, follow from the ends alone: see `pallas_kernels.blocks`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
@@ -25,7 +25,7 @@ from jattn.call.band import Band
 from jattn.call.sizes import as_index
 from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["KeyIntervals", "every_row_sees", "hides_some", "past_zeroed", "visible"]
+__all__ = ["KeyIntervals", "hides_some", "past_zeroed", "visible"]
 
 type Index = int | Array
 
@@ -109,16 +109,6 @@ def hides_some(spec: AttentionSpec) -> bool:
         or spec.has_segments
         or spec.mask_shape is not None
     )
-
-
-def every_row_sees(spec: AttentionSpec) -> bool:
-    """Whether each query sees a key, whatever the arrays hold: no bias, mask, length or segment."""
-    if hides_some(replace(spec, band=Band())) or spec.bias_shape is not None or spec.keys == 0:
-        return False
-    lower, upper = spec.band.lower, spec.band.upper
-    first, last = 0 if upper is None else upper, 0 if lower is None else spec.queries - 1 + lower
-    narrow = lower is not None and upper is not None and lower > upper
-    return not (spec.has_query_offset or narrow) and first >= 0 and last < spec.keys
 
 
 def past_zeroed(x: Array, lengths: Array) -> Array:

@@ -77,7 +77,7 @@ def forward(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> tuple[Arra
     unit = kernels.unit(spec)
     if "sinks" in arrays:
         top, rest = with_sinks(arrays["sinks"], top, rest, unit)
-    top, rest = kept(spec, top, rest)
+    top, rest = kept(top, rest)
     return out, log_sum_exp(unit, spec, top, rest), top, rest
 
 
@@ -99,7 +99,7 @@ def backward(
         )
 
     operands = _operands_of(arrays)
-    top, rest = unkept(spec, arrays["top"], arrays["rest"])
+    top, rest = unkept(arrays["top"], arrays["rest"])
     d_out = _cotangent(spec, operands, arrays["d_out"])
     term = row_term(top, arrays["out"], d_out, arrays.get("d_lse", 0))
     of_output = "out" if kernels.takes_output else "row_term"
@@ -160,7 +160,7 @@ def tangent(kernels: Kernels, spec: AttentionSpec, arrays: Arrays) -> tuple[Arra
         return context.tangent(kernels, spec, _operands_of(arrays), rows, moving)
 
     moving = tangents_of(arrays)
-    top, rest = unkept(spec, arrays["top"], arrays["rest"])
+    top, rest = unkept(arrays["top"], arrays["rest"])
     of_sinks = None
     t_sinks = moving.pop("sinks", None)
     if t_sinks is not None:
@@ -197,7 +197,7 @@ def backward_tangent(
     operands, moving = _operands_of(arrays), tangents_of(arrays)
     t_sinks = moving.pop("sinks", None)
     out, t_out, t_lse = (arrays[name] for name in ("out", "t_out", "t_lse"))
-    top, rest = unkept(spec, arrays["top"], arrays["rest"])
+    top, rest = unkept(arrays["top"], arrays["rest"])
     d_out = _cotangent(spec, operands, arrays["d_out"])
     term = row_term(top, out, d_out, arrays.get("d_lse", 0))
     t_term = row_term(top, t_out, d_out, arrays.get("td_lse", 0))

@@ -19,7 +19,6 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jattn.call.masking import every_row_sees
 from jattn.call.spec import AttentionSpec
 
 __all__ = [
@@ -33,18 +32,14 @@ __all__ = [
 ]
 
 
-def kept(spec: AttentionSpec, top: Array, rest: Array) -> tuple[Array, Array]:
+def kept(top: Array, rest: Array) -> tuple[Array, Array]:
     """The two numbers as they are handed on and saved: finite."""
-    if every_row_sees(spec):
-        return top, rest
     sees_none = top == -jnp.inf
     return jnp.where(sees_none, 0, top), jnp.where(sees_none, _none(rest), rest)
 
 
-def unkept(spec: AttentionSpec, top: Array, rest: Array) -> tuple[Array, Array]:
+def unkept(top: Array, rest: Array) -> tuple[Array, Array]:
     """What `kept` was given."""
-    if every_row_sees(spec):
-        return top, rest
     sees_none = rest == _none(rest)
     return jnp.where(sees_none, -jnp.inf, top), jnp.where(sees_none, 0, rest)
 

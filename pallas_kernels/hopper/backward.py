@@ -108,7 +108,7 @@ def backward(
             queries=tiles.queries,
         ),
         "ranges": ranges,
-        "largest_low": _in_groups(spec, _bound(top)),
+        "largest_low": _in_groups(spec, jnp.abs(low)),
     }
     if spec.has_segments:
         inputs["query_segments"] = edge_padded(operands.query_segments, count * tiles.queries)
@@ -186,14 +186,6 @@ def in_two(top: Array, rest: Array) -> tuple[Array, Array]:
     top = jnp.where(seen, top, 0)
     high = top + rest
     return jnp.where(seen, high, jnp.inf), jnp.where(seen, (top - high) + rest, 0)
-
-
-def _bound(top: Array) -> Array:
-    """What `low` is at most: half a step of `high`, which is little more than the maximum.
-
-    Of `low` itself XLA would make the logarithms in a kernel of its own, or twice.
-    """
-    return jnp.where(jnp.isinf(top), 0, jnp.abs(top)) * 2**-23
 
 
 def _in_groups(spec: AttentionSpec, x: Array) -> Array:
