@@ -108,7 +108,7 @@ def backward(
             queries=tiles.queries,
         ),
         "ranges": ranges,
-        "largest_low": _in_groups(spec, jnp.abs(low)),
+        "largest_low": _in_groups(spec, jnp.where(jnp.isnan(low), 0, jnp.abs(low))),
     }
     if spec.has_segments:
         inputs["query_segments"] = edge_padded(operands.query_segments, count * tiles.queries)

@@ -117,8 +117,8 @@ class Block:
                 self.visits = self.visits._replace(first=np.int32(0))
             ahead = self.tile * np.int32(tiles.keys // tiles.queries)
             self.stagger = remainder(ahead, jnp.maximum(self.visits.count, 1))
-        # Whether log-sum-exps of the group's heads have a second part that counts, or are none.
-        self.in_two = jnp.logical_not(refs.largest_low[self.batch, self.kv_head] <= LEAST_LOW)
+        # Whether log-sum-exps of the group's heads have a second part that counts.
+        self.in_two = refs.largest_low[self.batch, self.kv_head] > LEAST_LOW
 
     def keys_at(self, first: Array | int, size: int = ROWS) -> Any:
         """Rows of K's and V's shared memory, from this one on of those that hold the tile."""
