@@ -49,10 +49,8 @@ def choose_backward_tiles(
 
 def _pieces(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     """Whether arrays are read and written in place that would be padded for copies in tiles."""
-    # Dropout, and shares that are added up, have not been tried so on a GPU.
-    others = spec.dropout_rate > 0 or spec.mask_shape is not None or spec.bias_shape is not None
-    others |= tiles.once or tiles.adds
-    return not (others or _is_narrow(spec, tiles)) and has_plain_pieces(spec)
+    others = spec.mask_shape is not None or spec.bias_shape is not None
+    return not (tiles.once or others or _is_narrow(spec, tiles)) and has_plain_pieces(spec)
 
 
 # Tiles of keys that may visit a block of queries, in the mean, where documents decide.

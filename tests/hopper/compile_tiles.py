@@ -79,6 +79,11 @@ CASES = [
     Long("array_scale_vision", batch=8, queries=577, keys=577),
     *(Long(f"dropout_{h}", head_dim=h, dropout=0.1) for h in WIDTHS),
     *(Long(f"dropout_causal_{h}", head_dim=h, causal=True, dropout=0.1) for h in WIDTHS),
+    *(
+        Long(f"dropout_ragged_{h}", queries=1001, keys=2051, head_dim=h, causal=True, dropout=0.1)
+        for h in (96, 128)
+    ),
+    Long("shared_ragged", queries=4097, keys=4097, heads=32, kv_heads=1, causal=True),
     Long("dropout_one_query", queries=1, keys=4096, kv_heads=4, dropout=0.1),
     *(Long(f"mask_{h}", head_dim=h, mask="11TS") for h in WIDTHS),
     Long("mask_keys", mask="B11S", causal=True),

@@ -45,7 +45,7 @@ KNOWN_SPILLS = {
     "dropout_64": 96,
     "dropout_causal_64": 264,
     "dropout_128": 8,
-    "dropout_causal_128": 24,
+    **dict.fromkeys(("dropout_causal_128", "dropout_ragged_128"), 24),
     "dropout_causal_256": 4,
     "array_scale_64": 88,
     "array_scale_full_64": 40,

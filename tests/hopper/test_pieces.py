@@ -31,6 +31,7 @@ RAGGED = [
     Half("of_16_not_filled", 2, 136, 200, 1, 1, 72),
     Half("narrower_values", 1, 131, 203, 1, 1, 128, 72),
     Half("one_not_filled", 1, 131, 203, 2, 1, 40, causal=True),
+    Half("dropout", 1, 67, 131, 2, 1, 96, dropout=0.2, causal=True),
 ]  # fmt: skip
 
 
