@@ -49,6 +49,7 @@ __all__ = [
     "each",
     "grid_of",
     "key_gradients",
+    "share_at",
 ]
 
 LEAST_LOW = 2.0**-10  # of a log-sum-exp in base 2, that counts beside weights in 16 bits
@@ -85,12 +86,7 @@ class Block:
         self.makes_dq = "dq" in vars(refs)
         self.turn = turn
         shares = tiles.shares
-        self.batch, self.tile, head = place["batch"], place["tile"], place["head"]
-        if tiles.heads_together:
-            heads = spec.kv_heads * shares.heads
-            self.batch, lot = divided(self.batch, heads // tiles.heads_together)
-            head += lot * tiles.heads_together
-        self.kv_head, part = divided(head, shares.heads)
+        self.batch, self.tile, self.kv_head, part = share_at(spec, tiles, place)
         self.heads = spec.group // shares.heads
         self.first_head = self.kv_head * spec.group
         if shares.heads > 1:
@@ -145,8 +141,11 @@ class Block:
         if self.tiles.adds:
             number = row_of_sums(self.spec, self.tiles, self.batch, self.kv_head, row)
             whole = partial(self.store_whole, row)
-            shares = self.tiles.shares.count
-            store_share(self.seam, self.refs, number, gradients, shares=shares, store_whole=whole)
+            options = {
+                "shares": self.tiles.shares.count,
+                "places": self.tiles.places * (self.tiles.keys // ROWS),
+            }
+            store_share(self.seam, self.refs, number, gradients, store_whole=whole, **options)
             return
         if self.tiles.shares.count == 1:
             self.store_whole(row, gradients)
@@ -279,6 +278,18 @@ def grid_of(spec: AttentionSpec, tiles: BackwardTiles) -> Grid:
         # Rows side by side, so that a block of the bias comes from memory once for all of them.
         return Grid((head, batch, tile) if tiles.tiles_first else (head, tile, batch))
     return Grid((batch, head, tile) if tiles.tiles_first else (batch, tile, head))
+
+
+def share_at(
+    spec: AttentionSpec, tiles: BackwardTiles, place: dict[str, Array]
+) -> tuple[Array, Array, Array, Array]:
+    """Batch row, row of tiles, key head, and which share of its group's heads is at this place."""
+    batch, head = place["batch"], place["head"]
+    if tiles.heads_together:
+        lots = spec.kv_heads * tiles.shares.heads // tiles.heads_together
+        batch, lot = divided(batch, lots)
+        head = head + lot * tiles.heads_together
+    return batch, place["tile"], *divided(head, tiles.shares.heads)
 
 
 def _outgrows_l2(spec: AttentionSpec) -> bool:

@@ -43,8 +43,9 @@ def _shares_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     if tiles.shares.count == 1:
         return 0
     arrays = 1 if tiles.adds else tiles.shares.count
-    rows = arrays * spec.batch * -(-spec.keys // tiles.keys) * tiles.keys
-    return rows * spec.kv_heads * (padded_width(spec.head_dim) + padded_width(spec.value_dim)) * 4
+    count = arrays * spec.batch * spec.kv_heads * -(-spec.keys // tiles.keys)
+    rows = (tiles.places or count) * tiles.keys
+    return rows * (padded_width(spec.head_dim) + padded_width(spec.value_dim)) * 4
 
 
 def _copied_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:

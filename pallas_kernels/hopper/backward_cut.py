@@ -37,6 +37,7 @@ class BackwardTiles:
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     shares: the thread blocks that share a tile's work.
     adds: they add their dK and dV to sums, in whichever order they end.
+    places: tiles that have sums at a time, each the place of one that is done; 0: all.
     """
 
     queries: int
@@ -58,6 +59,7 @@ class BackwardTiles:
     values_first: bool = False
     shares: Shares = WHOLE
     adds: bool = False
+    places: int = 0
 
     @property
     def keys(self) -> int:

@@ -3,7 +3,7 @@
 A visit reads Q and dO of a block of queries and adds to its dQ, 64 KiB at head dim 128: of heads
 that run at a time these should stay in L2. Of grouped heads a tile's thread block goes through all
 heads of a group, which are too many; so that each visits two, or in a window one, thread blocks
-share a tile, and add their dK and dV (`backward_sums.py`): one array in float32, not one a share.
+share a tile, and add their dK and dV (`backward_sums.py`): sums of some tiles, in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
     from pallas_kernels.hopper.backward_cut import BackwardTiles
 
-__all__ = ["added_shares", "most_visits", "order"]
+__all__ = ["added_shares", "most_visits", "order", "places"]
 
 # Tiles of keys that visit a block of queries, in the mean. What a block's first visit saves is of
 # each block, what claims cost is of each visit.
@@ -25,9 +25,8 @@ MOST_VISITS = 24
 MOST_VISITS_OF_SHARES = 40
 # Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
 LEAST_VISITED = 1536
-# Keys, causal and in a window, up to which shares add: at 16k they gain 3%, at 32k 2, and a layer
-# of 8 heads of 2 would take 6% more memory, and 15% from 32k on.
-LONGEST, LONGEST_IN_WINDOW = 8192, 16384
+# Tiles that have sums at a time: about two rounds of the chip's thread blocks, two of a tile.
+PLACES = 256
 # Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends;
 # about one where they share tiles.
 SIDE_BY_SIDE = 250
@@ -55,8 +54,7 @@ def added_shares(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     others = spec.has_segments or spec.dropout_rate > 0
     others |= spec.mask_shape is not None or spec.bias_shape is not None
     count = -(-spec.keys // tiles.keys)
-    longest = LONGEST_IN_WINDOW if _is_window(spec) else LONGEST
-    if others or spec.group == 1 or tiles.apart or tiles.once or not 0 < spec.keys <= longest:
+    if others or spec.group == 1 or tiles.apart or tiles.once or not 0 < count <= MOST_KNOWN:
         return {}
     counts = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
     if float(counts.mean()) * tiles.queries < LEAST_VISITED:
@@ -99,12 +97,23 @@ def order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     count = -(-spec.keys // tiles.keys)
     heads = spec.kv_heads * tiles.shares.heads
     if tiles.adds:
-        together = _divisor(heads, max(2, -(-SHARES_SIDE_BY_SIDE // count)))
+        together = _divisor(
+            heads, max(2, -(-SHARES_SIDE_BY_SIDE // count)), of_tile=tiles.shares.heads
+        )
         return {"heads_inner": True, "heads_together": together}
     if spec.group > 1:
         return {"heads_inner": spec.group > tiles.shares.heads}
     many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
     return {"heads_together": _divisor(heads, many) if tiles.shares.count == 1 else 0}
+
+
+def places(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """Tiles that have sums at a time, where those are fewer than all; or 0."""
+    count = -(-spec.keys // tiles.keys)
+    # Where the shares of a tile are not launched together, all tiles of a head are between.
+    apart = tiles.tiles_first or 0 < tiles.heads_together < tiles.shares.heads
+    least = max(PLACES, count) if apart else PLACES
+    return least if tiles.adds and least < spec.batch * spec.kv_heads * count else 0
 
 
 def _is_long(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
@@ -116,9 +125,13 @@ def _is_long(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     return float(counts.mean()) * tiles.queries * spec.group >= LEAST_VISITED
 
 
-def _divisor(count: int, least: int) -> int:
-    """The least divisor of a count that is as much, but less than all; else 0."""
-    return next((n for n in range(least, count) if count % n == 0), 0)
+def _divisor(count: int, least: int, *, of_tile: int = 1) -> int:
+    """The least divisor of a count that is as much, but less than all; else 0.
+
+    Of so many heads of a tile it is some that divide them, or all of some tiles.
+    """
+    found = (n for n in range(least, count) if count % n == 0)
+    return next((n for n in found if n % of_tile == 0 or of_tile % n == 0), 0)
 
 
 def _is_one_way(spec: AttentionSpec) -> bool:

@@ -9,8 +9,13 @@ memory for each warpgroup's rows counts who arrived, and says whose numbers are 
     others   arrive: 1 ..          wait for the first one's, add > leave
     last     arrive: n - 1         wait for all, load, dK and dV
 
-Nobody waits for one that has not ended, so what is waited for always comes. In which order thread
-blocks end is not known, so gradients that must be the same each time have shares of their own.
+There are sums of some tiles at a time, in a ring, so that a longer call has no more of them: the
+first to end waits until the tile whose place it takes is done, and the last says so. Of that tile
+all thread blocks were launched before.
+
+Nobody waits for one that has not ended, but the first, for ones that run since before it did; so
+what is waited for always comes. In which order thread blocks end is not known, so gradients that
+must be the same each time have shares of their own.
 """
 
 from __future__ import annotations
@@ -26,13 +31,20 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.backward_cut import BackwardTiles
 from pallas_kernels.hopper.copies import padded_width
+from pallas_kernels.hopper.indices import divided, remainder
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["Gradient", "row_of_sums", "store_share", "sums_of_keys", "words_of_sums"]
+__all__ = [
+    "Gradient",
+    "row_of_sums",
+    "store_share",
+    "sums_of_keys",
+    "words_of_sums",
+]
 
 
 class Gradient(NamedTuple):
@@ -55,6 +67,8 @@ def sums_of_keys(
     """Of dK, and then of dV, of 64 keys each."""
     columns = sum(padded_width(inputs[name].shape[3]) for name in "kv")
     rows = spec.batch * spec.kv_heads * _blocks(spec, tiles)
+    if tiles.places:
+        rows = tiles.places * (tiles.keys // ROWS)
     return jax.ShapeDtypeStruct((rows, ROWS * columns), jnp.float32)
 
 
@@ -71,9 +85,27 @@ def _blocks(spec: AttentionSpec, tiles: BackwardTiles) -> int:
 def row_of_sums(
     spec: AttentionSpec, tiles: BackwardTiles, batch: Array, head: Array, key: Array
 ) -> Array:
-    """Where those of 64 keys from this one on are."""
-    number = (batch * spec.kv_heads + head) * np.int32(_blocks(spec, tiles))
-    return number + lax.shift_right_logical(key, np.int32(ROWS.bit_length() - 1))
+    """The number of 64 keys from this one on: of tiles that are launched later it is higher."""
+    side_by_side = _key_heads_side_by_side(spec, tiles)
+    _, own = divided(head, side_by_side)
+    number = (batch * spec.kv_heads + head - own) * np.int32(_blocks(spec, tiles))
+    if side_by_side == 1:
+        return number + _shifted(key, ROWS)
+    tile, within = divided(_shifted(key, ROWS), tiles.keys // ROWS)
+    return number + (tile * np.int32(side_by_side) + own) * np.int32(tiles.keys // ROWS) + within
+
+
+def _shifted(x: Array, by: int) -> Array:
+    """x / by, a power of two."""
+    return lax.shift_right_logical(x, np.int32(by.bit_length() - 1))
+
+
+def _key_heads_side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """Of how many a tile is launched before any of them has its next."""
+    if tiles.tiles_first:
+        return 1
+    heads = tiles.heads_together or spec.kv_heads * tiles.shares.heads
+    return max(1, heads // tiles.shares.heads)
 
 
 def store_share(
@@ -83,11 +115,13 @@ def store_share(
     gradients: tuple[Gradient, ...],
     *,
     shares: int,
+    places: int,
     store_whole: Callable[[tuple[Gradient, ...]], None],
 ) -> None:
-    """This thread block's share of gradients, whose sums are in this row.
+    """This thread block's share of gradients, of 64 keys with this number.
 
     shares: how many there are.
+    places: of sums, in a ring; 0: one for each number.
     store_whole: called by the last one, with what all of them make.
     """
     last = shares - 1
@@ -95,21 +129,28 @@ def store_share(
     own = lax.axis_index("warpgroup")
     seam.arrive(refs.words_of_sums, word, refs.arrived_smem, own)
     before = refs.arrived_smem[own]
+    at = remainder(number, places) if places else number
 
     def place(gradient: Gradient) -> int:
         return ROWS * padded_width(refs.k.shape[3]) if gradient.name == "dv" else 0
 
     @pl.when(before == 0)
     def _() -> None:
+        if places:
+
+            @pl.when(number >= places)
+            def _() -> None:
+                seam.await_all(refs.words_of_sums, word - np.int32(2 * places), shares)
+
         for gradient in gradients:
-            seam.store_fragment(gradient.x, refs.sums, number, place(gradient))
+            seam.store_fragment(gradient.x, refs.sums, at, place(gradient))
         seam.leave(refs.words_of_sums, word, first=True)
 
     @pl.when((before > 0) & (before < last))
     def _() -> None:
         seam.await_first(refs.words_of_sums, word)
         for gradient in gradients:
-            seam.add_fragment(gradient.x, refs.sums, number, place(gradient))
+            seam.add_fragment(gradient.x, refs.sums, at, place(gradient))
         seam.leave(refs.words_of_sums, word, first=False)
 
     @pl.when(before == last)
@@ -118,6 +159,8 @@ def store_share(
         whole = []
         for gradient in gradients:
             columns = gradient.x.shape[1]
-            others = seam.load_fragment(refs.sums, number, columns, place(gradient))
+            others = seam.load_fragment(refs.sums, at, columns, place(gradient))
             whole.append(gradient._replace(x=gradient.x + others))
+        if places:
+            seam.leave(refs.words_of_sums, word, first=False)
         store_whole(tuple(whole))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_cut import BackwardTiles
-from pallas_kernels.hopper.backward_order import added_shares, most_visits, order
+from pallas_kernels.hopper.backward_order import added_shares, most_visits, order, places
 from pallas_kernels.hopper.bias_form import form_of, lends_memory, rows_share
 from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
@@ -38,6 +38,7 @@ def choose_backward_tiles(
     tiles = replace(tiles, pieces=_pieces(spec, tiles))
     tiles = replace(tiles, tiles_outer=tiles.shares.count > 1 and not tiles.adds)
     tiles = replace(tiles, **order(spec, tiles))
+    tiles = replace(tiles, places=places(spec, tiles))
     tiles = replace(tiles, first_stores=_first_stores(spec, tiles))
     for stages in sorted({2, tiles.stages if form_of(spec) == "whole" else 2}, reverse=True):
         if listed := _listed(spec, replace(tiles, stages=stages)):

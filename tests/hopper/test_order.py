@@ -116,7 +116,7 @@ def test_on_a_gpu_as_exact(
     [
         (Half("one_key_head", 2, 4096, 4096, 32, 1, 128, causal=True), 4, True),
         (Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True), 2, True),
-        (Half("grouped_long", 1, 16384, 16384, 32, 8, 128, causal=True), 0, True),
+        (Half("grouped_long", 1, 16384, 16384, 32, 8, 128, causal=True), 2, True),
         (Half("of_three", 2, 8192, 8192, 24, 8, 128, causal=True), 0, True),
         (Half("long", 1, 16384, 16384, 16, 16, 128, causal=True), 2, False),
         (Half("odd", 1, 12345, 12345, 16, 16, 128, causal=True), 4, False),

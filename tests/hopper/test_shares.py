@@ -15,6 +15,8 @@ from jattn.backends.flash import hopper_gradient_bytes
 from jattn.call.spec import Operands
 from jattn.call.target import Target
 from pallas_kernels.hopper import backward
+from pallas_kernels.hopper.backward_block import grid_of, share_at
+from pallas_kernels.hopper.backward_sums import row_of_sums
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.shares import WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.visits import visits
@@ -36,6 +38,7 @@ SHARED = {
     Half("packed", 1, 300, 200, 2, 2, 40, segments="sorted", causal=True): Shares(1, 2),
     Half("soft_cap_sinks", 1, 130, 150, 4, 2, 64, sinks=True, soft_cap=5.0): Shares(2, 2),
     Half("wide", 1, 70, 150, 4, 1, 192, 128, causal=True): Shares(4),
+    Half("window_of_heads", 2, 300, 300, 4, 2, 128, window=(150, 0)): Shares(2),
 }  # fmt: skip
 # Keys of one tile. What no query or no key of a block sees must be zero all the same.
 ONE_TILE = [
@@ -52,12 +55,22 @@ ONE_TILE = [
 
 @pytest.fixture
 def sharing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shares], None]:
-    """Has backward computed in these shares, whatever would be chosen."""
+    """Has backward computed in these shares, whatever would be chosen.
+
+    In a ring of sums, where it may be one: of one tile, or of a head's.
+    """
 
     def force(shares: Shares) -> None:
         def forced(spec: Any, **options: bool) -> Any:
             tiles = choose_backward_tiles(spec, **options)
-            return replace(tiles, shares=shares, adds=not options["deterministic"], listed=0)
+            adds = not options["deterministic"]
+            tiles = replace(tiles, shares=shares, adds=adds, places=0, listed=0)
+            if not adds or shares.heads == 1 or shares.queries > 1:
+                return tiles
+            in_turn = {"tiles_outer": False, "tiles_first": spec.band.lower is not None}
+            together = 0 if in_turn["tiles_first"] else shares.heads
+            places = -(-spec.keys // tiles.keys) if in_turn["tiles_first"] else 1
+            return replace(tiles, **in_turn, heads_together=together, places=places)
 
         monkeypatch.setattr(backward, "choose_backward_tiles", forced)
 
@@ -152,6 +165,43 @@ def test_few_tiles_are_shared_and_many_are_not() -> None:
     assert shares_of(replace(grouped, causal=False)) == WHOLE
     assert shares_of(Half("", 8, 4096, 77, 10, 10, 64)).queries > 1
     assert shares_of(Half("", 1, 128, 128, 8, 8, 64)) == WHOLE
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True),
+        Half("grouped_long", 1, 32768, 32768, 8, 2, 128, causal=True),
+        Half("two_key_heads_together", 4, 4096, 4096, 32, 8, 128, causal=True),
+        Half("of_six", 2, 8192, 8192, 48, 8, 128, causal=True),
+        Half("large_groups", 1, 16384, 16384, 32, 4, 128, causal=True),
+        Half("window", 1, 16384, 16384, 32, 8, 128, causal=True, window=(4095, 0)),
+        Half("long_window", 2, 40960, 40960, 8, 2, 128, causal=True, window=(4095, 0)),
+    ],
+    ids=str,
+)
+def test_sums_lie_where_those_of_a_tile_that_was_launched_before_were(case: Case) -> None:
+    spec = spec_of(case)
+    tiles = choose_backward_tiles(spec, deterministic=False)
+    sizes = dict(grid_of(spec, tiles).axes)
+    at = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
+    place = {name: jnp.asarray(x, jnp.int32) for name, x in zip(sizes, at, strict=True)}
+    batch, tile, head, _ = share_at(spec, tiles, place)
+    number = np.asarray(row_of_sums(spec, tiles, batch, head, tile * tiles.keys))
+    _, first = np.unique(number, return_index=True)
+    last = len(number) - 1 - np.unique(number[::-1], return_index=True)[1]
+    assert 0 < tiles.places < len(first)
+    assert len(number) == tiles.shares.count * len(first)
+    assert np.all(last[: -tiles.places] < first[tiles.places :])
+
+
+def test_sums_are_no_more_of_a_longer_call() -> None:
+    def beside_dq(length: int) -> int:
+        case = Half("", 1, length, length, 32, 8, 128, causal=True)
+        shared = hopper_gradient_bytes(spec_of(case), H100)
+        return shared - hopper_gradient_bytes(spec_of(replace(case, kv_heads=32)), H100)
+
+    assert beside_dq(16384) == beside_dq(131072) == 256 * 128 * 2 * 128 * 4
 
 
 def test_shares_are_never_more_than_there_is_to_share() -> None:
