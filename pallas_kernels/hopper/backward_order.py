@@ -22,7 +22,7 @@ __all__ = ["added_shares", "most_visits", "order", "places"]
 # Tiles of keys that visit a block of queries, in the mean. What a block's first visit saves is of
 # each block, what claims cost is of each visit.
 MOST_VISITS = 24
-MOST_VISITS_OF_SHARES = 40
+MOST_VISITS_OF_SHARES = 40  # or in windows of heads that are side by side
 # Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
 LEAST_VISITED = 1536
 # Tiles that have sums at a time: about two rounds of the chip's thread blocks, two of a tile.
@@ -31,13 +31,16 @@ PLACES = 256
 # about one where they share tiles.
 SIDE_BY_SIDE = 250
 SHARES_SIDE_BY_SIDE = 128
+# Visits of a tile in a window, times the heads side by side: what they go on to besides what the
+# chip's tiles are at.
+WINDOWS_SIDE_BY_SIDE = 312
 
 
-def most_visits(tiles: BackwardTiles) -> int:
+def most_visits(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     """Tiles of keys that visit a block of queries up to which the first one stores its dQ."""
     # ms on an H100, filled and stored, visited 33 times: 32 heads of 8, T 8k 6.269, 6.153, window
-    # 4095 5.719, 5.648.
-    return MOST_VISITS_OF_SHARES if tiles.adds else MOST_VISITS
+    # 4095 5.719, 5.648. On an H200, window 4095 of 16 heads, four side by side, 2.734, 2.717.
+    return MOST_VISITS_OF_SHARES if tiles.adds or _is_window(spec) else MOST_VISITS
 
 
 def added_shares(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
@@ -88,8 +91,11 @@ def order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     if added or tiles.apart or tiles.once:
         return {}
     if _is_window(spec):
-        alone = spec.group == 1 or spec.has_segments or not tiles.values_first
-        return {} if alone or not _is_long(spec, tiles) else {"tiles_first": True}
+        if spec.has_segments or not tiles.values_first or not _is_long(spec, tiles):
+            return {}
+        if spec.group == 1:
+            return {"heads_together": _heads_of_window(spec, tiles)}
+        return {"tiles_first": True}
     if not _is_one_way(spec):
         return {}
     if spec.has_segments and not (spec.group > 1 and tiles.values_first):
@@ -123,6 +129,17 @@ def _is_long(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
         return False
     counts = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
     return float(counts.mean()) * tiles.queries * spec.group >= LEAST_VISITED
+
+
+def _heads_of_window(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """Heads side by side in a window, so that what their tiles visit stays in L2; 0: all."""
+    # ms on an H200, window 4095 of 16 heads, all, four: 2.781, 2.717, FlashAttention-3 2.707; 1023,
+    # where all fit, 0.975, 0.975, 0.985.
+    visits = int(known_counts(spec, queries=tiles.queries, keys=tiles.keys).max())
+    most = max(1, WINDOWS_SIDE_BY_SIDE // visits)
+    if most >= spec.kv_heads:
+        return 0
+    return max(n for n in range(1, most + 1) if spec.kv_heads % n == 0)
 
 
 def _divisor(count: int, least: int, *, of_tile: int = 1) -> int:

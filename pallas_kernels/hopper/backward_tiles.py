@@ -74,7 +74,7 @@ def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     if _is_of_documents(spec):
         few = spec.keys <= MOST_KNOWN * tiles.keys
         return tiles.heads_inner or (few and _most_visited(spec, tiles) <= MOST_OF_DOCUMENTS)
-    return 0 < _visited(spec, tiles) <= most_visits(tiles)
+    return 0 < _visited(spec, tiles) <= most_visits(spec, tiles)
 
 
 def _is_of_documents(spec: AttentionSpec) -> bool:
@@ -93,7 +93,7 @@ def _adds_often(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     # Of shares of two heads, 32 of 8, T 8k, dQ filled 6.269, late 6.638, late and turned 6.186,
     # stored 6.153; 16k 11.97, late 11.76.
     alone = tiles.in_fragments and tiles.values_first and (tiles.shares.count == 1 or tiles.adds)
-    return tiles.heads_inner and alone and _visited(spec, tiles) > most_visits(tiles)
+    return tiles.heads_inner and alone and _visited(spec, tiles) > most_visits(spec, tiles)
 
 
 def _visited(spec: AttentionSpec, tiles: BackwardTiles) -> float:

@@ -109,6 +109,7 @@ CASES = [
             ("shared_long", 16384, 8, {"causal": True}),
             ("shared_window", 8192, 8, {"window": (4095, 0)}),
             ("grouped_window", 8192, 8, {"window": (1023, 0)}),
+            ("window_alone", 8192, 32, {"window": (4095, 0)}),
         )
     ),
     *FEW_QUERIES,
