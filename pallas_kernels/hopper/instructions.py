@@ -25,6 +25,7 @@ __all__ = [
     "add_fragment",
     "arrive",
     "await_all",
+    "await_claim",
     "await_copy",
     "await_first",
     "claim",
@@ -44,6 +45,7 @@ __all__ = [
     "store_pairs",
     "take",
     "tell",
+    "tell_claim",
     "to_fragment",
     "together",
 ]
@@ -453,6 +455,49 @@ def claim(gmem: Any, index: Array, smem: Any, slot: Array) -> None:
         _asm(text, words, index.registers.item(), own, constraints="l,r,r")
 
     emit(gmem, index, smem, slot)
+
+
+def tell_claim(slot: Array, first: int, warpgroups: int) -> None:
+    """What `claim` put into this slot is there, for `await_claim` of each of so many warpgroups.
+
+    first: the number of the first of their named barriers, two for each.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_NUMBER,))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, slot: mgpu.FragmentedArray) -> None:
+        arrivals = "add.u32 number, number, 2;\n".join(["bar.arrive number, 160;\n"] * warpgroups)
+        text = (
+            "{ .reg .pred p; .reg .u32 number;\n"
+            f"{_THREAD}"
+            "setp.ge.u32 p, thread, 32;\n"
+            "@p bra TOLD;\n"
+            "bar.warp.sync 0xffffffff;\n"
+            "and.b32 number, $0, 1;\n"
+            f"add.u32 number, number, {first};\n"
+            f"{arrivals}"
+            "TOLD: }"
+        )
+        _asm(text, slot.registers.item(), constraints="r")
+
+    emit(slot)
+
+
+def await_claim(slot: Array, first: int) -> None:
+    """Waits for what is told of this slot, once each time; first as above."""
+
+    @plgpu.inline_mgpu(arg_types=(_NUMBER,))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, slot: mgpu.FragmentedArray) -> None:
+        text = (
+            "{ .reg .u32 number, own;\n"
+            "mov.u32 own, %tid.x; shr.u32 own, own, 7;\n"
+            "and.b32 number, $0, 1;\n"
+            "mad.lo.u32 number, own, 2, number;\n"
+            f"add.u32 number, number, {first};\n"
+            "bar.sync number, 160; }"
+        )
+        _asm(text, slot.registers.item(), constraints="r")
+
+    emit(slot)
 
 
 def publish(gmem: Any, smem: Any, slot: Array) -> None:

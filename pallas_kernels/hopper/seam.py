@@ -192,6 +192,14 @@ class Seam:
         else:
             instructions.claim(words, index, claimed, slot)
 
+    def tell_claim(self, slot: Array, warpgroups: int) -> None:
+        """The claim in this slot is there, for each compute warpgroup that waits for it."""
+        instructions.tell_claim(slot, _own_barriers(warpgroups), warpgroups)
+
+    def await_claim(self, slot: Array, warpgroups: int) -> None:
+        """Waits for the claim in this slot."""
+        instructions.await_claim(slot, _own_barriers(warpgroups))
+
     def publish(self, words: Ref, claimed: Ref, slot: Array) -> None:
         """What those put that this warpgroup waited for is there for all that claim it later."""
         if not self.interpret:
@@ -225,8 +233,7 @@ class Seam:
         barrier: what is waited at when interpreting.
         """
         if not self.interpret:
-            # 0 is for all threads, 1 and so on for one warpgroup's, the loading one among them.
-            instructions.meet(warpgroups + 2, 128 * warpgroups)
+            instructions.meet(_own_barriers(warpgroups) - 1, 128 * warpgroups)
             return
         plgpu.commit_smem()
         plgpu.barrier_arrive(barrier)
@@ -316,3 +323,9 @@ def transforms(columns: int, dtype: Any, swizzle: int | None = None) -> tuple[An
     swizzle = swizzle or swizzle_of(columns, size)
     tiling = plgpu.TilingTransform((8, swizzle // size))  # type: ignore[abstract]
     return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+
+
+def _own_barriers(warpgroups: int) -> int:
+    """The first named barrier that is a kernel's own, behind that of `meet`."""
+    # 0 is for all threads, 1 and so on for one warpgroup's, the loading one among them.
+    return warpgroups + 3
