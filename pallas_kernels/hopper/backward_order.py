@@ -25,8 +25,9 @@ MOST_VISITS = 24
 MOST_VISITS_OF_SHARES = 40  # or in windows of heads that are side by side
 # Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
 LEAST_VISITED = 1536
-# Tiles that have sums at a time: about two rounds of the chip's thread blocks, two of a tile.
-PLACES = 256
+# Tiles that have sums at a time: about two rounds of the chip's thread blocks, two of a tile; and
+# where the shares of a tile are not launched together.
+PLACES, PLACES_APART = 128, 256
 # Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends;
 # about one where they share tiles.
 SIDE_BY_SIDE = 250
@@ -118,7 +119,7 @@ def places(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     count = -(-spec.keys // tiles.keys)
     # Where the shares of a tile are not launched together, all tiles of a head are between.
     apart = tiles.tiles_first or 0 < tiles.heads_together < tiles.shares.heads
-    least = max(PLACES, count) if apart else PLACES
+    least = max(PLACES_APART, count) if apart else PLACES
     return least if tiles.adds and least < spec.batch * spec.kv_heads * count else 0
 
 

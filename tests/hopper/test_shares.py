@@ -201,7 +201,7 @@ def test_sums_are_no_more_of_a_longer_call() -> None:
         shared = hopper_gradient_bytes(spec_of(case), H100)
         return shared - hopper_gradient_bytes(spec_of(replace(case, kv_heads=32)), H100)
 
-    assert beside_dq(16384) == beside_dq(131072) == 256 * 128 * 2 * 128 * 4
+    assert beside_dq(16384) == beside_dq(131072) == 128 * 128 * 2 * 128 * 4
 
 
 def test_shares_are_never_more_than_there_is_to_share() -> None:
