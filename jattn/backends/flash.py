@@ -74,7 +74,7 @@ def _in_parts(spec: AttentionSpec, family: Family) -> str:
     if spec.is_empty or spec.context is not None:
         return ""
     parts = _forward_plan(spec, family).splits
-    return f", keys in {parts} parts that XLA joins" if parts > 1 else ""
+    return f", keys in {parts} parts, joined by a kernel" if parts > 1 else ""
 
 
 def _by_counter(spec: AttentionSpec) -> str:

@@ -68,6 +68,7 @@ from pallas_kernels.hopper.softmax import unit
 from pallas_kernels.hopper.taken import NOTES, WORDS, id_slots, longest_first
 from pallas_kernels.hopper.tiles import ROWS, Tiles
 from pallas_kernels.hopper.warpgroups import run
+from pallas_kernels.portable.triton import load as load_at
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
@@ -138,15 +139,26 @@ def forward(
         out, sums = _counted(plan, inputs, interpret=interpret)
     else:
         out, sums = _launch(plan, inputs, interpret=interpret)
+    if plan.in_parts:
+        return combine(
+            spec, out, {"sums": sums}, partial(_ends, plan),
+            unit=unit(spec), sinks=sinks, interpret=interpret,
+        )  # fmt: skip
     out = out[..., : spec.queries, :, : spec.value_dim]
     if plan.heads_in_rows:
         top, total = (sums[..., i, :] for i in range(2))
     else:
         top, total = (jnp.swapaxes(sums[..., i, : spec.queries], -2, -1) for i in range(2))
-    rest = jnp.log(jnp.where(total == 0, 1, total))
-    if plan.in_parts:
-        return combine(spec, out, top, rest, unit=unit(spec), sinks=sinks)
-    return out, top, rest
+    return out, top, jnp.log(jnp.where(total == 0, 1, total))
+
+
+def _ends(plan: Plan, refs: Ref, at: tuple[Array, ...], there: Array | None) -> tuple[Array, Array]:
+    """What `combine` asks for: maxima of parts and the logarithms of their sums."""
+    part, batch, query, head = at
+    before, after = (query, head) if plan.heads_in_rows else (head, query)
+    top = load_at(refs.sums, (part, batch, before, 0, after), there, -jnp.inf)
+    total = load_at(refs.sums, (part, batch, before, 1, after), there)
+    return top, jnp.log(jnp.where(total == 0.0, 1.0, total))
 
 
 def takes_halves(spec: AttentionSpec) -> bool:

@@ -12,12 +12,12 @@ registers and shared memory all along, and goes over the blocks of keys that som
     m, l          |         |         |         |         |     has one
 
 The next blocks are copied to shared memory while this one is computed: Triton's pipelining,
-`stages` deep. With few programs the keys are split among more, and the parts joined by XLA.
+`stages` deep. With few programs the keys are split among more, and the parts joined (`combine.py`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -29,7 +29,7 @@ from pallas_kernels.portable.forward_tile import ForwardTile, run
 from pallas_kernels.portable.plan import Plan, make_plan
 from pallas_kernels.portable.softmax import APART, Softmax
 from pallas_kernels.portable.tiles import forward_tiles
-from pallas_kernels.portable.triton import LN2
+from pallas_kernels.portable.triton import LN2, Index, Mask, load
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
@@ -64,7 +64,15 @@ def forward(
     )  # fmt: skip
     if whole:
         return out, top, rest
-    return combine(spec, out, top, rest, unit=base(spec) * LN2, sinks=sinks)
+    return combine(
+        spec, out, {"top": top, "rest": rest}, _ends,
+        unit=base(spec) * LN2, sinks=sinks, interpret=interpret,
+    )  # fmt: skip
+
+
+def _ends(refs: Any, at: Index, there: Mask) -> tuple[Array, Array]:
+    """What `combine` asks for."""
+    return load(refs.top, at, there, -jnp.inf), load(refs.rest, at, there)
 
 
 def _kernel(tile: ForwardTile) -> None:

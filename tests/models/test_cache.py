@@ -157,4 +157,4 @@ def test_a_decoding_step_takes_the_kernel_that_splits_keys(window: int | None) -
     for device, kernel in (("H100", "Pallas Mosaic GPU, Hopper"), ("A100", "Pallas, portable")):
         found = jattn.explain(**shapes, device=device)
         assert found.chosen == "flash"
-        assert re.fullmatch(kernel + r", keys in \d+ parts that XLA joins", str(found.kernel))
+        assert re.fullmatch(kernel + r", keys in \d+ parts, joined by a kernel", str(found.kernel))
