@@ -22,6 +22,7 @@ __all__ = ["added_shares", "most_visits", "order", "places"]
 # Tiles of keys that visit a block of queries, in the mean. What a block's first visit saves is of
 # each block, what claims cost is of each visit.
 MOST_VISITS = 24
+MOST_VISITS_OF_FULL = 32  # where each tile begins with a block of its own
 MOST_VISITS_OF_SHARES = 40  # or in windows of heads that are side by side
 # Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
 LEAST_VISITED = 1536
@@ -40,8 +41,12 @@ WINDOWS_SIDE_BY_SIDE = 312
 def most_visits(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     """Tiles of keys that visit a block of queries up to which the first one stores its dQ."""
     # ms on an H100, filled and stored, visited 33 times: 32 heads of 8, T 8k 6.269, 6.153, window
-    # 4095 5.719, 5.648. On an H200, window 4095 of 16 heads, four side by side, 2.734, 2.717.
-    return MOST_VISITS_OF_SHARES if tiles.adds or _is_window(spec) else MOST_VISITS
+    # 4095 5.719, 5.648. On an H200, window 4095 of 16 heads, four side by side, 2.734, 2.717; 4k
+    # full of 16 heads, visited 32 times, 3.042, 3.010; 3.054, 3.022; 3.039, 3.008.
+    if tiles.adds or _is_window(spec):
+        return MOST_VISITS_OF_SHARES
+    full = spec.band.lower is None and spec.band.upper is None
+    return MOST_VISITS_OF_FULL if full and spec.group == 1 and tiles.values_first else MOST_VISITS
 
 
 def added_shares(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:

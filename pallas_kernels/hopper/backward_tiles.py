@@ -62,7 +62,7 @@ def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     """Whether blocks of dQ are stored by the first to visit them, and none is filled before."""
     # ms on an H200, forward and backward of head dim 128, filled and stored, the least of 40 runs,
     # no lists where stored: visited 4.5 times (1k causal) 0.633, 0.617; 8 (full) 0.960, 0.932; 16.5
-    # (4k causal) 1.692, 1.672; 20 (5000) 1.255, 1.244; 32 (4k full) 3.161, 3.168, (32 heads of 8,
+    # (4k causal) 1.692, 1.672; 20 (5000) 1.255, 1.244; 33 (32 heads of 8,
     # 8k causal) 6.24, 6.34; 48 (12,345 causal) 3.64, 3.85; 64 (16k) 5.76, 5.95; 128 (full) 12.16,
     # 12.28.
     # Of documents, causal, on an H100: 8 of 2048 1.147, 1.040, one of 16k 6.636, 6.091; 32 heads of

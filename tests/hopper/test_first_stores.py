@@ -63,7 +63,8 @@ def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
         Half("wide", 1, 200, 200, 2, 2, 192),
         Half("narrow", 1, 200, 200, 2, 2, 64),
         Half("long", 1, 16384, 16384, 16, 16, 128, causal=True),
-        Half("visited_often", 1, 4096, 4096, 16, 16, 128),
+        Half("visited_often", 1, 4224, 4224, 16, 16, 128),
+        Half("grouped", 1, 4096, 4096, 16, 8, 128),
     ],
     ids=str,
 )
