@@ -27,6 +27,7 @@ from jax import Array, lax
 
 from jattn.call.masking import KeyIntervals
 from pallas_kernels.blocks import key_blocks, unmasked_key_blocks
+from pallas_kernels.hopper import few_queries
 from pallas_kernels.hopper.bias_form import FOLDED, folds, form_of, rows_share
 from pallas_kernels.hopper.copies import copyable, padded_width
 from pallas_kernels.hopper.indices import divided, quotient
@@ -318,17 +319,21 @@ def make_plan(
     pack = in_rows or pack
     chosen = tiles or choose_tiles(spec, rows=spec.queries * pack)
     plan = _with_tiles(spec, chosen, pack, heads_in_rows=in_rows > 0)
-    if tiles is None and not masked and (2 * plan.works <= multiprocessors or plan.in_parts):
+    waits = spec.queries * pack <= ROWS  # for memory
+    may_split = tiles is None and not masked
+    if may_split and (waits or 2 * plan.works <= multiprocessors or plan.in_parts):
         # Too few tiles to fill the chip: the smallest, and the keys split among blocks.
         smallest = choose_tiles(spec, rows=1)
         plan = _with_tiles(spec, smallest, pack, heads_in_rows=in_rows > 0)
         blocks = max(1, -(-spec.keys // plan.tiles.keys))
-        most = min(-(-blocks // 2), INT32_MAX // blocks)  # a share's first block is a quotient
-        splits = max(1, min(multiprocessors // plan.works, most))
+        if waits:
+            splits = few_queries.shares(plan, multiprocessors)
+            plan = replace(plan, tiles=few_queries.tiles(plan, splits, multiprocessors))
+        else:
+            most = min(-(-blocks // 2), INT32_MAX // blocks)  # a share's first block is a quotient
+            splits = max(1, min(multiprocessors // plan.works, most))
         saved = blocks - -(-blocks // splits)
-        # A tile of few queries waits for memory, and its visits take the longer for it.
-        few = spec.queries * pack <= ROWS
-        if saved > JOIN or few or plan.in_parts:  # in parts: joined in any case
+        if saved > JOIN or waits or plan.in_parts:  # in parts: joined in any case
             plan = replace(plan, splits=splits)
     # A list made beforehand is fair only where the tiles' lengths are known beforehand.
     listed = plan.lengths_known and multiprocessors < plan.works <= MOST_LISTED

@@ -123,5 +123,24 @@ def test_keys_are_split_where_that_saves_more_than_it_costs() -> None:
         ).splits
 
     assert splits(512, 512, 8, 8) == 1
+    assert splits(1, 128, 32, 8) == 1
     assert splits(1, 512, 32, 8) > 1
     assert splits(1, 32768, 32, 8) > splits(1, 512, 32, 8)
+
+
+def test_few_queries_leave_few_multiprocessors_idle_whatever_the_batch() -> None:
+    for batch in range(1, 41):
+        plan = make_plan(spec_of(Half("", batch, 1, 32768, 32, 8, 128)), multiprocessors=132)
+        rounds = -(-plan.works // 132)
+        assert plan.works / (132 * rounds) > 0.6
+        # One whose last round is nearly full holds less of the keys at a time.
+        assert plan.tiles.keys == (64 if plan.works / 132 - rounds + 1 >= 0.8 else 128)
+        assert plan.tiles.stages == 2
+
+
+def test_few_queries_in_a_window_are_not_split_for_keys_that_they_do_not_see() -> None:
+    def splits(window: tuple[int, int] | None) -> int:
+        mask: dict[str, Any] = {"causal": True, "alignment": "bottom_right", "window": window}
+        return make_plan(spec_of(Half("", 1, 1, 32768, 32, 8, 128, **mask))).splits
+
+    assert splits((511, 0)) < splits((2047, 0)) == splits(None) == 16

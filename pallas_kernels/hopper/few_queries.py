@@ -1,0 +1,90 @@
+"""How few queries read their keys: in how many shares, and how much of them at a time.
+
+A tile of few queries waits for memory. What matters is that all multiprocessors read until the end,
+and as fast as each other: a share is one thread block's, of which each has a multiprocessor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pallas_kernels.hopper.plan import Plan
+    from pallas_kernels.hopper.tiles import Tiles
+
+__all__ = ["shares", "tiles"]
+
+# In visits while all multiprocessors read: what one takes that reads alone, by how much tiles end
+# apart where some have none, a round's start and end, and to join a row of a share.
+ALONE, UNEVEN, ROUND, ROWS_JOINED = 0.6, 0.05, 1.2, 1e-4
+WORTH = 0.95  # of the time, for several rounds
+NEARLY_FULL, LONG_SHARE = 0.8, 16  # a last round; visits: with these, blocks of 64 keys
+INT32_MAX = 2**31 - 1
+
+
+def shares(plan: Plan, multiprocessors: int) -> int:
+    """In how many shares the keys of few queries are read soonest.
+
+    As many as one round of the chip has room for, or several rounds where that leaves many
+    multiprocessors idle. us on an H200, 32 heads of 8, 32,768 keys, in so many shares: B 9, 72
+    tiles, 1 290, 2 369, 3 273, 5 269, 16 277; B 17, 1 637, 2 591, 4 529, 8 523, 16 516; B 24, 1
+    799, 2 703, 4 707, 8 709; one row, 8 40.0, 16 33.7, 32 36.8; 1,024 keys, 4 6.2, 8 5.4. But B 5,
+    3 157, 5 163, 13 158; B 6, 2 185, 5 188.
+    """
+    visited, rows = _visited(plan), plan.spec.queries * plan.pack
+
+    def cost(splits: int) -> float:
+        """In visits while all read."""
+        tiles = plan.works * splits
+        rounds, last = _rounds(tiles, multiprocessors)
+        visits = visited / splits if rounds else -(-visited // splits)
+        last = max(ALONE, last + UNEVEN * (1 - last))
+        joined = tiles * rows * ROWS_JOINED if splits > 1 else 0.0
+        return visits * (rounds + last) + ROUND * (rounds + 1) + joined
+
+    # A share's first block is a quotient.
+    most = max(1, min(visited, multiprocessors, INT32_MAX // (2 * visited)))
+    in_one = max(1, min(multiprocessors // plan.works, most))
+    best = min(range(in_one, most + 1), key=cost, default=in_one)
+    return best if cost(best) < WORTH * cost(in_one) else in_one
+
+
+def tiles(plan: Plan, splits: int, multiprocessors: int) -> Tiles:
+    """Tiles for few queries that read so many shares of the keys.
+
+    With 64 KiB in flight on each multiprocessor all read as fast, and heads that lie side by side
+    at the same time; with more some are far ahead. us on an H200, 32 heads of 8, 32,768 keys,
+    blocks of 128 keys in two stages (where not split, three), of 64 in two, three and four: B 1
+    33.3, 32.9, 33.6; B 4 123.3, 122.5, 122.3; B 8 241.4, 239.4, 240.2; B 16 476, 472, 473, 480; B
+    14 446, 421; B 24 721, 709; B 64 of 8,192 488, 474, 477. Short blocks are slower where the last
+    round is of few tiles: B 17 526, 537, B 9 273, 285; and shares: 8,192 keys 9.6, 10.1. Head dim
+    64, blocks of 128 in four, three and two: B 8 67.0, 64.3, 63.9; B 16 242, 237, 238.
+    """
+    spec, own = plan.spec, plan.tiles
+    width = max(spec.head_dim, spec.value_dim)
+    if spec.bias_shape is not None or spec.dropout_rate > 0 or width > 128:
+        return own
+    if width <= 64:
+        return replace(own, stages=3)
+    _, last = _rounds(plan.works * splits, multiprocessors)
+    long = _visited(plan) >= LONG_SHARE * splits
+    return replace(own, stages=2, keys=64 if long and last >= NEARLY_FULL else own.keys)
+
+
+def _visited(plan: Plan) -> int:
+    """How many blocks of keys few queries visit, as far as shapes tell."""
+    spec, size = plan.spec, plan.tiles.keys
+    blocks = max(1, -(-spec.keys // size))
+    if plan.lengths_known:
+        return max([1, *(stop - first for (first, stop), _ in plan.ranges())])
+    if spec.band.lower is None or spec.band.upper is None:
+        return blocks
+    reach = spec.band.upper - spec.band.lower + spec.queries
+    return min(blocks, -(-reach // size) + 1)
+
+
+def _rounds(tiles: int, multiprocessors: int) -> tuple[int, float]:
+    """Rounds of the chip before the last, and which part of it has a tile in the last."""
+    rounds = max(-(-tiles // multiprocessors) - 1, 0)
+    return rounds, tiles / multiprocessors - rounds
