@@ -99,6 +99,7 @@ CASES = [
     Long("ragged_latent", queries=1001, keys=2051, head_dim=192, value_dim=128),
     Long("float16_causal_64", dtype="float16", head_dim=64, causal=True),
     *(Long(f"one_query_{h}", queries=1, keys=4096, kv_heads=4, head_dim=h) for h in WIDTHS),
+    Long("one_query_long", queries=1, keys=32768, heads=32, kv_heads=8),
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
     *(
         Long(name, queries=t, keys=t, heads=32, kv_heads=kv_heads, **options)

@@ -90,7 +90,7 @@ PADDED = {
     "still": (),
     "backward": (
         "mask_ragged_64",
-        *(f"one_query_{x}" for x in ("64", "128", "256", "offsets")),  # one row, to eight
+        *(f"one_query_{x}" for x in ("64", "128", "256", "offsets", "long")),  # one row, to eight
         "dropout_one_query",
         *(f"array_scale_{x}" for x in ("64", "128", "full_64", "full_128")),
     ),
