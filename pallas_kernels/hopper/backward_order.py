@@ -8,9 +8,10 @@ share a tile, and add their dK and dV (`backward_sums.py`): sums of some tiles, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pallas_kernels.hopper.shares import ENOUGH, Shares
+from pallas_kernels.hopper.shares import ENOUGH, MULTIPROCESSORS, Shares
 from pallas_kernels.hopper.visits import MOST_KNOWN, known_counts
 
 if TYPE_CHECKING:
@@ -23,16 +24,22 @@ __all__ = ["added_shares", "most_visits", "order", "places"]
 # each block, what claims cost is of each visit.
 MOST_VISITS = 24
 MOST_VISITS_OF_FULL = 32  # where each tile begins with a block of its own
-MOST_VISITS_OF_SHARES = 40  # or in windows of heads that are side by side
+MOST_VISITS_OF_SHARES = 40  # or in windows
+MOST_VISITS_OF_ONE_HEAD = 65  # of a share
 # Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
 LEAST_VISITED = 1536
+LEAST_OF_MANY = 1024  # where there are thread blocks enough to even out
 # Tiles that have sums at a time: about two rounds of the chip's thread blocks, two of a tile; and
 # where the shares of a tile are not launched together.
 PLACES, PLACES_APART = 128, 256
+# Heads of an odd group that have thread blocks of their own.
+LEAST_ODD = 7
 # Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends;
 # about one where they share tiles.
 SIDE_BY_SIDE = 250
-SHARES_SIDE_BY_SIDE = 128
+SHARES_SIDE_BY_SIDE = 112
+# Of what the chip could run in as many rounds, where tiles are long.
+LONG, LEAST_FILLED = 8192, 0.85
 # Visits of a tile in a window, times the heads side by side: what they go on to besides what the
 # chip's tiles are at.
 WINDOWS_SIDE_BY_SIDE = 312
@@ -42,9 +49,13 @@ def most_visits(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     """Tiles of keys that visit a block of queries up to which the first one stores its dQ."""
     # ms on an H100, filled and stored, visited 33 times: 32 heads of 8, T 8k 6.269, 6.153, window
     # 4095 5.719, 5.648. On an H200, window 4095 of 16 heads, four side by side, 2.734, 2.717; 4k
-    # full of 16 heads, visited 32 times, 3.042, 3.010; 3.054, 3.022; 3.039, 3.008.
-    if tiles.adds or _is_window(spec):
+    # full of 16 heads, visited 32 times, 3.042, 3.010; 3.054, 3.022; 3.039, 3.008. 28 heads of 4,
+    # 16k, a head a share, visited 64 times, 10.75 (late), 10.33.
+    if _is_window(spec):
         return MOST_VISITS_OF_SHARES
+    if tiles.adds:
+        alone = tiles.shares.heads == spec.group
+        return MOST_VISITS_OF_ONE_HEAD if alone else MOST_VISITS_OF_SHARES
     full = spec.band.lower is None and spec.band.upper is None
     return MOST_VISITS_OF_FULL if full and spec.group == 1 and tiles.values_first else MOST_VISITS
 
@@ -59,26 +70,43 @@ def added_shares(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     # but tiles first 5.853); 1023 2.096, 2.154, 2.297, none shared but tiles first 2.080.
     # Of head dim 96, 32 of one 1.633, 1.452; of 64, with four heads a share, 1.069, 1.024 (two
     # 1.044), but 32 of 8, 8k, 3.621, 3.638. Wide heads: 8 of one of 256 0.942, 0.945.
-    # Full calls: 32 of one 3.010, 3.086; of 8 3.061, 3.199. Odd groups were not tried.
+    # Full calls: 32 of one 3.010, 3.086; of 8 3.061, 3.199.
+    # On an H200: 16k 12.18, 11.65, 32 of 4 12.75, 11.61; 12,345, whose 194 thread blocks of two
+    # heads are one and a half rounds of the chip's, 6.87, 6.94. 2k, B 4, 32 of 8 0.948, 0.922, of
+    # one 0.972, 0.927. A head a share: 28 of 4, 2k 0.989, 0.893, 4k 1.565, 1.469, 8k 2.803, 2.667,
+    # 16k 10.80, 10.33; but 40 of 8, 4k, 1.048, 1.062, 24 of 8 1.203, 1.278, 8k 2.302, 2.318.
     others = spec.has_segments or spec.dropout_rate > 0
     others |= spec.mask_shape is not None or spec.bias_shape is not None
     count = -(-spec.keys // tiles.keys)
     if others or spec.group == 1 or tiles.apart or tiles.once or not 0 < count <= MOST_KNOWN:
         return {}
     counts = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
-    if float(counts.mean()) * tiles.queries < LEAST_VISITED:
-        return {}
+    visits = float(counts.mean()) * tiles.queries
     if _is_window(spec):
+        if visits < LEAST_VISITED:
+            return {}
         visited = float(counts.sum()) / -(-spec.queries // tiles.queries)
         if not tiles.values_first or visited <= MOST_VISITS:
             return {}
         return {"shares": Shares(spec.group), "adds": True}
     heads = 4 if tiles.queries > 64 else 2
+    if tiles.values_first and spec.group % 2 and spec.group >= LEAST_ODD:
+        heads = 1
     if not _is_one_way(spec) or spec.group % heads or spec.group == heads:
         return {}
     if not tiles.values_first and spec.batch * spec.kv_heads * count >= ENOUGH:
         return {}
-    return {"shares": Shares(spec.group // heads), "adds": True}
+    shares = Shares(spec.group // heads)
+    blocks = spec.batch * spec.kv_heads * count * shares.count
+    is_many = tiles.values_first and blocks >= ENOUGH
+    if visits < (LEAST_OF_MANY if is_many else LEAST_VISITED):
+        return {}
+    together = _shares_side_by_side(spec, replace(tiles, shares=shares))
+    together = (together or spec.kv_heads * shares.heads) * count
+    rounds = -(-together // MULTIPROCESSORS)
+    if spec.keys > LONG and together < LEAST_FILLED * rounds * MULTIPROCESSORS:
+        return {}
+    return {"shares": shares, "adds": True}
 
 
 def order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
@@ -106,13 +134,10 @@ def order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
         return {}
     if spec.has_segments and not (spec.group > 1 and tiles.values_first):
         return {}  # not tried
-    count = -(-spec.keys // tiles.keys)
     heads = spec.kv_heads * tiles.shares.heads
     if tiles.adds:
-        together = _divisor(
-            heads, max(2, -(-SHARES_SIDE_BY_SIDE // count)), of_tile=tiles.shares.heads
-        )
-        return {"heads_inner": True, "heads_together": together}
+        together = _shares_side_by_side(spec, tiles)
+        return {"heads_inner": spec.group > tiles.shares.heads, "heads_together": together}
     if spec.group > 1:
         return {"heads_inner": spec.group > tiles.shares.heads}
     many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
@@ -124,6 +149,8 @@ def places(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     count = -(-spec.keys // tiles.keys)
     # Where the shares of a tile are not launched together, all tiles of a head are between.
     apart = tiles.tiles_first or 0 < tiles.heads_together < tiles.shares.heads
+    if not apart and tiles.heads_together % tiles.shares.heads:
+        return 0  # key heads begin beside others that are not done
     least = max(PLACES_APART, count) if apart else PLACES
     return least if tiles.adds and least < spec.batch * spec.kv_heads * count else 0
 
@@ -135,6 +162,14 @@ def _is_long(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
         return False
     counts = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
     return float(counts.mean()) * tiles.queries * spec.group >= LEAST_VISITED
+
+
+def _shares_side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """Thread blocks that are at tiles with one number at a time; 0: all."""
+    shares = tiles.shares.heads
+    least = max(2, -(-SHARES_SIDE_BY_SIDE * tiles.keys // spec.keys))
+    # A head a thread block is as heads are that have their own keys.
+    return _divisor(spec.kv_heads * shares, least, of_tile=shares if shares < spec.group else 1)
 
 
 def _heads_of_window(spec: AttentionSpec, tiles: BackwardTiles) -> int:

@@ -105,7 +105,7 @@ def _key_heads_side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     if tiles.tiles_first:
         return 1
     heads = tiles.heads_together or spec.kv_heads * tiles.shares.heads
-    return max(1, heads // tiles.shares.heads)
+    return 1 if heads % tiles.shares.heads else heads // tiles.shares.heads
 
 
 def store_share(

@@ -102,12 +102,13 @@ CASES = [
     Long("one_query_long", queries=1, keys=32768, heads=32, kv_heads=8),
     *(Long(f"one_key_head_{h}", heads=32, kv_heads=1, head_dim=h, causal=True) for h in (128, 256)),
     *(
-        Long(name, queries=t, keys=t, heads=32, kv_heads=kv_heads, **options)
+        Long(name, queries=t, keys=t, kv_heads=kv_heads, **({"heads": 32} | options))
         for name, t, kv_heads, options in (
             ("shared_64", 4096, 1, {"head_dim": 64, "causal": True}),
             ("shared_96", 4096, 1, {"head_dim": 96, "causal": True}),
             ("shared_128", 4096, 1, {"causal": True}),
             ("shared_long", 16384, 8, {"causal": True}),
+            ("shared_by_seven", 4096, 4, {"causal": True, "heads": 28}),
             ("shared_window", 8192, 8, {"window": (4095, 0)}),
             ("grouped_window", 8192, 8, {"window": (1023, 0)}),
             ("window_alone", 8192, 32, {"window": (4095, 0)}),

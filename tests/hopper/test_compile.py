@@ -57,7 +57,7 @@ KNOWN_SPILLS = {
     "window_128": 20,
     # Where a tile's thread blocks add what they have at its end.
     "shared_64": 96,
-    "shared_128": 28,
+    **dict.fromkeys(("shared_128", "shared_by_seven"), 28),
     "grouped_window": 40,
     "bias_shared_segments_64": 40,
     "bias_shared_segments_128": 132,

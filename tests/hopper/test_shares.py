@@ -38,6 +38,7 @@ SHARED = {
     Half("packed", 1, 300, 200, 2, 2, 40, segments="sorted", causal=True): Shares(1, 2),
     Half("soft_cap_sinks", 1, 130, 150, 4, 2, 64, sinks=True, soft_cap=5.0): Shares(2, 2),
     Half("wide", 1, 70, 150, 4, 1, 192, 128, causal=True): Shares(4),
+    Half("a_head_a_share", 1, 300, 300, 3, 1, 128, causal=True): Shares(3),
     Half("window_of_heads", 2, 300, 300, 4, 2, 128, window=(150, 0)): Shares(2),
 }  # fmt: skip
 # Keys of one tile. What no query or no key of a block sees must be zero all the same.
@@ -163,6 +164,14 @@ def test_few_tiles_are_shared_and_many_are_not() -> None:
     assert shares_of(replace(grouped, window=(4095, 0))) == Shares(4)
     assert shares_of(replace(grouped, window=(1023, 0))) == WHOLE
     assert shares_of(replace(grouped, causal=False)) == WHOLE
+    assert shares_of(replace(grouped, heads=56)) == Shares(7)
+    assert shares_of(replace(grouped, heads=24)) == WHOLE
+    short = replace(grouped, batch=4, queries=2048, keys=2048)
+    for batch in (4, 1):
+        spec = spec_of(replace(short, batch=batch))
+        assert choose_backward_tiles(spec, deterministic=False).adds == (batch == 4)
+    # Two heads of 97 tiles would be one and a half rounds.
+    assert shares_of(replace(grouped, queries=12345, keys=12345)) == WHOLE
     assert shares_of(Half("", 8, 4096, 77, 10, 10, 64)).queries > 1
     assert shares_of(Half("", 1, 128, 128, 8, 8, 64)) == WHOLE
 
@@ -174,6 +183,7 @@ def test_few_tiles_are_shared_and_many_are_not() -> None:
         Half("grouped_long", 1, 32768, 32768, 8, 2, 128, causal=True),
         Half("two_key_heads_together", 4, 4096, 4096, 32, 8, 128, causal=True),
         Half("of_six", 2, 8192, 8192, 48, 8, 128, causal=True),
+        Half("of_seven", 1, 16384, 16384, 28, 4, 128, causal=True),
         Half("large_groups", 1, 16384, 16384, 32, 4, 128, causal=True),
         Half("window", 1, 16384, 16384, 32, 8, 128, causal=True, window=(4095, 0)),
         Half("long_window", 2, 40960, 40960, 8, 2, 128, causal=True, window=(4095, 0)),
