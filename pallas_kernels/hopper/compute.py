@@ -24,18 +24,18 @@ from pallas_kernels.hopper.dropout import Words, dropped, words_of_rows
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.load import query_slot
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
+from pallas_kernels.hopper.plain import parts_in
 from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import LN2, Softmax, across, logits, scale_of
 from pallas_kernels.hopper.store import store
 from pallas_kernels.hopper.taken import NOTES, Note
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.hopper.whole_values import await_values
 
 if TYPE_CHECKING:
     from pallas_kernels.hopper.plan import Plan, Work
 
-__all__ = ["compute"]
+__all__ = ["compute", "value_columns"]
 
 
 class Tile(NamedTuple):
@@ -84,34 +84,26 @@ def compute(
         pl.when(warpgroup.number == tiles.warpgroups - 1)(
             lambda: plgpu.barrier_arrive(refs.turn.at[0])
         )
-    _with_outputs(
-        seam, refs, warpgroup, lambda *o: Rows(plan, seam, refs, warpgroup, o, folded).every_tile()
+    columns = value_columns(plan, refs.v_smem)
+    seam.with_accumulator(
+        lambda o_acc: Rows(plan, seam, refs, warpgroup, o_acc, folded).every_tile(),
+        (ROWS, columns),
+        refs.o_stand_in.at[warpgroup.number] if seam.interpret else None,
     )
     plgpu.wait_smem_to_gmem(0)
     if tiles.in_turn:
         pl.when(warpgroup.number == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
 
 
-def _with_outputs(
-    seam: Seam, refs: Ref, warpgroup: Warpgroup, body: Callable[..., None], *made: Ref
-) -> None:
-    """body(accumulator of each piece of the values' columns), zero at first."""
-    i = len(made)
-    if i == len(refs.v_smem):
-        body(*made)
-        return
-    seam.with_accumulator(
-        lambda o_acc: _with_outputs(seam, refs, warpgroup, body, *made, o_acc),
-        (ROWS, refs.v_smem[i].shape[-1]),
-        getattr(refs, f"o{i}_stand_in").at[warpgroup.number] if seam.interpret else None,
-    )
+def value_columns(plan: Plan, v_smem: Ref) -> int:
+    """Columns of a tile's output: of values in pieces no more than there are."""
+    return plan.spec.value_dim if len(v_smem.shape) == 4 else v_smem.shape[-1]
 
 
 @dataclass(frozen=True)
 class Rows:
     """64 query rows of a tile; O is accumulated in `o_acc`, which is zero when a tile begins.
 
-    o_acc: an accumulator for each piece of the values' columns.
     folded: the bias comes with Q Kᵀ.
     """
 
@@ -119,7 +111,7 @@ class Rows:
     seam: Seam
     refs: Ref
     warpgroup: Warpgroup
-    o_acc: tuple[Ref, ...]
+    o_acc: Ref
     folded: bool
 
     def every_tile(self) -> None:
@@ -224,10 +216,10 @@ class Rows:
     def step(self, tile: Tile, i: Array, weights: Weights, *, masked: bool | None) -> Weights:
         """S_i = Q K_iᵀ with O += P_{i-1} V_{i-1}."""
 
-        def correct(o: list[Array], correction: Array) -> list[Array]:
+        def correct(o: Array, correction: Array) -> Array:
             if self.plan.spec.has_key_lengths:
                 self.await_values(tile.visited + i)
-            return [x * across(correction, x.shape[1]) for x in o]
+            return o * across(correction, o.shape[1])
 
         return self.two_products(tile, i, weights, weights.softmax, correct, masked=masked)
 
@@ -237,11 +229,11 @@ class Rows:
         through_slot = not (tiles.own_staging or tiles.from_registers)
         q_free = self.refs.q_free.at[self.query_slot(tile)]
 
-        def store(o: list[Array], _: Array | None) -> list[Array]:
+        def store(o: Array, _: Array | None) -> Array:
             self.store(tile, o, weights.softmax)
             if through_slot:
                 plgpu.barrier_arrive(q_free)
-            return [jnp.zeros_like(x) for x in o]
+            return jnp.zeros_like(o)
 
         if tiles.from_registers:  # the next ones come to the same slot
             plgpu.barrier_arrive(q_free)
@@ -256,7 +248,7 @@ class Rows:
         if not self.plan.spec.has_key_lengths:
             self.await_values(tile.visited + tile.steps.visits - 1)
         self.multiply_values(weights.p, slot)
-        o = self.outputs()
+        o = self.seam.wait(self.o_acc, in_flight=0)
         plgpu.barrier_arrive(refs.v_free.at[slot])
         self.store(tile, o, weights.softmax)
         plgpu.barrier_arrive(refs.q_free.at[self.query_slot(tile)])
@@ -267,7 +259,7 @@ class Rows:
         i: Array | int,
         before: Weights,
         softmax: Softmax | None,
-        next_o: Callable[[list[Array], Any], list[Array]],
+        next_o: Callable[[Array, Any], Array],
         *,
         masked: bool | None,
     ) -> Weights:
@@ -290,7 +282,7 @@ class Rows:
             if kept is not None:
                 # A zero that the compiler cannot know.
                 seam.made_before(kept, lax.shift_right_logical(block, np.int32(30)))
-            s = seam.wait(s_acc, in_flight=len(self.o_acc) if tiles.overlap else 0)
+            s = seam.wait(s_acc, in_flight=int(tiles.overlap))
             # Segments come with the keys, and are read where there is a mask.
             later = spec.has_segments and masked is not False and not plan.counted
             if not later:
@@ -302,10 +294,9 @@ class Rows:
                 # Behind a mask that is a branch, and in some loops without one, ptxas waits for P V
                 # before it has made the maximum.
                 seam.hold_rows(now.m, lax.shift_right_logical(block, np.int32(30)))
-            o = self.outputs()
+            o = seam.wait(self.o_acc, in_flight=0)
             plgpu.barrier_arrive(refs.v_free.at[slot_before])
-            for o_acc, value in zip(self.o_acc, next_o(o, correction), strict=True):
-                o_acc[...] = value
+            self.o_acc[...] = next_o(o, correction)
             # With several loops only now: else ptxas sees an operand written while a product is in
             # flight, and waits for every single one (C7513).
             return Weights(self.rounded(tile, i, p, kept), now)
@@ -393,7 +384,7 @@ class Rows:
             return self.seam.masked(p.astype(plan.spec.dtype), kept)
         return dropped(plan, self.seam, self.refs, tile.words, tile.visited + i, p)
 
-    def store(self, tile: Tile, o: list[Array], softmax: Softmax) -> None:
+    def store(self, tile: Tile, o: Array, softmax: Softmax) -> None:
         """O and the log-sum-exp on their way to their arrays."""
         slot = self.query_slot(tile)
         if self.folded:
@@ -414,15 +405,14 @@ class Rows:
 
         @pl.when(real < plan.tiles.keys)
         def _() -> None:
-            for piece in refs.v_smem:
-                v = piece.at[self.slot(tile.visited)]
+            for v in parts_in(refs.v_smem, self.slot(tile.visited)):
                 key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
                 v[...] = jnp.where(key < real, v[...], jnp.zeros((), v.dtype))
             plgpu.commit_smem()
 
     def await_values(self, block: Array) -> None:
         """Waits for a block's values, by the number of blocks visited before it."""
-        await_values(self.plan, self.refs, block)
+        plgpu.barrier_wait(self.refs.v_full.at[self.slot(block)])
 
     def await_queries(self, tile: Tile) -> None:
         number, turn = self.warpgroup.number, tile.turn
@@ -432,19 +422,16 @@ class Rows:
     def multiply_keys(self, s_acc: Ref, tile: Tile, slot: Array) -> None:
         """S += Q Kᵀ, started."""
         place = self.query_slot(tile)
+        left = self.plan.spec.head_dim
         for q, k in zip(self.refs.q_smem, self.refs.k_smem, strict=True):
-            self.seam.matmul_into(s_acc, q.at[place], k.at[slot].T)
+            self.seam.keys_into(s_acc, q.at[place], k.at[slot], columns=left)
+            left -= k.shape[-1]
         if self.folded:
             folded_bias.multiply(self.seam, self.refs, s_acc, slot)
 
     def multiply_values(self, p: Array, slot: Array) -> None:
         """O += P V, started."""
-        for o_acc, v in zip(self.o_acc, self.refs.v_smem, strict=True):
-            self.seam.matmul_into(o_acc, p, v.at[slot])
-
-    def outputs(self) -> list[Array]:
-        """O, of which no product is running any more."""
-        return [self.seam.wait(o_acc, in_flight=0) for o_acc in self.o_acc]
+        self.seam.values_into(self.o_acc, p, self.refs.v_smem.at[slot])
 
     def query_slot(self, tile: Tile) -> Any:
         return query_slot(self.plan, tile.turn, self.warpgroup.number)

@@ -25,7 +25,8 @@ done):
     o_smem  (W, 64, D)             waits for its own warpgroup's copies; or O goes out through the
                                    slot of its Q
 
-Each of them may be several pieces, next to each other (`plain.py`).
+Each of them may be several pieces, next to each other (`plain.py`), of which P V is one product
+(`wide_products.py`).
 
 Readers set every `free` barrier once before they start, so that the loader waits in the same way
 each time, and the loader waits once more for each at the end.
@@ -44,9 +45,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.combine import combine
-from pallas_kernels.hopper import bias, dropout, folded_bias, whole_values
+from pallas_kernels.hopper import bias, dropout, folded_bias
 from pallas_kernels.hopper.bias_form import form_of
-from pallas_kernels.hopper.compute import compute
+from pallas_kernels.hopper.compute import compute, value_columns
 from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.dense_mask import mask_arrays
@@ -54,15 +55,15 @@ from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.piece_widths import (
-    has_whole_values,
     in_pieces,
     is_latent,
-    value_columns,
+    value_pieces,
     whole_or_pieces,
 )
 from pallas_kernels.hopper.plain import in_both_ways, named, piece_matrices, pieces
 from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.seam import Ref, Seam, copyable, transforms
+from pallas_kernels.hopper.seam import matrix as matrix_of
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import unit
 from pallas_kernels.hopper.taken import NOTES, WORDS, id_slots, longest_first
@@ -103,8 +104,6 @@ def forward(
     inputs: dict[str, Any] = matrices
     if not _by_rows(plan):
         inputs = {name: in_tiles(x) for name, x in matrices.items()}
-    elif not _values_by_rows(plan):
-        inputs = matrices | whole_values.last_block(plan, operands.value)
     if operands.halves is not None:
         own = operands.halves
         inputs |= {"own_q": own.query, "own_k": own.key, "own_v": own.value}
@@ -183,15 +182,6 @@ def _by_rows(plan: Plan) -> bool:
     return not plan.in_parts and in_pieces(plan.spec)
 
 
-def _values_by_rows(plan: Plan) -> bool:
-    return _by_rows(plan) and not has_whole_values(plan.spec)
-
-
-def _value_widths(plan: Plan) -> tuple[int, ...]:
-    """The widths of values in shared memory."""
-    return value_columns(plan.spec) if _by_rows(plan) else (padded_width(plan.spec.value_dim),)
-
-
 def in_tiles(x: Array) -> Array:
     """x (B, rows, heads, columns), padded where the TMA unit's tiles need it: see `copyable`.
 
@@ -249,23 +239,20 @@ def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[A
     by_rows = _by_rows(plan)
     scratch = _scratch(plan, out_dtype, columns, interpret=interpret)
     if by_rows:
-        tiled = ("b_smem",) if _values_by_rows(plan) else ("b_smem", "v_smem")
-        matrices = [name for name in scratch if name.endswith("_smem") and name not in tiled]
+        matrices = [name for name in scratch if name.endswith("_smem") and name != "b_smem"]
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
-    if whole_values.copied_here(plan) and not interpret:
-        scratch |= whole_values.scratch(plan)
     if interpret:
-        scratch["s_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, tiles.keys), jnp.float32)
-        for i, width in enumerate(_value_widths(plan)):
-            scratch[f"o{i}_stand_in"] = plgpu.SMEM((tiles.warpgroups, ROWS, width), jnp.float32)
+        o_columns = value_columns(plan, scratch["v_smem"])
+        for name, count in (("s", tiles.keys), ("o", o_columns)):
+            shape = (tiles.warpgroups, ROWS, count)
+            scratch[f"{name}_stand_in"] = plgpu.SMEM(shape, jnp.float32)
 
     def kernel(*args: Ref) -> None:
         refs = named(scratch, [*names, *scratch], args)
-        for name in [f"{x}_{kind}" for x in "qkvo" for kind in ("smem", "rows")]:
+        for name in [f"{x}_{kind}" for x in "qko" for kind in ("smem", "rows")]:
             if name in vars(refs):
                 setattr(refs, name, pieces(refs, name))
         warpgroup = lax.axis_index("warpgroup")
-        whole_values.prepare(plan, refs)
 
         @pl.when(warpgroup < tiles.warpgroups)
         def _() -> None:
@@ -308,9 +295,7 @@ def _needs_no_barriers(plan: Plan) -> bool:
     """Whether no thread reads shared memory that threads write: values past a length are such."""
     spec = plan.spec
     plain = plan.lengths_known and spec.bias_shape is None and spec.dropout_rate == 0
-    # Without, values in pieces lose 2 to 6%.
-    is_whole = plan.tiles.own_staging or plan.tiles.from_registers
-    return plain and is_whole and (not _by_rows(plan) or has_whole_values(spec))
+    return plain and (plan.tiles.own_staging or plan.tiles.from_registers)
 
 
 def _scratch(
@@ -320,34 +305,33 @@ def _scratch(
     w, stages, segments = tiles.warpgroups, tiles.stages, spec.has_segments
     by_rows = _by_rows(plan)
     head, value = (whole_or_pieces(x, pieces=by_rows) for x in (spec.head_dim, spec.value_dim))
+    count, width = value_pieces(spec) if by_rows else (1, value[0])
 
-    values = _value_widths(plan)
-    in_rows = _values_by_rows(plan)
-    here = whole_values.copied_here(plan) and not interpret
+    def matrix(name: str, *shape: int, widths: tuple[int, ...]) -> dict[str, Any]:
+        if by_rows:
+            return piece_matrices(name, shape, widths, spec.dtype)
+        own = transforms(widths[0], spec.dtype)
+        return {f"{name}_smem": plgpu.SMEM((*shape, widths[0]), spec.dtype, transforms=own)}
 
-    def matrix(
-        name: str, *shape: int, widths: tuple[int, ...], rows: bool = by_rows, summed: int = 0
-    ) -> dict[str, Any]:
-        found = piece_matrices(name, shape, widths, spec.dtype) if rows or len(widths) > 1 else {}
-        if not rows:  # the first
-            size = jnp.dtype(spec.dtype).itemsize
-            own = transforms(widths[0], spec.dtype, swizzle_of(widths[0], size, summed))
-            first = plgpu.SMEM((*shape, widths[0]), spec.dtype, transforms=own)
-            found |= {f"{name}_smem": first}
-        return found
+    def values() -> Any:
+        if by_rows:
+            return matrix_of(spec.dtype, stages, count, tiles.keys, width)
+        size = jnp.dtype(spec.dtype).itemsize
+        swizzle = swizzle_of(width, size, summed=tiles.keys)
+        return matrix_of(spec.dtype, stages, tiles.keys, width, swizzle=swizzle)
 
     q_arrivals = copies(plan) * len(head) + segments + (form_of(spec) == "rows")
     scratch = {
         **matrix("q", tiles.query_slots, ROWS, widths=head),
         **matrix("k", stages, tiles.keys, widths=head),
-        **matrix("v", stages, tiles.keys, widths=values, rows=in_rows, summed=tiles.keys),
+        "v_smem": values(),
         "q_full": plgpu.Barrier(num_arrivals=q_arrivals, num_barriers=2 * w),
         "q_free": plgpu.Barrier(num_barriers=tiles.query_slots),
         "k_full": plgpu.Barrier(
             num_arrivals=len(head) + segments + plan.folds, num_barriers=stages
         ),
         "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_arrivals=max(1, len(values) - here), num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=count, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
     if plan.folds:

@@ -15,28 +15,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental.mosaic.gpu import launch_context
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
-
-from pallas_kernels.hopper.copies import swizzle_of
 
 __all__ = [
     "add_fragment",
     "arrive",
     "await_all",
     "await_claim",
-    "await_copy",
     "await_first",
     "claim",
     "claims_none",
-    "copy_in_tiles",
     "from_fragments",
     "hold",
     "hold_rows",
     "leave",
     "load_fragment",
-    "make_barriers",
     "meet",
     "multiplied",
     "publish",
@@ -83,92 +77,6 @@ def meet(number: int, threads: int) -> None:
         _asm(f"bar.sync {number}, {threads};")
 
     emit()
-
-
-def make_barriers(words: Any, number: int, threads: int) -> None:
-    """Barriers of 8 bytes in shared memory, each for one copy at a time.
-
-    As many threads of the block meet at the named barrier of this number once they are made.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(_REF,))  # type: ignore[untyped-decorator]
-    def emit(_: mgpu.LaunchContext, words: _Value) -> None:
-        count = ir.MemRefType(words.type).shape[0] // 2
-        made = "".join(
-            f"@p mbarrier.init.shared::cta.b64 [$0 + {8 * i}], 1;\n" for i in range(count)
-        )
-        text = (
-            "{ .reg .pred p; .reg .u32 thread;\n"
-            "mov.u32 thread, %tid.x; setp.eq.u32 p, thread, 0;\n"
-            f"{made}"
-            "fence.mbarrier_init.release.cluster;\n"
-            "fence.proxy.async.shared::cta;\n"
-            f"bar.sync {number}, {threads}; }}"
-        )
-        _asm(text, mgpu.utils.memref_ptr(words), constraints="r")
-
-    emit(words)
-
-
-def copy_in_tiles(
-    gmem: Any, smem: Any, words: Any, slot: Array, batch: Array, row: Array, head: Array
-) -> None:
-    """smem (rows, columns), in tiles, is made gmem[batch, row:, head]; words[slot] says when.
-
-    Zeros where gmem's whole tiles of 8 rows end. Columns past those of smem are left out.
-    """
-    rows, columns = smem.shape
-    size = jnp.dtype(gmem.dtype).itemsize
-    swizzle = swizzle_of(columns, size, rows)
-    tile = (8, swizzle // size)
-    form = plgpu.RefType(
-        transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
-    )
-
-    @plgpu.inline_mgpu(arg_types=(_REF, form, _REF, *[_NUMBER] * 4))  # type: ignore[untyped-decorator]
-    def emit(
-        context: mgpu.LaunchContext,
-        gmem: _Value,
-        smem: _Value,
-        words: _Value,
-        *numbers: mgpu.FragmentedArray,
-    ) -> None:
-        index = ir.IndexType.get()
-        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-        slot = arith.extui(i64, numbers[0].registers.item())
-        batch, row, head = (arith.index_cast(index, x.registers.item()) for x in numbers[1:])
-        context.async_copy(
-            src_ref=gmem,
-            dst_ref=smem,
-            gmem_slice=(batch, mgpu.utils.ds(row, rows), head, slice(0, columns)),
-            gmem_transform=mgpu.TileTransform(tile, rounding=launch_context.Rounding.DOWN),
-            barrier=mgpu.utils.BarrierRef(mgpu.utils.memref_ptr(words), slot, mgpu.c(0, i32), 1),
-            swizzle=swizzle,
-        )
-
-    emit(gmem, smem, words, slot, batch, row, head)
-
-
-def await_copy(words: Any, slot: Array, parity: Array) -> None:
-    """Waits at words[slot] for a copy: the first, third and so on by parity 0, others by 1."""
-
-    @plgpu.inline_mgpu(arg_types=(_REF, _NUMBER, _NUMBER))  # type: ignore[untyped-decorator]
-    def emit(
-        _: mgpu.LaunchContext,
-        words: _Value,
-        slot: mgpu.FragmentedArray,
-        parity: mgpu.FragmentedArray,
-    ) -> None:
-        two = mgpu.c(2, ir.IntegerType.get_signless(32))
-        text = (
-            "{ .reg .pred p;\n"
-            "WAITING: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n"
-            "@!p bra WAITING; }"
-        )
-        place = _shared(words, arith.muli(slot.registers.item(), two))
-        _asm(text, place, parity.registers.item(), constraints="r,r")
-
-    emit(words, slot, parity)
 
 
 def multiplied(

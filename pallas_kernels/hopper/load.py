@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -14,11 +13,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels.hopper import bias, dropout, folded_bias
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import Steps, steps_of
-from pallas_kernels.hopper.plain import columns_of
+from pallas_kernels.hopper.plain import columns_of, parts_in
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.taken import Note, take
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.hopper.whole_values import copied_here, copy_values
 
 if TYPE_CHECKING:
     from pallas_kernels.hopper.plan import Plan, Work
@@ -152,11 +150,8 @@ def _load_q(plan: Plan, refs: Ref, work: Work, turn: Array | int, w: int) -> Non
     full = refs.q_full.at[(0 if isinstance(turn, int) else turn % 2 * plan.tiles.warpgroups) + w]
     plgpu.barrier_wait(refs.q_free.at[slot])
     for rows, queries, head in query_parts(plan, work, w):
-
-        def own_rows(piece: Ref, rows: Any = rows) -> Ref:
-            return piece.at[slot, rows]
-
-        _copy(plan, refs, "q", work, (queries, head), own_rows, full)
+        parts = [piece.at[slot, rows] for piece in refs.q_rows]
+        _copy(plan, refs, "q", work, (queries, head), parts, full)
     if plan.spec.has_segments:
         start = work.tile * plan.rows + w * ROWS
         plgpu.copy_gmem_to_smem(
@@ -169,7 +164,8 @@ def _load_k(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.k_free.at[slot])
-    _copy(plan, refs, "k", work, (rows, work.kv_head), lambda x: x.at[slot], refs.k_full.at[slot])
+    parts = [piece.at[slot] for piece in refs.k_rows]
+    _copy(plan, refs, "k", work, (rows, work.kv_head), parts, refs.k_full.at[slot])
     if plan.spec.has_segments:
         plgpu.copy_gmem_to_smem(
             refs.key_segments.at[work.batch, rows],
@@ -184,11 +180,8 @@ def _load_v(plan: Plan, refs: Ref, work: Work, block: Array | int, count: Array)
     slot = remainder(count, plan.tiles.stages)
     rows = pl.ds(block * plan.tiles.keys, plan.tiles.keys)
     plgpu.barrier_wait(refs.v_free.at[slot])
-    here = copied_here(plan)
-    if here:
-        copy_values(plan, refs, work, block, slot)
-    where, full = (rows, work.kv_head), refs.v_full.at[slot]
-    _copy(plan, refs, "v", work, where, lambda x: x.at[slot], full, done=int(here))
+    parts = parts_in(refs.v_rows, slot)
+    _copy(plan, refs, "v", work, (rows, work.kv_head), parts, refs.v_full.at[slot])
 
 
 def _copy(
@@ -197,19 +190,16 @@ def _copy(
     name: str,
     work: Work,
     where: tuple[Any, Any],
-    into: Callable[[Ref], Ref],
+    parts: list[Ref],
     full: Ref,
-    done: int = 0,
 ) -> None:
-    """Rows and a head of q, k or v into shared memory, from the half that has them.
-
-    done: how many of its pieces are copied elsewhere.
-    """
+    """Rows and a head of q, k or v, from the half that has them, into parts of shared memory."""
     rows, head = where
 
     def copy(array: Ref, rows: Any, head: Any) -> None:
-        for piece, columns in _pieces(getattr(refs, f"{name}_rows"), array, work)[done:]:
-            plgpu.copy_gmem_to_smem(array.at[work.batch, rows, head, columns], into(piece), full)
+        found = columns_of(tuple(parts), array.shape[-1], work.batch * 0)
+        for part, columns in zip(parts, found, strict=True):
+            plgpu.copy_gmem_to_smem(array.at[work.batch, rows, head, columns], part, full)
 
     if not hasattr(refs, "second"):
         copy(getattr(refs, name), rows, head)
@@ -228,8 +218,3 @@ def _copy(
     @pl.when(jnp.logical_not(is_own))
     def _() -> None:
         copy(getattr(refs, name), within, head)
-
-
-def _pieces(parts: tuple[Ref, ...], array: Ref, work: Work) -> list[tuple[Ref, Any]]:
-    """Each piece of shared memory, and the array's columns that it holds."""
-    return list(zip(parts, columns_of(parts, array.shape[-1], work.batch * 0), strict=True))

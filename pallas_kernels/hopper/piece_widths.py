@@ -14,18 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "has_plain_pieces",
-    "has_whole_values",
     "in_pieces",
+    "is_latent",
     "needs_plain_rows",
     "piece_columns",
-    "value_columns",
+    "value_pieces",
     "whole_or_pieces",
 ]
 
 WIDTH = 64  # columns of 16 bits in the widest swizzle
-LONG = 1200  # keys of which the last block may be an array of its own
-NARROW = (WIDTH + 16, WIDTH + 48)  # value head dims of which one piece has 16 columns
-LONG_NARROW = 512  # the same of them
+NARROW = (WIDTH + 16, WIDTH + 48)  # head dims of which one piece has 16 columns
 
 
 def needs_plain_rows(spec: AttentionSpec) -> bool:
@@ -49,16 +47,12 @@ def in_pieces(spec: AttentionSpec) -> bool:
     """Whether forward's matrices are pieces, copied as plain rows.
 
     Where arrays would be padded, or be in tiles of 16 columns: at 112 442 us in place of 544, at
-    176 728 in place of 833; but at 80, of which the second piece is 16, 413 in place of 392 (with
-    values whole 380 in place of 341). Past 128 such a piece is worth it: causal, B 4, N 16, 4k, at
-    208 0.789 ms in place of 0.977.
+    176 728 in place of 833.
     """
     dims = (spec.head_dim, spec.value_dim)
     if spec.bias_shape is not None:
         return min(dims) < WIDTH
-    if _is_ragged(spec) or any(x < WIDTH or x % 16 or x % WIDTH == 48 for x in dims):
-        return True
-    if any(x > 2 * WIDTH and x % WIDTH == 16 for x in dims):
+    if _is_ragged(spec) or any(x < WIDTH or x % 32 for x in dims):
         return True
     return is_latent(spec)
 
@@ -72,34 +66,16 @@ def is_latent(spec: AttentionSpec) -> bool:
     return dims == (3 * WIDTH, 2 * WIDTH) and spec.bias_shape is None
 
 
-def has_whole_values(spec: AttentionSpec) -> bool:
-    """Whether the values of such a call are in tiles all the same, all or all but the last columns.
+def value_pieces(spec: AttentionSpec) -> tuple[int, int]:
+    """How many pieces such a call's values are, and the columns of each: all of one width.
 
-    Of pieces P V is a product each, of 64 columns, which takes longer than one of all. Of keys that
-    are no multiple of 8 the last block is an array of its own (`whole_values.py`): 1,537 gain 11 to
-    13% all the same, 1,201 3, 1,001 nothing. A product of 16 columns costs more than its share: 80
-    gains 11% at 4,097, causal, 10 at 1,001 and 6 at 577, full; 112 18% at 4,096, causal.
+    P V is one product of all of them (`wide_products.py`). Past 128 columns pieces of 32 where they
+    leave less empty, as there is no room to spare.
     """
-    return _has_whole(spec) and value_columns(spec)[0] > WIDTH
-
-
-def _has_whole(spec: AttentionSpec) -> bool:
-    long = min(LONG, LONG_NARROW) if spec.value_dim in NARROW else LONG
-    return in_pieces(spec) and (spec.keys % 8 == 0 or spec.keys >= long)
-
-
-def value_columns(spec: AttentionSpec) -> tuple[int, ...]:
-    """The widths of such a call's values in shared memory.
-
-    One of all columns, if that may be; else one of all whole pieces, of which there are two at
-    least, and pieces of the rest; or pieces alone.
-    """
-    whole, parts = spec.value_dim // WIDTH, piece_columns(spec.value_dim)
-    if not _has_whole(spec) or spec.value_dim <= WIDTH:
-        return parts
-    if spec.value_dim % 32 == 0 or spec.value_dim in NARROW:
-        return (spec.value_dim,)
-    return (whole * WIDTH, *parts[whole:]) if whole > 1 else parts
+    dim = spec.value_dim
+    by_32 = dim > 2 * WIDTH and 0 < dim % WIDTH <= 32
+    width = 32 if by_32 else WIDTH
+    return -(-dim // width), width
 
 
 def piece_columns(columns: int) -> tuple[int, ...]:

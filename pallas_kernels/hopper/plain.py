@@ -6,10 +6,11 @@ are the same bytes as its rows in a row; so the same shared memory has a second 
 is rows, and copies by that name are cut at the array's ends by the hardware, which reads zeros past
 them. Matrices of more columns are pieces that are each one tile wide, next to each other:
 
-    72 columns    q_smem 64    q1_smem 16, of which 8 are zero      S = Q Kᵀ + Q1 K1ᵀ    O | O1
+    72 columns    q_smem 64    q1_smem 16, of which 8 are zero      S = Q Kᵀ + Q1 K1ᵀ
 
-In backward they are of one width, an axis of one matrix (.., pieces, rows, columns), and a product
-is of all of them (`Seam.matmul_into`): 72 columns are five pieces of 16.
+Forward's values and all of backward's are of one width, an axis of one matrix (.., pieces, rows,
+columns), and a product is of all of them (`Seam.values_into`, `Seam.matmul_into`): 72 columns are
+two pieces of 64 there, five of 16 here.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "cut",
     "in_both_ways",
     "named",
+    "parts_in",
     "parts_of",
     "piece_matrices",
     "piece_shape",
@@ -99,6 +101,11 @@ def piece_shape(rows: int, columns: int, *, swizzle: int | None = None) -> tuple
 def parts_of(ref: Ref, *slot: Any) -> list[Ref]:
     """The pieces (.., pieces, rows, columns) of a matrix in this slot of shared memory."""
     return [ref.at[(*slot, i)] for i in range(ref.shape[-3])]
+
+
+def parts_in(matrix: Ref, slot: Any) -> list[Ref]:
+    """The same of one that may be in tiles: (slots, rows, columns), one part."""
+    return parts_of(matrix, slot) if len(matrix.shape) == 4 else [matrix.at[slot]]
 
 
 def cut(x: Array, width: int) -> list[Array]:

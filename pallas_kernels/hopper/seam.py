@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper import assembly, instructions
+from pallas_kernels.hopper import assembly, instructions, wide_products
 from pallas_kernels.hopper.copies import copyable, swizzle_of
 
 __all__ = ["Ref", "Seam", "copyable", "matrix", "ring", "swizzle_of", "transforms"]
@@ -75,6 +75,34 @@ class Seam:
         acc[...] += jnp.dot(
             x.T if turns_a else x, y.T if turns_b else y, preferred_element_type=jnp.float32
         )
+
+    def keys_into(self, acc: Ref, q: Ref, k: Ref, *, columns: int) -> None:
+        """acc += Q Kᵀ, started, of matrices in shared memory that have this many columns, or more.
+
+        Of the columns after the last, which are zero, no more than 15 are summed.
+        """
+        if self.interpret or columns > k.shape[-1] - wide_products.STEP:
+            self.matmul_into(acc, q, k.T)
+            return
+        before = plgpu.wgmma_accumulator_load(acc, wait_n=None)
+        acc[...] = wide_products.multiply_keys(before, q, k, columns)
+
+    def values_into(self, acc: Ref, p: Array, v: Ref) -> None:
+        """acc += P V, started; V in shared memory, in tiles or pieces (`wide_products.py`)."""
+        if len(v.shape) == 2:
+            self.matmul_into(acc, p, v)
+        elif self.interpret:
+            whole = jnp.concatenate(list(v[...]), axis=1)[:, : acc.shape[-1]]
+            acc[...] += jnp.dot(p, whole, preferred_element_type=jnp.float32)
+        else:
+            before = plgpu.wgmma_accumulator_load(acc, wait_n=None)
+            acc[...] = wide_products.multiply_values(before, p, v)
+
+    def padded(self, x: Array, columns: int) -> Array:
+        """x (64, n) with zeros behind."""
+        if not self.interpret:
+            return wide_products.padded(x, columns)
+        return jnp.concatenate([x, jnp.zeros((x.shape[0], columns - x.shape[1]), x.dtype)], axis=1)
 
     def wait(self, acc: Ref, *, in_flight: int) -> Array:
         """The accumulator's value once at most `in_flight` younger products are running."""

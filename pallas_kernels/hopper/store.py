@@ -36,7 +36,7 @@ def store(
     warpgroup: Warpgroup,
     work: Work,
     slot: Any,
-    o: list[Array],
+    o: Array,
     softmax: Softmax,
 ) -> None:
     """Through a staging of the own, or the slot of the queries, which may be filled afterwards."""
@@ -52,8 +52,8 @@ def store(
     if plan.spec.dropout_rate > 0:
         factor *= kept_factor(plan.spec)
     batch = (work.split, work.batch) if plan.in_parts else (work.batch,)
+    o = (o * across(factor, o.shape[1])).astype(refs.out.dtype)
     if plan.tiles.from_registers and not seam.interpret:
-        o = [(x * across(factor, x.shape[1])).astype(refs.out.dtype) for x in o]
         _store_rows(plan, refs, work, number, o)
         _store_sums(plan, seam, refs, warpgroup, work, batch, softmax)
         return
@@ -62,10 +62,10 @@ def store(
         smem, rows_of, slot = refs.o_smem, refs.o_rows, number
     else:
         smem, rows_of = refs.q_smem, refs.q_rows
-    o = _as_wide_as(smem, o)
-    smem, rows_of = smem[: len(o)], rows_of[: len(o)]
-    for piece, to in zip(o, smem, strict=True):
-        to[slot] = (piece * across(factor, piece.shape[1])).astype(to.dtype)
+    pieces = _as_wide_as(seam, smem, o)
+    smem, rows_of = smem[: len(pieces)], rows_of[: len(pieces)]
+    for piece, to in zip(pieces, smem, strict=True):
+        to[slot] = piece
     plgpu.commit_smem()
     for rows, queries, head in query_parts(plan, work, number):
         found = columns_of(rows_of, refs.out.shape[-1], work.batch * 0)
@@ -77,31 +77,21 @@ def store(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store_rows(plan: Plan, refs: Ref, work: Work, number: Array, o: list[Array]) -> None:
+def _store_rows(plan: Plan, refs: Ref, work: Work, number: Array, o: Array) -> None:
     """O straight from registers."""
     query, rows = work.query + number * ROWS, refs.out.shape[1]
     limit = None if rows % plan.queries == 0 else rows - query
-    start, columns = 0, refs.out.shape[-1]
-    for piece in o:
-        width = min(piece.shape[1], columns - start)
-        if width <= 0:
-            break
-        to = refs.out.at[work.batch, pl.ds(query, ROWS), work.head, pl.ds(start, width)]
-        store_rows(piece, to, limit)
+    store_rows(o, refs.out.at[work.batch, pl.ds(query, ROWS), work.head], limit)
+
+
+def _as_wide_as(seam: Seam, parts: tuple[Ref, ...], o: Array) -> list[Array]:
+    """O cut into the pieces by which it leaves."""
+    found: list[Array] = []
+    start = 0
+    while start < o.shape[1]:
+        width = parts[len(found)].shape[-1]
+        found.append(seam.padded(o[:, start : start + width], width))
         start += width
-
-
-def _as_wide_as(parts: tuple[Ref, ...], o: list[Array]) -> list[Array]:
-    """O cut as it leaves: into pieces even where it is of one product."""
-    if o[0].shape[1] == parts[0].shape[-1]:
-        return o
-    found, left = [], list(parts)
-    for product in o:
-        start = 0
-        while start < product.shape[1]:
-            width = left.pop(0).shape[-1]
-            found.append(product[:, start : start + width])
-            start += width
     return found
 
 

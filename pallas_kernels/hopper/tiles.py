@@ -10,7 +10,7 @@ from pallas_kernels.hopper.bias_form import FOLDED, folds, form_of
 from pallas_kernels.hopper.piece_widths import (
     in_pieces,
     is_latent,
-    value_columns,
+    value_pieces,
     whole_or_pieces,
 )
 
@@ -64,12 +64,12 @@ class Tiles:
         """Bytes of shared memory, with outputs of this many bytes an element."""
         rows, slots = self.warpgroups * ROWS, self.query_slots * ROWS
         dropout = spec.dropout_rate > 0
-        head, value = _widths(spec, out_bytes)
+        head, value, out = _widths(spec, out_bytes)
         rings = self.stages * self.keys * (head + value) * 2 + slots * head * 2
         # Vectors, each in kilobytes of its own; the row sums are two for a warpgroup.
         ids = (3 if self.stages < 4 else 5) * spec.has_segments
         small = 1024 * (1 + (self.warpgroups > 2) + ids + dropout)
-        staging = rows * value * out_bytes * self.own_staging
+        staging = rows * out * out_bytes * self.own_staging
         return rings + staging + small + self.bias_bytes(spec)
 
     def bias_bytes(self, spec: AttentionSpec) -> int:
@@ -127,13 +127,12 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
     return Tiles(2, 64, 2, query_slots=2)
 
 
-def _widths(spec: AttentionSpec, out_bytes: int) -> tuple[int, int]:
-    """Columns of keys and of values in shared memory, outputs having `out_bytes` an element."""
+def _widths(spec: AttentionSpec, out_bytes: int) -> tuple[int, int, int]:
+    """Columns in shared memory of keys, values and outputs, these having `out_bytes` an element."""
     pieces = out_bytes == 2 and in_pieces(spec)
-    return (
-        sum(whole_or_pieces(spec.head_dim, pieces=pieces)),
-        sum(whole_or_pieces(spec.value_dim, pieces=pieces)),
-    )
+    head, out = (sum(whole_or_pieces(x, pieces=pieces)) for x in (spec.head_dim, spec.value_dim))
+    count, width = value_pieces(spec)
+    return head, count * width if pieces else out, out
 
 
 def _ends_differ(spec: AttentionSpec) -> bool:
@@ -147,7 +146,7 @@ def _by_96(spec: AttentionSpec) -> bool:
     # causal* 0.621, 0.586, window of 1,023 0.343, 0.341; 224 full* 1.346, 1.263, causal 0.709,
     # 0.730. B 8, 2k, 192 causal* 0.349, 0.336. B 16, 1k: 192 full 0.370, 0.356, causal 0.235,
     # 0.261.
-    if spec.head_dim != spec.value_dim or not _is_plain(spec) or not _values_whole(spec):
+    if spec.head_dim != spec.value_dim or not _is_plain(spec):
         return False
     if spec.band.upper is None and spec.band.lower is None:
         return spec.head_dim in (192, 224)
@@ -159,11 +158,6 @@ def _is_plain(spec: AttentionSpec) -> bool:
     others = spec.has_segments or spec.has_query_lengths or spec.has_key_lengths
     others |= spec.has_query_offset or spec.mask_shape is not None or spec.dropout_rate > 0
     return spec.bias_shape is None and not others
-
-
-def _values_whole(spec: AttentionSpec) -> bool:
-    """Whether values are one matrix in tiles: of pieces products sum over 64 keys at a time."""
-    return not in_pieces(spec) or value_columns(spec) == (spec.value_dim,)
 
 
 def _rounded(size: int, by: int) -> int:
@@ -220,10 +214,10 @@ def fit(
     noted: or take them from a counter, of which they are told by notes.
     out_bytes: bytes of an element that the kernel writes, 4 if its outputs are still to be joined.
     """
-    w, sizes = tiles.warpgroups, _widths(spec, out_bytes)
+    w, (head, value, out) = tiles.warpgroups, _widths(spec, out_bytes)
     notes = 1024 * (noted and not spec.has_segments)  # beside segments they are counted
     # Some columns of a tiled matrix are not contiguous, as a copy needs.
-    in_place = (sizes[0] == sizes[1] or is_latent(spec)) and out_bytes == 2
+    in_place = (head == out or is_latent(spec)) and out_bytes == 2
     tiles = replace(tiles, from_registers=tiles.from_registers and listed and out_bytes == 2)
     stagings = [False] if tiles.from_registers else [True, False] if in_place else [True]
     most = max(tiles.query_slots, w) if listed else w
@@ -231,4 +225,4 @@ def fit(
         fitted = replace(tiles, stages=stages, query_slots=slots, own_staging=own)
         if fitted.shared_memory(spec, out_bytes) + notes <= SHARED_MEMORY:
             return fitted
-    raise ValueError(f"{tiles} need more than {SHARED_MEMORY} bytes for head dims {sizes}")
+    raise ValueError(f"{tiles} need more than {SHARED_MEMORY} bytes for head dims {head, value}")

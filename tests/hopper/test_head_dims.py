@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 import jattn
-from pallas_kernels.hopper import piece_widths
 from pallas_kernels.hopper.backward_tiles import dq_columns, dq_swizzle
 from pallas_kernels.hopper.piece_widths import piece_columns
 from tests.cases import Case, chosen
@@ -39,27 +38,25 @@ def test_interpreted_as_exact(case: Case, seed: int) -> None:
     check(INTERPRETED, case, seed)
 
 
-# Values as one matrix in tiles, or all but the last columns; their last block an array of its own.
-WHOLE = [
-    Half("whole", 2, 9, 131, 1, 1, 128),
-    Half("ragged_whole", 2, 131, 203, 2, 1, 128, causal=True),
-    Half("whole_lengths", 2, 67, 261, 1, 1, 128, key_lengths=(131, 3)),
-    Half("whole_96", 2, 67, 131, 1, 1, 96),
-    Half("whole_latent", 1, 67, 131, 1, 1, 192, 128),
+# Values in pieces of 64 columns or of 32, the last of them filled or not.
+VALUES = [
+    Half("of_64", 2, 9, 131, 1, 1, 128),
+    Half("ragged", 2, 131, 203, 2, 1, 128, causal=True),
+    Half("lengths", 2, 67, 261, 1, 1, 128, key_lengths=(131, 3)),
+    Half("half_filled", 2, 67, 131, 1, 1, 96),
+    Half("ragged_latent", 1, 67, 131, 1, 1, 192, 128),
     Half("latent", 2, 192, 264, 2, 1, 192, 128, causal=True, key_lengths=(264, 200)),
-    Half("whole_112", 1, 130, 136, 2, 1, 112, causal=True),
-    Half("whole_80", 2, 67, 203, 2, 1, 80, segments="unsorted"),
-    Half("partly_176", 1, 67, 136, 1, 1, 176, causal=True),
-    Half("partly_208", 2, 67, 131, 1, 1, 208, key_lengths=(131, 3)),
-    Half("whole_256", 1, 130, 129, 1, 1, 256, window=(70, 20)),
+    Half("filled_to_48", 1, 130, 136, 2, 1, 112, causal=True),
+    Half("filled_to_16", 2, 67, 203, 2, 1, 80, segments="unsorted"),
+    Half("filled_to_8", 1, 67, 136, 1, 1, 136, causal=True),
+    Half("three", 1, 67, 136, 1, 1, 176, causal=True),
+    Half("of_32", 2, 67, 131, 1, 1, 208, key_lengths=(131, 3)),
+    Half("four", 1, 130, 129, 1, 1, 256, window=(70, 20)),
 ]
 
 
-@pytest.mark.parametrize("case", chosen(WHOLE, "whole"), ids=str)
-def test_interpreted_with_whole_values(
-    case: Case, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(piece_widths, "LONG", 0)
+@pytest.mark.parametrize("case", chosen(VALUES, "three"), ids=str)
+def test_interpreted_with_values_in_pieces(case: Case, seed: int) -> None:
     check(INTERPRETED, case, seed)
 
 
@@ -67,7 +64,7 @@ def test_interpreted_with_whole_values(
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("head_dim", [80, 112, 128, 144, 176, 192, 256])
 @pytest.mark.parametrize("length", [2049, 2055, 2176])
-def test_whole_values_on_a_gpu(length: int, head_dim: int, seed: int) -> None:
+def test_values_in_pieces_on_a_gpu(length: int, head_dim: int, seed: int) -> None:
     check(FLASH, Half("", 2, length, length, 2, 1, head_dim, causal=True), seed)
 
 

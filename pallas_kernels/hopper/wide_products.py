@@ -1,0 +1,168 @@
+"""Products of matrices in pieces, of just as many columns as there are.
+
+In shared memory a matrix is (pieces, rows, width), each piece plain rows of up to 64 columns
+(`plain.py`), the last one with columns past the matrix's. wgmma takes a step of 16 of what it sums
+over at a time, and as many columns as it is told, a multiple of 8; Mosaic's `wgmma` asks for whole
+tiles of both:
+
+    O += P V    176 columns of three pieces of 64: N = 176; V's rows by 16
+    S += Q Kᵀ   of the last piece 48 columns: three steps, not four
+
+So a block may be of any multiple of 16 keys in the widest swizzle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.mosaic.gpu import mma_utils
+from jax.experimental.mosaic.gpu.wgmma import wgmma_fence, wgmma_m64
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+__all__ = ["multiply_keys", "multiply_values", "padded"]
+
+WGMMA = plgpu.Layout.WGMMA
+STEP = 16  # what a wgmma of 16-bit numbers sums over
+TILE = 8  # rows of a swizzle's pattern
+
+type _Value = ir.Value[Any]
+
+
+def multiply_values(acc: Array, p: Array, v: Any) -> Array:
+    """acc (64, n) + P (64, keys) V[:, :n], started; V (pieces, keys, width) in shared memory."""
+    _, keys, width = v.shape
+    swizzle = width * jnp.dtype(v.dtype).itemsize
+
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(WGMMA, WGMMA, _form(v)), return_type=_like(acc)
+    )
+    def emit(
+        _: mgpu.LaunchContext, acc: mgpu.FragmentedArray, p: mgpu.FragmentedArray, v: _Value
+    ) -> mgpu.FragmentedArray:
+        p = wgmma_fence(p)
+        start = _descriptor(v, swizzle, leading=keys * swizzle)
+
+        def product(registers: Any, step: int) -> Any:
+            return wgmma_m64(
+                registers,
+                p[:, step * STEP : (step + 1) * STEP],
+                _past(start, step * STEP * swizzle),
+                a_transpose=None, b_transpose=True, a_k_stride=None, b_k_stride=STEP * swizzle,
+                **_sizes(acc, v),
+            )  # fmt: skip
+
+        return _summed(acc, product, keys // STEP)
+
+    found: Array = emit(acc, p, v)
+    return found
+
+
+def multiply_keys(acc: Array, q: Any, k: Any, depth: int) -> Array:
+    """acc (64, keys) + (Q Kᵀ of the first `depth` columns), started; both in shared memory.
+
+    Q (64, width) and K (keys, width) are one piece each.
+    """
+    size = jnp.dtype(k.dtype).itemsize
+    swizzle = k.shape[-1] * size
+
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(WGMMA, _form(q), _form(k)), return_type=_like(acc)
+    )
+    def emit(
+        _: mgpu.LaunchContext, acc: mgpu.FragmentedArray, q: _Value, k: _Value
+    ) -> mgpu.FragmentedArray:
+        start_q, start_k = (_descriptor(x, swizzle, leading=0) for x in (q, k))
+
+        def product(registers: Any, step: int) -> Any:
+            at = step * STEP * size
+            return wgmma_m64(
+                registers, _past(start_q, at), _past(start_k, at),
+                a_transpose=False, b_transpose=False, a_k_stride=STEP * size,
+                b_k_stride=STEP * size, **_sizes(acc, k),
+            )  # fmt: skip
+
+        return _summed(acc, product, -(-depth // STEP))
+
+    found: Array = emit(acc, q, k)
+    return found
+
+
+def padded(x: Array, columns: int) -> Array:
+    """x (64, n) with zeros behind, n and `columns` being multiples of 8."""
+    if x.shape[1] == columns:
+        return x
+
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct((x.shape[0], columns), x.dtype, layout=WGMMA),
+    )
+    def emit(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        own = list(x.registers.flat)
+        count = len(own) * columns // x.shape[1]
+        zero = llvm.mlir_zero(own[0].type)
+        registers = np.empty(count, object)
+        registers[:] = own + [zero] * (count - len(own))
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(x.layout.registers_shape((x.shape[0], columns))),
+            _layout=x.layout,
+            _is_signed=x.is_signed,
+        )
+
+    found: Array = emit(x)
+    return found
+
+
+def _form(x: Any) -> Any:
+    """How a matrix's pieces are in shared memory."""
+    width = x.shape[-1]
+    swizzle = plgpu.SwizzleTransform(width * jnp.dtype(x.dtype).itemsize)  # type: ignore[abstract]
+    return plgpu.RefType(transforms=(plgpu.TilingTransform((TILE, width)), swizzle))  # type: ignore[abstract]
+
+
+def _like(acc: Array) -> Any:
+    return plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
+
+
+def _descriptor(x: _Value, swizzle: int, *, leading: int) -> _Value:
+    """Of a matrix that starts there; leading: bytes from a piece to the next."""
+    found: _Value = mma_utils.encode_descriptor(
+        x, leading_byte_offset=leading, stride_byte_offset=TILE * swizzle, swizzle=swizzle
+    )
+    return found
+
+
+def _past(descriptor: _Value, offset: int) -> _Value:
+    if offset == 0:
+        return descriptor
+    more = mgpu.c(mma_utils.encode_addr(offset), ir.IntegerType.get_signless(64))
+    found: _Value = llvm.add(descriptor, more, overflow_flags=llvm.IntegerOverflowFlags.none)
+    return found
+
+
+def _sizes(acc: mgpu.FragmentedArray, b: _Value) -> dict[str, Any]:
+    """What all steps have in common; Mosaic makes as many as a swizzle of this many bytes has."""
+    element = ir.MemRefType(b.type).element_type
+    sizes = {"n": acc.shape[1], "swizzle": STEP * mgpu.bytewidth(element)}
+    return sizes | {"a_element_type": element, "b_element_type": element}
+
+
+def _summed(acc: mgpu.FragmentedArray, product: Any, steps: int) -> mgpu.FragmentedArray:
+    """acc with so many products added, started as one group."""
+    made = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
+    registers = made._value.registers
+    for step in range(steps):
+        registers = product(registers, step)
+    own = made._value
+    summed = mgpu.FragmentedArray(
+        _registers=registers, _layout=own.layout, _is_signed=own.is_signed
+    )
+    void = ir.Type.parse("!llvm.void")
+    commit = "wgmma.commit_group.sync.aligned;"
+    llvm.inline_asm(void, [], commit, "~{memory}", has_side_effects=True)
+    return summed.to_layout(acc.layout)
