@@ -15,9 +15,6 @@ def copyable(size: int, tile: int) -> int:
     return size if size < tile else -(-size // tile) * tile
 
 
-def swizzle_of(columns: int, size: int, summed: int = 0) -> int:
-    """Bytes of the widest swizzle for rows of this many elements of `size` bytes.
-
-    summed: of rows that a product sums over, how many; Mosaic takes them by as many as columns.
-    """
-    return next(s for s in (128, 64, 32) if columns * size % s == summed * size % s == 0)
+def swizzle_of(columns: int, size: int) -> int:
+    """Bytes of the widest swizzle for rows of this many elements of `size` bytes."""
+    return next(s for s in (128, 64, 32) if columns * size % s == 0)

@@ -49,7 +49,6 @@ from pallas_kernels.hopper import bias, dropout, folded_bias
 from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.compute import compute, value_columns
 from pallas_kernels.hopper.constant import constant
-from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.dense_mask import mask_arrays
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
@@ -97,7 +96,7 @@ def forward(
       plan: the whole launch, instead of one made from `tiles`.
       interpret: run on a CPU, thread by thread.
     """
-    plan = plan or make_plan(spec, tiles)
+    plan = plan or make_plan(spec, tiles, halves=operands.halves is not None)
     if operands.halves is not None:
         assert _takes_halves(plan)
     matrices = {"q": operands.query, "k": operands.key, "v": operands.value}
@@ -165,7 +164,7 @@ def takes_halves(spec: AttentionSpec) -> bool:
 
     That is where no copy is of both halves, and no array is padded.
     """
-    return _takes_halves(make_plan(spec))
+    return _takes_halves(make_plan(spec, halves=True))
 
 
 def _takes_halves(plan: Plan) -> bool:
@@ -313,18 +312,11 @@ def _scratch(
         own = transforms(widths[0], spec.dtype)
         return {f"{name}_smem": plgpu.SMEM((*shape, widths[0]), spec.dtype, transforms=own)}
 
-    def values() -> Any:
-        if by_rows:
-            return matrix_of(spec.dtype, stages, count, tiles.keys, width)
-        size = jnp.dtype(spec.dtype).itemsize
-        swizzle = swizzle_of(width, size, summed=tiles.keys)
-        return matrix_of(spec.dtype, stages, tiles.keys, width, swizzle=swizzle)
-
     q_arrivals = copies(plan) * len(head) + segments + (form_of(spec) == "rows")
     scratch = {
         **matrix("q", tiles.query_slots, ROWS, widths=head),
         **matrix("k", stages, tiles.keys, widths=head),
-        "v_smem": values(),
+        "v_smem": matrix_of(spec.dtype, stages, *([count] if by_rows else []), tiles.keys, width),
         "q_full": plgpu.Barrier(num_arrivals=q_arrivals, num_barriers=2 * w),
         "q_free": plgpu.Barrier(num_barriers=tiles.query_slots),
         "k_full": plgpu.Barrier(

@@ -171,13 +171,11 @@ class Plan:
         """Whether a step's maxima are to be made while P V runs, whatever the compiler would do.
 
         masked: the step's mask is a branch. ms without and with, where there is none: 128 full 1k
-        0.208, 0.206, 4k 0.778, 0.764, 16k 3.090, 3.037; 192/128 causal 4k 0.498, 0.485, full 0.929,
-        0.909.
+        0.208, 0.206, 4k 0.778, 0.764, 16k 3.090, 3.037, causal* 4k 0.407, 0.402, 12,345 0.908,
+        0.886; 192/128 causal 4k 0.498, 0.485, full 0.929, 0.909; 64 causal* 4k 0.582, 0.582. (On an
+        H100, * an H200.)
         """
-        spec = self.spec
-        full = spec.band.upper is None and spec.band.lower is None
-        wide = spec.head_dim > 128 or (full and max(spec.head_dim, spec.value_dim) > 64)
-        return self.counted and (masked or wide)
+        return self.counted and (masked or max(self.spec.head_dim, self.spec.value_dim) > 64)
 
     def ranges(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Each query tile's blocks of keys, and those of them that need no mask; see `blocks`."""
@@ -304,9 +302,16 @@ class Plan:
 
 
 def make_plan(
-    spec: AttentionSpec, tiles: Tiles | None = None, *, multiprocessors: int = MULTIPROCESSORS
+    spec: AttentionSpec,
+    tiles: Tiles | None = None,
+    *,
+    multiprocessors: int = MULTIPROCESSORS,
+    halves: bool = False,
 ) -> Plan:
-    """The plan of a call, with these tiles or the table's."""
+    """The plan of a call, with these tiles or the table's.
+
+    halves: those of queries and of keys are arrays of their own.
+    """
     in_rows = _heads_in_rows(spec) if tiles is None or tiles.warpgroups == 1 else 0
     packable = spec.group & -spec.group  # the largest power of two that divides it
     # With a dense mask a tile is of one head, and its blocks of keys are a list of their own.
@@ -317,7 +322,7 @@ def make_plan(
     while pack > 1 and spec.queries * pack > 2 * ROWS:
         pack //= 2
     pack = in_rows or pack
-    chosen = tiles or choose_tiles(spec, rows=spec.queries * pack)
+    chosen = tiles or choose_tiles(spec, rows=spec.queries * pack, halves=halves)
     plan = _with_tiles(spec, chosen, pack, heads_in_rows=in_rows > 0)
     waits = spec.queries * pack <= ROWS  # for memory
     may_split = tiles is None and not masked

@@ -89,7 +89,7 @@ class Seam:
 
     def values_into(self, acc: Ref, p: Array, v: Ref) -> None:
         """acc += P V, started; V in shared memory, in tiles or pieces (`wide_products.py`)."""
-        if len(v.shape) == 2:
+        if len(v.shape) == 2 and (self.interpret or wide_products.is_whole(v)):
             self.matmul_into(acc, p, v)
         elif self.interpret:
             whole = jnp.concatenate(list(v[...]), axis=1)[:, : acc.shape[-1]]

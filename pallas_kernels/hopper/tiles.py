@@ -21,6 +21,9 @@ __all__ = ["ROWS", "SHARED_MEMORY", "Tiles", "choose_tiles", "fit"]
 
 ROWS = 64  # query rows of one compute warpgroup: wgmma's M
 SHARED_MEMORY = 232448 - 1024  # bytes a block may use on sm_90, less barriers and alignment
+VISIT = 16  # keys: as many more would take the time that each visit takes beside its columns
+UNSTAGED = 24  # the same of a tile whose outputs lose their staging to larger blocks
+_MOST_KEYS = {64: 128, 128: 176, 160: 128, 192: 112, 224: 96, 256: 80}  # by head dim
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,19 @@ class Tiles:
         return self.bias_stages * rows * self.keys * spec.bias_dtype.itemsize
 
 
-def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
-    """The tiles for a call whose query tiles need hold no more than `rows` rows."""
+def choose_tiles(spec: AttentionSpec, rows: int, *, halves: bool = False) -> Tiles:
+    """The tiles for a call whose query tiles need hold no more than `rows` rows.
+
+    halves: a block of keys is to be of one half of them.
+    """
+    tiles = _by_width(spec, rows)
+    if not halves:
+        return _by_length(spec, tiles)
+    return tiles if spec.keys % (2 * tiles.keys) == 0 else replace(tiles, keys=tiles.keys & -64)
+
+
+def _by_width(spec: AttentionSpec, rows: int) -> Tiles:
+    """The same whatever the number of keys is."""
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048; T = 16k, 4k, 1k.
     width = max(_widths(spec, 2))
     short = spec.band.upper is not None and spec.queries < 2048
@@ -116,15 +130,62 @@ def choose_tiles(spec: AttentionSpec, rows: int) -> Tiles:
         # Without a list causal 0.539 ms, 0.211, with one 0.485, 0.172; full 0.962, 0.909.
         return Tiles(2, 128, 2, query_slots=2, from_registers=True)
     if width <= 160 and spec.bias_shape is None and spec.dropout_rate == 0:
-        # ms on an H100 at 160, B 4, N 16, T 4k, in blocks of 64, of 128 and with a list: causal
-        # 0.570, 0.522, 0.504, full 1.081, 0.947, 0.952, window of 1,023 0.306, 0.289. Dropout
-        # would spill.
-        return Tiles(2, 128, 2, query_slots=3 if _ends_differ(spec) else 2)
-    if _by_96(spec):
-        return Tiles(2, 96, 2, query_slots=2)
-    # Causal 768, 694, 491; full 772, 734, 616. There is no room for blocks of 128 keys, and in a
-    # list for three query slots only: causal 716, 654, 465; full 653, 713, 611.
+        # ms on an H200, B 4, N 16, T 4k, outputs through queries, from registers: 160 causal 0.518,
+        # 0.486, full 0.947, 0.923, 1k 0.281, 0.262; 144 causal 0.478, 0.464, full 0.909, 0.875.
+        # In blocks of 64 keys causal 0.570 where these took 0.522. Dropout would spill.
+        few = spec.has_segments  # from a counter, with no outputs from registers
+        return Tiles(2, 128, 2, query_slots=3 if few else 2, from_registers=not few)
+    if spec.head_dim == spec.value_dim and _is_plain(spec):
+        # The same of 176 in blocks of 64, of 96, with outputs from registers, of 112: causal 4k
+        # 0.634, 0.594, 0.569, 0.566, full 1k 0.336, 0.326, 0.304, 0.311, causal 1k 0.227, , 0.200;
+        # 208 of 64, 80, from registers: full 4k 1.334, 1.266, 1.253, causal 0.704, 0.688, 0.674;
+        # 240 of 64, from registers: full 1.498, 1.455, causal 0.787, 0.781; 256 of 64, 80: causal
+        # 4k 0.419, 0.406, 1k 0.141, 0.143.
+        if width <= 192:
+            return Tiles(2, 96, 2, query_slots=2, from_registers=True)
+        if width <= 224:
+            return Tiles(2, 80, 2, query_slots=2, from_registers=True)
+        if width < 256:
+            return Tiles(2, 64, 2, query_slots=2, from_registers=True)
+        is_long = _ends_differ(spec) and spec.queries >= 4096
+        return Tiles(2, 80 if is_long else 64, 2, query_slots=2)
+    # At 256 there is no room for blocks of 128 keys, and in a list for three query slots only:
+    # causal 716, 654, 465; full 653, 713, 611; without 768, 694, 491; 772, 734, 616.
     return Tiles(2, 64, 2, query_slots=2)
+
+
+def _by_length(spec: AttentionSpec, tiles: Tiles) -> Tiles:
+    """Of a full call, with blocks of as many keys as are visited soonest.
+
+    ms on an H200 (* keys' columns that are visited, and `VISIT` more at each visit), 128, in blocks
+    of 128, 144, 176: 12,345 1.744 (13,968*), 1.711 (13,760), 1.703 (13,632); 5,001 0.902 (5,760),
+    0.877 (5,600); 1,001 0.209 (1,152), 0.206 (1,120), 0.214 (1,152), but 1,000 0.796, 0.798; of 128
+    and 96, 257 0.129 (432), 0.107 (336); and 112, 197 0.068 (288), 0.061 (256). 256, of 64 and 80,
+    1k 0.210, 0.203, with outputs from registers 0.200, 4k 0.736, 0.704, 0.699.
+    """
+    banded = spec.band.upper is not None or spec.band.lower is not None
+    width = max(spec.head_dim, spec.value_dim)
+    most = next(keys for size, keys in _MOST_KEYS.items() if width <= size)
+    if spec.head_dim != spec.value_dim:  # outputs then have no room in the queries' place
+        most = min(most, 128) if width <= 128 else 0
+    if banded or tiles.warpgroups == 1 or not _is_plain(spec):
+        return tiles
+    choices = [tiles]
+    for keys in range(64 if width > 128 else 80, most + 1, 16):
+        leaves = tiles.from_registers or keys > 144 or (width > 224 and keys > 64)
+        counted = spec.keys > 4 * keys
+        if counted or keys <= 128:
+            choices.append(replace(tiles, keys=keys, from_registers=leaves))
+
+    def cost(choice: Tiles) -> int:
+        visits, unstaged = (
+            -(-spec.keys // choice.keys),
+            choice.keys > (144 if width <= 112 else 128),
+        )
+        return visits * (choice.keys + VISIT) + UNSTAGED * unstaged
+
+    best = min(choices, key=cost)
+    return best if 100 * cost(best) < 99 * cost(tiles) else tiles
 
 
 def _widths(spec: AttentionSpec, out_bytes: int) -> tuple[int, int, int]:
@@ -138,19 +199,6 @@ def _widths(spec: AttentionSpec, out_bytes: int) -> tuple[int, int, int]:
 def _ends_differ(spec: AttentionSpec) -> bool:
     """Whether tiles of a causal call are of all lengths."""
     return spec.band.upper is not None and spec.band.lower is None
-
-
-def _by_96(spec: AttentionSpec) -> bool:
-    """Whether blocks are of 96 keys: they are few, and those with a mask too wide for the rest."""
-    # ms on an H100 (* H200), B 4, N 16, T 4k, in blocks of 64 and 96: 192 full 1.194, 1.114,
-    # causal* 0.621, 0.586, window of 1,023 0.343, 0.341; 224 full* 1.346, 1.263, causal 0.709,
-    # 0.730. B 8, 2k, 192 causal* 0.349, 0.336. B 16, 1k: 192 full 0.370, 0.356, causal 0.235,
-    # 0.261.
-    if spec.head_dim != spec.value_dim or not _is_plain(spec):
-        return False
-    if spec.band.upper is None and spec.band.lower is None:
-        return spec.head_dim in (192, 224)
-    return spec.head_dim == 192 and _ends_differ(spec) and spec.queries >= 2048
 
 
 def _is_plain(spec: AttentionSpec) -> bool:

@@ -8,7 +8,7 @@ tiles of both:
     O += P V    176 columns of three pieces of 64: N = 176; V's rows by 16
     S += Q Kᵀ   of the last piece 48 columns: three steps, not four
 
-So a block may be of any multiple of 16 keys in the widest swizzle.
+So a block may be of any multiple of 16 keys in the widest swizzle, also of V in tiles.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from jax.experimental.mosaic.gpu.wgmma import wgmma_fence, wgmma_m64
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-__all__ = ["multiply_keys", "multiply_values", "padded"]
+from pallas_kernels.hopper.copies import swizzle_of
+
+__all__ = ["STEP", "is_whole", "multiply_keys", "multiply_values", "padded"]
 
 WGMMA = plgpu.Layout.WGMMA
 STEP = 16  # what a wgmma of 16-bit numbers sums over
@@ -34,10 +36,21 @@ TILE = 8  # rows of a swizzle's pattern
 type _Value = ir.Value[Any]
 
 
+def is_whole(v: Any) -> bool:
+    """Whether Mosaic multiplies by V (keys, columns) in tiles: it takes as many rows as columns."""
+    return v.shape[0] % _width(v) == 0  # type: ignore[no-any-return]
+
+
 def multiply_values(acc: Array, p: Array, v: Any) -> Array:
-    """acc (64, n) + P (64, keys) V[:, :n], started; V (pieces, keys, width) in shared memory."""
-    _, keys, width = v.shape
+    """acc (64, n) + P (64, keys) V[:, :n], started.
+
+    V is in shared memory: (pieces, keys, width), or (keys, columns) in tiles.
+    """
+    keys, width = v.shape[-2], _width(v)
     swizzle = width * jnp.dtype(v.dtype).itemsize
+    across, down = keys * swizzle, TILE * swizzle  # from a tile to the one beside, and below
+    if len(v.shape) == 2:
+        across, down = down, down * (v.shape[1] // width)
 
     @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
         arg_types=(WGMMA, WGMMA, _form(v)), return_type=_like(acc)
@@ -46,14 +59,15 @@ def multiply_values(acc: Array, p: Array, v: Any) -> Array:
         _: mgpu.LaunchContext, acc: mgpu.FragmentedArray, p: mgpu.FragmentedArray, v: _Value
     ) -> mgpu.FragmentedArray:
         p = wgmma_fence(p)
-        start = _descriptor(v, swizzle, leading=keys * swizzle)
+        start = _descriptor(v, swizzle, leading=across, stride=down)
+        step_bytes = STEP // TILE * down
 
         def product(registers: Any, step: int) -> Any:
             return wgmma_m64(
                 registers,
                 p[:, step * STEP : (step + 1) * STEP],
-                _past(start, step * STEP * swizzle),
-                a_transpose=None, b_transpose=True, a_k_stride=None, b_k_stride=STEP * swizzle,
+                _past(start, step * step_bytes),
+                a_transpose=None, b_transpose=True, a_k_stride=None, b_k_stride=step_bytes,
                 **_sizes(acc, v),
             )  # fmt: skip
 
@@ -77,7 +91,9 @@ def multiply_keys(acc: Array, q: Any, k: Any, depth: int) -> Array:
     def emit(
         _: mgpu.LaunchContext, acc: mgpu.FragmentedArray, q: _Value, k: _Value
     ) -> mgpu.FragmentedArray:
-        start_q, start_k = (_descriptor(x, swizzle, leading=0) for x in (q, k))
+        start_q, start_k = (
+            _descriptor(x, swizzle, leading=0, stride=TILE * swizzle) for x in (q, k)
+        )
 
         def product(registers: Any, step: int) -> Any:
             at = step * STEP * size
@@ -120,19 +136,26 @@ def padded(x: Array, columns: int) -> Array:
 
 def _form(x: Any) -> Any:
     """How a matrix's pieces are in shared memory."""
-    width = x.shape[-1]
+    width = _width(x)
     swizzle = plgpu.SwizzleTransform(width * jnp.dtype(x.dtype).itemsize)  # type: ignore[abstract]
     return plgpu.RefType(transforms=(plgpu.TilingTransform((TILE, width)), swizzle))  # type: ignore[abstract]
+
+
+def _width(x: Any) -> int:
+    """Columns of a piece, or of a tile of the widest swizzle."""
+    size = jnp.dtype(x.dtype).itemsize
+    width: int = swizzle_of(x.shape[-1], size) // size
+    return width
 
 
 def _like(acc: Array) -> Any:
     return plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
 
 
-def _descriptor(x: _Value, swizzle: int, *, leading: int) -> _Value:
-    """Of a matrix that starts there; leading: bytes from a piece to the next."""
+def _descriptor(x: _Value, swizzle: int, *, leading: int, stride: int) -> _Value:
+    """Of a matrix that starts there; bytes from a tile to the one beside it, and to that below."""
     found: _Value = mma_utils.encode_descriptor(
-        x, leading_byte_offset=leading, stride_byte_offset=TILE * swizzle, swizzle=swizzle
+        x, leading_byte_offset=leading, stride_byte_offset=stride, swizzle=swizzle
     )
     return found
 

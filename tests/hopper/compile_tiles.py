@@ -156,6 +156,26 @@ COUNTED = [
             (2, "window", {"window": (255, 0), "kv_heads": 4}),
         )
     ),
+    # Blocks of keys of all sizes but 128 and 64; outputs from registers.
+    *(
+        Long(f"by_{keys}_{h}", batch=b, queries=t, keys=t, head_dim=h)
+        for keys, h, b, t in (
+            (96, 64, 64, 257),
+            (112, 128, 64, 197),
+            (144, 112, 16, 1001),
+            (176, 128, 1, 16384),
+            (176, 88, 1, 12345),
+            (112, 192, 4, 4096),
+            (96, 176, 16, 1001),
+            (96, 224, 4, 4096),
+            (80, 240, 4, 4096),
+            (80, 256, 16, 1001),
+        )
+    ),
+    *(
+        Long(f"from_registers_{h}", batch=4, queries=t, keys=t, head_dim=h, causal=True)
+        for h, t in ((144, 4096), (160, 4097), (192, 4096), (208, 4096), (240, 4097), (256, 4096))
+    ),
     Long("counted_latent", batch=4, head_dim=192, value_dim=128, causal=True),
     Long("counted_latent_full", batch=4, queries=1001, keys=1001, head_dim=192, value_dim=128),
 ]

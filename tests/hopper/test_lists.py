@@ -18,7 +18,7 @@ from pallas_kernels.hopper.forward import forward
 from pallas_kernels.hopper.plan import Plan, make_plan
 from pallas_kernels.hopper.taken import longest_first
 from pallas_kernels.hopper.tiles import Tiles, choose_tiles
-from tests.cases import Case, operands
+from tests.cases import Case, operands, thorough
 from tests.cases import Operands as Drawn
 from tests.hopper.calls import Half, spec_of
 from tests.hopper.exact import INTERPRETED
@@ -43,6 +43,9 @@ KNOWN = [  # by a counter too
     (Half("latent_sinks", 2, 150, 150, 2, 1, 192, 128, sinks=True), 2),
     (Half("full_128", 2, 256, 256, 3, 1, 128), 4),
     (Half("window_64", 1, 300, 300, 2, 2, 64, window=(140, 0)), 4),
+    (Half("by_96", 2, 150, 264, 2, 1, 176), 2),
+    (Half("by_80", 1, 150, 310, 2, 1, 240, sinks=True), 2),
+    (Half("pieces_of_32", 1, 150, 233, 2, 1, 160, causal=True), 2),
 ]
 MORE = [pytest.param(*case, marks=pytest.mark.thorough) for case in CASES[2:]]
 
@@ -82,6 +85,15 @@ def test_tiles_of_known_lengths_from_a_counter_too(
     assert plan.counted
     assert plan.tiles.from_registers == (case.head_dim > 128)
     check(plan, operands(case, seed), seed)
+
+
+@pytest.mark.parametrize("head_dim", [64, *thorough((72,), (128,))])
+def test_blocks_of_no_power_of_two_of_keys(head_dim: int, seed: int) -> None:
+    case = Half("", 1, 70, 201, 2, 1, head_dim)
+    spec = spec_of(case)
+    tiles = choose_tiles(spec, 128)
+    assert tiles.keys == 112
+    check(make_plan(spec, tiles, multiprocessors=1), operands(case, seed), seed)
 
 
 def test_a_warpgroup_may_begin_when_its_loader_has_taken_all_that_is_free(

@@ -116,6 +116,21 @@ def every_scratch(spec: AttentionSpec) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("keys", "head_dim", "found"),
+    [
+        (77, 64, 80), (197, 64, 112), (257, 128, 96), (577, 128, 128), (1000, 128, 128),
+        (1000, 96, 144),
+        (1024, 128, 128), (4096, 128, 128), (16384, 128, 176), (16384, 64, 128),
+        (1024, 176, 96), (4096, 192, 112), (4096, 224, 96), (1024, 256, 80),
+    ],
+)  # fmt: skip
+def test_blocks_of_a_full_call_have_as_many_keys_as_are_visited_soonest(
+    keys: int, head_dim: int, found: int
+) -> None:
+    assert make_plan(spec_of(Half("", 16, 1024, keys, 16, 16, head_dim))).tiles.keys == found
+
+
 def test_keys_are_split_where_that_saves_more_than_it_costs() -> None:
     def splits(queries: int, keys: int, heads: int, kv_heads: int) -> int:
         return make_plan(
