@@ -52,6 +52,8 @@ def test_bytes_are_those_that_were_measured(peer: str) -> None:
         (said,) = (x.gradient_bytes for x in found.reports if x.name == PEERS[peer])
         for x in cell["measurements"]:
             if (x["peer"], x["which"]) == (peer, "gradient") and "temp_bytes" in x and said:
+                if tiles.joined and peer == "jattn/flash":
+                    continue  # dQ had sums in float32 then
                 more = said - x["temp_bytes"]
                 if cell["bias"] and cell["head_dim"] >= 64 and peer == "jattn/flash":
                     # Hopper's sums of dQ, where the bias's gradient will be.

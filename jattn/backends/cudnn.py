@@ -15,7 +15,7 @@ from jax.nn import dot_product_attention as jax_attention
 
 from jattn.backends.elsewhere import WithLoops
 from jattn.call.band import Band
-from jattn.call.row_arrays import BackwardRows
+from jattn.call.row_arrays import AnyBackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.call.target import Target
 from jattn.transforms import derivatives
@@ -94,6 +94,9 @@ class _Fused:
     takes_output = True
     takes_parts = False
 
+    def makes_row_term(self, spec: AttentionSpec) -> bool:
+        return False
+
     def unit(self, spec: AttentionSpec) -> float:
         return 1.0
 
@@ -106,7 +109,7 @@ class _Fused:
         self,
         spec: AttentionSpec,
         operands: Operands,
-        rows: BackwardRows,
+        rows: AnyBackwardRows,
         /,
         *,
         wants_bias: bool,

@@ -23,7 +23,7 @@ from jattn.backends import any_order
 from jattn.backends.kernels import Family, kernels_of
 from jattn.backends.loops import Loops
 from jattn.call.halves import joined
-from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
+from jattn.call.row_arrays import AnyBackwardRows, BackwardRows, BackwardTangentRows, TangentRows
 from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.call.target import Target
 from jattn.transforms.kernels import Pair, TangentPair
@@ -75,6 +75,9 @@ class WithLoops:
     def takes_output(self) -> bool:
         return self.kernels.takes_output
 
+    def makes_row_term(self, spec: AttentionSpec) -> bool:
+        return self.kernels.makes_row_term(spec)
+
     def takes_halves(self, spec: AttentionSpec) -> bool:
         """Whether forward reads each half of queries and keys where it is (`call.halves`)."""
         return getattr(self.kernels, "takes_halves", lambda _: False)(spec)
@@ -93,7 +96,7 @@ class WithLoops:
         self,
         spec: AttentionSpec,
         operands: Operands,
-        rows: BackwardRows,
+        rows: AnyBackwardRows,
         *,
         wants_bias: bool,
         wants_scale: bool,
@@ -176,7 +179,7 @@ def _backward(
     kernels: Pair,
     spec: AttentionSpec,
     operands: Operands,
-    rows: BackwardRows,
+    rows: AnyBackwardRows,
     *,
     wants_bias: bool,
     wants_scale: bool,
@@ -184,7 +187,9 @@ def _backward(
     term = rows.of_output
     if kernels.takes_output:
         term = row_term(rows.top, rows.of_output, rows.d_out)
-    own = rows._replace(top=_in_loops_unit(rows.top, kernels.unit(spec)), of_output=term)
+    own = BackwardRows(*rows[:4])._replace(
+        top=_in_loops_unit(rows.top, kernels.unit(spec)), of_output=term
+    )
     return _LOOPS.backward(spec, operands, own, wants_bias=wants_bias, wants_scale=wants_scale)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jattn.call.determinism import is_deterministic
-from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
+from jattn.call.row_arrays import AnyBackwardRows, BackwardTangentRows, TangentRows
 from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.call.target import Target
 from pallas_kernels.hopper import bias_form
@@ -96,6 +96,14 @@ class Kernels:
 
         return takes_halves(spec)
 
+    def makes_row_term(self, spec: AttentionSpec) -> bool:
+        """Whether backward makes the row term itself where it is given the output beside it."""
+        if self.family != "hopper":
+            return False
+        from pallas_kernels.hopper.backward_tiles import makes_row_term
+
+        return makes_row_term(spec)
+
     def unit(self, spec: AttentionSpec) -> float:
         if self.family == "hopper":
             from pallas_kernels.hopper.softmax import unit
@@ -109,7 +117,7 @@ class Kernels:
         self,
         spec: AttentionSpec,
         operands: Operands,
-        rows: BackwardRows,
+        rows: AnyBackwardRows,
         *,
         wants_bias: bool,
         wants_scale: bool,
@@ -205,7 +213,7 @@ class Kernels:
             found |= dict(zip(others, made, strict=True))
         return tuple(found[name] for name in wanted)
 
-    def _in_portable_unit[Rows: (BackwardRows, TangentRows, BackwardTangentRows)](
+    def _in_portable_unit[Rows: (AnyBackwardRows, TangentRows, BackwardTangentRows)](
         self, spec: AttentionSpec, rows: Rows
     ) -> Rows:
         """The log-sum-exp as the portable kernels have it; `rest` has what rounding leaves out."""

@@ -14,7 +14,7 @@ from jax import Array
 from jattn.backends import any_order, query_chunks, query_tangents
 from jattn.backends.directions import Directions
 from jattn.backends.tiles import Chunks
-from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
+from jattn.call.row_arrays import AnyBackwardRows, BackwardTangentRows, TangentRows
 from jattn.call.sizes import is_known, smaller
 from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.call.target import Target
@@ -41,6 +41,9 @@ class Loops:
     def chunks(self, spec: AttentionSpec) -> Chunks:
         return choose_chunks(spec, self.target, self.queries, self.keys)
 
+    def makes_row_term(self, spec: AttentionSpec) -> bool:
+        return False
+
     def unit(self, spec: AttentionSpec) -> float:
         return 1.0
 
@@ -51,7 +54,7 @@ class Loops:
         self,
         spec: AttentionSpec,
         operands: Operands,
-        rows: BackwardRows,
+        rows: AnyBackwardRows,
         *,
         wants_bias: bool,
         wants_scale: bool,

@@ -29,7 +29,7 @@ from jax import Array, lax
 
 from jattn.backends.products import against_keys, over_rows, times_keys
 from jattn.backends.tiles import Chunks, HeadMajor, Tile, merge_heads, split_heads
-from jattn.call.row_arrays import BackwardRows
+from jattn.call.row_arrays import AnyBackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["backward", "bias_sums", "forward"]
@@ -92,7 +92,7 @@ def backward(
     spec: AttentionSpec,
     chunks: Chunks,
     operands: Operands,
-    rows: BackwardRows,
+    rows: AnyBackwardRows,
     *,
     wants_bias: bool,
     wants_scale: bool,

@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 from jax import Array
 
-__all__ = ["BackwardRows", "BackwardTangentRows", "TangentRows"]
+__all__ = [
+    "AnyBackwardRows",
+    "BackwardRows",
+    "BackwardRowsBeside",
+    "BackwardTangentRows",
+    "TangentRows",
+]
 
 
 class BackwardRows(NamedTuple):
@@ -27,6 +33,22 @@ class BackwardRows(NamedTuple):
     rest: Array
     of_output: Array
     d_out: Array
+
+
+class BackwardRowsBeside(NamedTuple):
+    """The same beside the output (B, T, N, D), where the row term is rowsum(O dO) and nothing else.
+
+    For kernels that may make that themselves; what is then not used the compiler leaves out.
+    """
+
+    top: Array
+    rest: Array
+    of_output: Array
+    d_out: Array
+    out: Array
+
+
+type AnyBackwardRows = BackwardRows | BackwardRowsBeside
 
 
 class TangentRows(NamedTuple):

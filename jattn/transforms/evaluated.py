@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
+from jattn.call.row_arrays import (
+    AnyBackwardRows,
+    BackwardRows,
+    BackwardRowsBeside,
+    BackwardTangentRows,
+    TangentRows,
+)
 from jattn.call.spec import AttentionSpec, Operands, Tangents
 from jattn.transforms import context, sharding
 from jattn.transforms.folding import Arrays, Kernel
@@ -88,7 +94,10 @@ def backward(
     """Gradients of the operands that are wanted; d_lse is 0 if it is not among the arrays."""
 
     def kernel(spec: AttentionSpec, arrays: Arrays) -> tuple[Array, ...]:
-        rows = BackwardRows(*(arrays[name] for name in ("top", "rest", of_output, "d_out")))
+        saved = (arrays[name] for name in ("top", "rest", of_output, "d_out"))
+        rows: AnyBackwardRows = BackwardRows(*saved)
+        if makes_term:
+            rows = BackwardRowsBeside(**rows._asdict(), out=arrays["out"])
         return context.backward(
             kernels,
             spec,
@@ -105,6 +114,9 @@ def backward(
     of_output = "out" if kernels.takes_output else "row_term"
     held = _beside(arrays) | {"top": top, "rest": rest, "d_out": d_out}
     held[of_output] = arrays["out"] if kernels.takes_output else term
+    makes_term = "d_lse" not in arrays and spec.context is None and kernels.makes_row_term(spec)
+    if makes_term:
+        held["out"] = arrays["out"]
     results = (*GRADIENTS, "bias") if "bias" in wanted else GRADIENTS
     places = tuple(sharding.partition(held[name]) for name in results)
     found = run(kernel, kernels, spec, held, results, places)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from jax import Array
 
-from jattn.call.row_arrays import BackwardRows, BackwardTangentRows, TangentRows
+from jattn.call.row_arrays import AnyBackwardRows, BackwardTangentRows, TangentRows
 from jattn.call.spec import AttentionSpec, Operands, Tangents
 
 __all__ = ["Kernels", "Pair", "TangentPair"]
@@ -31,6 +31,9 @@ class Pair(Protocol):
     def takes_output(self) -> bool:
         """Whether backward takes the output, and makes the row term, instead of being given it."""
 
+    def makes_row_term(self, spec: AttentionSpec) -> bool:
+        """Whether backward makes the row term itself where it is given the output beside it."""
+
     def unit(self, spec: AttentionSpec) -> float:
         """What 1 in `top` is of the natural logarithm."""
 
@@ -46,7 +49,7 @@ class Pair(Protocol):
         self,
         spec: AttentionSpec,
         operands: Operands,
-        rows: BackwardRows,
+        rows: AnyBackwardRows,
         /,
         *,
         wants_bias: bool,

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jattn.call.masking import past_zeroed
 from pallas_kernels.hopper import (
     backward_bias,
+    backward_joined,
     backward_kernel,
     backward_mask,
     backward_queries,
@@ -40,7 +41,7 @@ from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.visits import edge_padded, visits, visits_every_block
 
 if TYPE_CHECKING:
-    from jattn.call.row_arrays import BackwardRows
+    from jattn.call.row_arrays import AnyBackwardRows
     from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["backward", "by_block", "in_two"]
@@ -49,7 +50,7 @@ __all__ = ["backward", "by_block", "in_two"]
 def backward(
     spec: AttentionSpec,
     operands: Operands,
-    rows: BackwardRows,
+    rows: AnyBackwardRows,
     *,
     wants_bias: bool = False,
     wants_scale: bool = False,
@@ -62,7 +63,7 @@ def backward(
     Args:
       spec: the call; the kernels' `refusals` must be empty for it.
       operands: its arrays.
-      rows: what else each row has, of the output the row term.
+      rows: what else each row has, of the output the row term, and maybe the output itself.
       wants_bias: the bias's gradient is asked for: of one that nothing shares, or whose gradient
         is summed by tiles (`bias_form`).
       wants_scale: the gradient of query is to be dS K in float32, not multiplied by the scale.
@@ -88,6 +89,8 @@ def backward(
     else:  # both are natural
         high, low = in_two(top, rest)
         low = low * LOG2E
+    if tiles.joined:  # where all low parts count, none that is no number does
+        low = jnp.where(jnp.isnan(low), 0, low)
     row_bias = backward_bias.row_vector(spec, operands)
     ranges = visits(
         spec,
@@ -98,18 +101,21 @@ def backward(
         every=tiles.once,
     )
     matrices = {"q": query, "k": key, "v": value, "do": rows.d_out}
+    vectors = [jnp.pad(high, more, constant_values=jnp.inf), jnp.pad(low, more)]
+    out = getattr(rows, "out", None)
+    if tiles.joined and out is not None:
+        matrices["out"] = out
+    else:
+        vectors.append(jnp.pad(row_term, more))
+    if row_bias is not None:
+        vectors.append(jnp.pad(row_bias, more))
     inputs = {
         **(matrices if by_rows(spec, tiles) else _whole(matrices)),
-        "rows": by_block(
-            jnp.pad(high, more, constant_values=jnp.inf),
-            jnp.pad(low, more),
-            jnp.pad(row_term, more),
-            *([] if row_bias is None else [jnp.pad(row_bias, more)]),
-            queries=tiles.queries,
-        ),
+        "rows": by_block(*vectors, queries=tiles.queries),
         "ranges": ranges,
-        "largest_low": _in_groups(spec, jnp.where(jnp.isnan(low), 0, jnp.abs(low))),
     }
+    if not tiles.joined:
+        inputs["largest_low"] = _in_groups(spec, jnp.where(jnp.isnan(low), 0, jnp.abs(low)))
     if spec.has_segments:
         inputs["query_segments"] = edge_padded(operands.query_segments, count * tiles.queries)
         its_rows = -(-spec.keys // tiles.keys) * tiles.keys
@@ -129,8 +135,15 @@ def backward(
     # About what the scale would be, so that float16 does not overflow; exact as a power of two.
     unit = 2.0 ** -(spec.head_dim.bit_length() // 2) if wants_scale else None
     d_bias: list[Array] = []
-    made = _launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
-    if tiles.apart:
+    if tiles.joined:
+        made = backward_joined.launch(
+            spec, operands, tiles, inputs, unscaled=unit, interpret=interpret
+        )
+    else:
+        made = _launch(spec, tiles, inputs, unscaled=unit, interpret=interpret)
+    if tiles.joined or tiles.once:
+        dq = made["dq"]
+    elif tiles.apart:
         writes_bias = wants_bias and writes_gradient(spec)
         dq, *d_bias = backward_queries.launch(
             spec,
@@ -141,8 +154,6 @@ def backward(
             in_pieces=tiles.pieces,
             interpret=interpret,
         )
-    elif tiles.once:
-        dq = made["dq"]
     else:
         unit, dq = None, made["dq"]
         words = made.get("words")

@@ -114,7 +114,10 @@ class Block:
             ahead = self.tile * np.int32(tiles.keys // tiles.queries)
             self.stagger = remainder(ahead, jnp.maximum(self.visits.count, 1))
         # Whether log-sum-exps of the group's heads have a second part that counts.
-        self.in_two = refs.largest_low[self.batch, self.kv_head] > LEAST_LOW
+        # Where kernels are joined they are subtracted everywhere, which is asked of nothing.
+        self.in_two: Any = False
+        if not tiles.joined:
+            self.in_two = refs.largest_low[self.batch, self.kv_head] > LEAST_LOW
 
     def keys_at(self, first: Array | int, size: int = ROWS) -> Any:
         """Rows of K's and V's shared memory, from this one on of those that hold the tile."""

@@ -38,6 +38,7 @@ class BackwardTiles:
     shares: the thread blocks that share a tile's work.
     adds: they add their dK and dV to sums, in whichever order they end.
     places: tiles that have sums at a time, each the place of one that is done; 0: all.
+    joined: dQ's kernel is one launch with this one (`backward_joined.py`).
     """
 
     queries: int
@@ -60,6 +61,7 @@ class BackwardTiles:
     shares: Shares = WHOLE
     adds: bool = False
     places: int = 0
+    joined: bool = False
 
     @property
     def keys(self) -> int:

@@ -72,12 +72,12 @@ from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.plain import in_both_ways, named, piece_shape
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.hopper.warpgroups import run
+from pallas_kernels.hopper.warpgroups import Part, run
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["fragments", "launch"]
+__all__ = ["fragments", "launch", "part_of"]
 
 
 def launch(
@@ -102,44 +102,76 @@ def launch(
     words_of_sums: of dK and dV, if `tiles.adds`, as `backward_sums.py` has them; these are last.
     unscaled: what dS K is multiplied by instead of the scale, in a dQ that is returned.
     """
-    seam = Seam(interpret)
-    w, queries = tiles.warpgroups, tiles.queries
-    head, value = (padded_width(inputs[name].shape[3]) for name in "kv")
     grid = grid_of(spec, tiles)
     if tiles.listed:
         inputs = inputs | {"schedule": constant(schedule(spec, tiles, grid))}
-    if banded(spec):
-        kind = np.float32 if _numbers_behind(spec, tiles) else np.int32  # behind vectors that are
-        inputs = inputs | {"index": numbers(queries, kind)}
     if dq is not None:
         inputs = inputs | {"dq": dq}
     if words is not None:
         inputs = inputs | {"words_of_dq": words}
     if words_of_sums is not None:
         inputs = inputs | {"words_of_sums": words_of_sums}
-    scratch = _scratch(spec, tiles, head, value, makes_dq=not tiles.apart)
-    widths = {"s": queries, "dp": queries, "dq": head, "dk": head, "dv": value}
-    scratch |= seam.stand_ins({name: (w, ROWS, columns) for name, columns in widths.items()})
-    out_type = key_gradients(spec, tiles, inputs)
-    if tiles.once:
-        out_type.append(jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype))
-    if tiles.first_stores:
-        out_type.append(jax.ShapeDtypeStruct(fragments(tiles, inputs), jnp.float32))
-    if by_rows(spec, tiles):
-        matrices = ("q_smem", "k_smem", "v_smem", "do_smem", *(["dq_smem"] if tiles.once else []))
-        scratch = in_both_ways(scratch, matrices, interpret=interpret)
-    returns_dq = tiles.once or tiles.first_stores
-    own = ["dk", "dv"]
-    own += ["dq"] if returns_dq else []
-    if tiles.adds:
-        out_type.append(sums_of_keys(spec, tiles, inputs))
-        own.append("sums")
-        scratch["arrived_smem"] = plgpu.SMEM((w + 1,), jnp.int32)
-    names = [*inputs, *own, *scratch]
+    part = part_of(spec, tiles, inputs, unscaled=unscaled, interpret=interpret)
+    scratch = in_both_ways(part.scratch, part.both, interpret=interpret)
+    names = [*part.inputs, *part.results, *scratch]
 
     def kernel(*args: Ref) -> None:
-        refs = named(scratch, names, args)
+        part.body(named(scratch, names, args), grid.place)
 
+    found: tuple[Array, ...] = run(
+        kernel,
+        part.inputs,
+        out_type=list(part.results.values()),
+        scratch_types=list(scratch.values()),
+        **({"grid": (tiles.listed,), "grid_names": ("block",)} if tiles.listed else grid.launch),
+        num_threads=tiles.warpgroups + 1,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=tiles.values_first and not interpret
+        ),
+        interpret=interpret,
+    )
+    return found
+
+
+def part_of(
+    spec: AttentionSpec,
+    tiles: BackwardTiles,
+    inputs: dict[str, Array],
+    *,
+    unscaled: float | None,
+    interpret: bool,
+) -> Part:
+    """The kernel as `launch` says, whose thread blocks are asked for their place in the grid.
+
+    inputs: those of `launch`, with what else it is given.
+    """
+    seam = Seam(interpret)
+    w, queries = tiles.warpgroups, tiles.queries
+    head, value = (padded_width(inputs[name].shape[3]) for name in "kv")
+    grid = grid_of(spec, tiles)
+    if banded(spec):
+        kind = np.float32 if _numbers_behind(spec, tiles) else np.int32  # behind vectors that are
+        inputs = inputs | {"index": numbers(queries, kind)}
+    takes_output = "out" in inputs
+    scratch = _scratch(
+        spec, tiles, head, value, makes_dq=not tiles.apart, takes_output=takes_output
+    )
+    widths = {"s": queries, "dp": queries, "dq": head, "dk": head, "dv": value}
+    scratch |= seam.stand_ins({name: (w, ROWS, columns) for name, columns in widths.items()})
+    results = dict(zip(("dk", "dv"), key_gradients(spec, tiles, inputs), strict=True))
+    if tiles.once:
+        results["dq"] = jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype)
+    if tiles.first_stores:
+        results["dq"] = jax.ShapeDtypeStruct(fragments(tiles, inputs), jnp.float32)
+    both: tuple[str, ...] = ()
+    if by_rows(spec, tiles):
+        both = ("q_smem", "k_smem", "v_smem", "do_smem", *(["dq_smem"] if tiles.once else []))
+        both += ("out_smem",) if takes_output else ()
+    if tiles.adds:
+        results["sums"] = sums_of_keys(spec, tiles, inputs)
+        scratch["arrived_smem"] = plgpu.SMEM((w + 1,), jnp.int32)
+
+    def body(refs: Ref, place: Callable[[], dict[str, Array]]) -> None:
         def block_at(place: dict[str, Array], turn: Turn | None = None) -> Block:
             block = Block(spec, tiles, seam, refs, place, turn)
             if unscaled is not None:
@@ -150,7 +182,7 @@ def launch(
 
         # With dropout ptxas spills half as much again if this comes behind the branch to the
         # warpgroups, without it somewhat less.
-        only = block_at(grid.place()) if spec.dropout_rate > 0 else None
+        only = block_at(place()) if spec.dropout_rate > 0 else None
         warpgroup = lax.axis_index("warpgroup")
 
         def every_tile(each_tile: Callable[[Block, Callable[[], None]], None]) -> Array:
@@ -160,7 +192,7 @@ def launch(
             """
             if tiles.listed:
                 return each_listed(refs, grid, block_at, each_tile)
-            block = only or block_at(grid.place())
+            block = only or block_at(place())
             each_tile(block, lambda: None)
             visited: Array = block.visits.count * block.heads
             return visited
@@ -188,19 +220,7 @@ def launch(
             visited = every_tile(_load)
             _finish(tiles, seam, refs, visited)
 
-    found: tuple[Array, ...] = run(
-        kernel,
-        inputs,
-        out_type=out_type,
-        scratch_types=list(scratch.values()),
-        **({"grid": (tiles.listed,), "grid_names": ("block",)} if tiles.listed else grid.launch),
-        num_threads=w + 1,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=tiles.values_first and not interpret
-        ),
-        interpret=interpret,
-    )
-    return found
+    return Part(inputs, results, scratch, both, body)
 
 
 def fragments(tiles: BackwardTiles, inputs: dict[str, Array]) -> tuple[int, int]:
@@ -211,7 +231,13 @@ def fragments(tiles: BackwardTiles, inputs: dict[str, Array]) -> tuple[int, int]
 
 
 def _scratch(
-    spec: AttentionSpec, tiles: BackwardTiles, head: int, value: int, *, makes_dq: bool
+    spec: AttentionSpec,
+    tiles: BackwardTiles,
+    head: int,
+    value: int,
+    *,
+    makes_dq: bool,
+    takes_output: bool = False,
 ) -> dict[str, Any]:
     w, stages, queries = tiles.warpgroups, tiles.stages, tiles.queries
 
@@ -233,12 +259,16 @@ def _scratch(
         "q": operand(stages, queries, head, swizzle=swizzle),
         "do": operand(stages, queries, value),
     }
+    if takes_output:
+        operands["out"] = operand(stages, queries, value)
     both = 2  # copies of two matrices
     if tiles.pieces:
         both = sum(operands[name].shape[-3] for name in "kv")
     once_a_tile = both + spec.has_segments + (banded(spec) and not numbers_behind)
     once_a_tile += spec.dropout_rate > 0
     arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
+    if takes_output:
+        arrivals += operands["out"].shape[-3] if tiles.pieces else 1
     of_mask = backward_mask.scratch(spec, tiles)
     arrivals += len(of_mask) + tiles.first_stores
     vectors = 3 + (form_of(spec) == "rows")
@@ -358,6 +388,8 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
         vectors = refs.rows_smem.at[slot, pl.ds(0, refs.rows.shape[3])]
         plgpu.copy_gmem_to_smem(refs.rows.at[batch, head, at], vectors, refs.full.at[slot])
         copy_matrix(refs.do, refs.do_rows)
+        if "out_smem" in vars(refs):
+            copy_matrix(refs.out, refs.out_rows)
         if spec.dropout_rate > 0:
             copy(refs.words.at[batch, words_head(spec, head), at], refs.words_smem)
         if spec.has_segments:

@@ -56,16 +56,17 @@ from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plain import cut, in_both_ways, named, parts_of, piece_shape, places
 from pallas_kernels.hopper.plan import Plan, Work
+from pallas_kernels.hopper.row_terms import row_sums
 from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.segments import segment_arrays
 from pallas_kernels.hopper.softmax import LN2, LOG2E, across, logits, scale_of
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY, Tiles
-from pallas_kernels.hopper.warpgroups import run
+from pallas_kernels.hopper.warpgroups import Part, run
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["QueryTiles", "choose_query_tiles", "launch", "plan_of"]
+__all__ = ["QueryTiles", "choose_query_tiles", "launch", "part_of", "plan_of"]
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a query
@@ -94,11 +95,47 @@ def launch(
       infinite and 0 where a row sees nothing, and the row term. Rows are a multiple of 128. What
       is left multiplies all weights of a row by one factor, and so its dQ.
     """
-    seam = Seam(interpret)
     head, value = (padded_width(inputs[name].shape[3]) for name in "qv")
     tiles = replace(tiles or choose_query_tiles(spec, head, value), pieces=in_pieces)
+    part, blocks = part_of(
+        spec, operands, inputs, tiles, unscaled=unscaled, wants_bias=wants_bias, interpret=interpret
+    )
+    scratch = in_both_ways(part.scratch, part.both, interpret=interpret)
+    names = [*part.inputs, *part.results, *scratch]
+
+    def kernel(*args: Ref) -> None:
+        part.body(named(scratch, names, args), lax.axis_index("block"))
+
+    found: list[Array] = run(
+        kernel,
+        part.inputs,
+        out_type=list(part.results.values()),
+        scratch_types=list(scratch.values()),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=tiles.warpgroups + 1,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )
+    return tuple(found)
+
+
+def part_of(
+    spec: AttentionSpec,
+    operands: Operands,
+    inputs: dict[str, Array],
+    tiles: QueryTiles,
+    *,
+    unscaled: float | None,
+    wants_bias: bool = False,
+    interpret: bool,
+) -> tuple[Part, int]:
+    """The kernel as `launch` says, and how many thread blocks it has, which are given a number."""
+    seam = Seam(interpret)
+    head, value = (padded_width(inputs[name].shape[3]) for name in "qv")
     plan = plan_of(spec, tiles)
-    inputs = {name: inputs[name] for name in ("q", "k", "v", "do", "rows")}
+    names = ("q", "k", "v", "do", "rows", *(["out"] if "out" in inputs else []))
+    inputs = {name: inputs[name] for name in names}
     inputs["zero"] = constant(np.zeros(1, np.int32))
     for name in ("query_lengths", "key_lengths", "query_offset"):
         if getattr(operands, name) is not None:
@@ -113,23 +150,20 @@ def launch(
         inputs["scale"] = operands.scale
     inputs |= dropout.dropout_inputs(plan, operands, beside_rows=tiles.has_words_beside(spec))
     widths = {"s": tiles.keys, "dp": tiles.keys, "dq": head}
-    scratch = _scratch(plan, tiles, head, value)
+    scratch = _scratch(plan, tiles, head, value, takes_output="out" in inputs)
     scratch |= seam.stand_ins({x: (tiles.warpgroups, ROWS, size) for x, size in widths.items()})
-    if in_pieces:
-        matrices = [f"{name}_smem" for name in ("q", "do", "k", "v")]
-        scratch = in_both_ways(scratch, matrices, interpret=interpret)
-    out_type = [jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype)]
+    matrices = ("q", "do", "k", "v", *(["out"] if "out" in inputs else []))
+    both = tuple(f"{name}_smem" for name in matrices) if tiles.pieces else ()
+    results = {"dq": jax.ShapeDtypeStruct(inputs["q"].shape, spec.dtype)}
     if wants_bias:
         shape = (spec.batch, spec.heads, *inputs["bias"].shape[2:])
-        out_type.append(jax.ShapeDtypeStruct(shape, spec.bias_dtype))
-    names = [*inputs, "dq", *(["d_bias"] if wants_bias else []), *scratch]
+        results["d_bias"] = jax.ShapeDtypeStruct(shape, spec.bias_dtype)
     assert tiles.registers is not None
     most, least = tiles.registers
 
-    def kernel(*args: Ref) -> None:
-        refs = named(scratch, names, args)
+    def body(refs: Ref, number: Array) -> None:
         warpgroup = lax.axis_index("warpgroup")
-        work = plan.work(lax.axis_index("block"))
+        work = plan.work(number)
         steps = steps_of(plan, refs, work)
 
         @pl.when(warpgroup < tiles.warpgroups)
@@ -146,18 +180,7 @@ def launch(
             plgpu.set_max_registers(least, action="decrease")
             _load(plan, tiles, refs, work, steps)
 
-    found: list[Array] = run(
-        kernel,
-        inputs,
-        out_type=out_type,
-        scratch_types=list(scratch.values()),
-        grid=(plan.blocks,),
-        grid_names=("block",),
-        num_threads=tiles.warpgroups + 1,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        interpret=interpret,
-    )
-    return tuple(found)
+    return Part(inputs, results, scratch, both, body), plan.blocks
 
 
 @dataclass(frozen=True)
@@ -226,7 +249,9 @@ def plan_of(spec: AttentionSpec, tiles: QueryTiles) -> Plan:
     return replace(plan, blocks=plan.works)
 
 
-def _scratch(plan: Plan, tiles: QueryTiles, head: int, value: int) -> dict[str, Any]:
+def _scratch(
+    plan: Plan, tiles: QueryTiles, head: int, value: int, *, takes_output: bool = False
+) -> dict[str, Any]:
     spec, dtype = plan.spec, plan.spec.dtype
     w, stages, key_slots = tiles.warpgroups, tiles.stages, tiles.key_slots
     beside = form_of(spec) == "rows" or tiles.has_words_beside(spec)
@@ -243,6 +268,10 @@ def _scratch(plan: Plan, tiles: QueryTiles, head: int, value: int) -> dict[str, 
         "v_full": ring(stages, tiles.copies(value)),
         "v_free": ring(stages, w),
     }
+    if takes_output:
+        scratch["out_smem"] = matrix(dtype, w, *tiles.matrix(ROWS, value))
+        arrivals = scratch["rows_full"].num_arrivals + tiles.copies(value)
+        scratch["rows_full"] = ring(w, arrivals)
     scratch |= dropout.scratch(plan, beside_rows=tiles.has_words_beside(spec))
     if has_ring(spec):
         scratch |= bias.scratch(plan)
@@ -259,6 +288,8 @@ def _load(plan: Plan, tiles: QueryTiles, refs: Ref, work: Work, steps: Steps) ->
         full, rows = refs.rows_full.at[w], pl.ds(work.query + w * ROWS, ROWS)
         tiles.fetch(refs.q, (batch, rows, work.head), refs.q_rows, w, full)
         tiles.fetch(refs.do, (batch, rows, work.head), refs.do_rows, w, full)
+        if "out_smem" in vars(refs):
+            tiles.fetch(refs.out, (batch, rows, work.head), refs.out_rows, w, full)
         size = refs.rows.shape[-1]
         block = quotient(work.query, size) + w * ROWS // size
         own = refs.rows.at[batch, work.head, block, :, pl.ds(w * ROWS % size, ROWS)]
@@ -319,6 +350,9 @@ class Rows:
         bias.start(self.plan, refs)
         dropout.start(self.plan, refs)
         plgpu.barrier_wait(refs.rows_full.at[number])
+        if "out_smem" in vars(refs):
+            both = (tiles.parts(x, number) for x in (refs.out_smem, refs.do_smem))
+            refs.rows_smem.at[number, ROW_TERM][...] = row_sums(self.seam, *both)
         dq = self.accumulator(self.visit_all, "dq", padded_width(refs.q.shape[3]))
         if self.writes_bias:
             self.end_bias()

@@ -24,6 +24,7 @@ from pallas_kernels.hopper.backward_block import HIGH, LOW, ROW, ROW_TERM, WGMMA
 from pallas_kernels.hopper.backward_claims import put_dq
 from pallas_kernels.hopper.dropout import kept
 from pallas_kernels.hopper.indices import remainder
+from pallas_kernels.hopper.row_terms import row_sums
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E, across, logits
 from pallas_kernels.hopper.tiles import ROWS
@@ -62,6 +63,20 @@ def _fold(block: Block, warpgroup: Array | int, slot: Array) -> None:
         plgpu.commit_smem()
 
     meet(block)
+
+
+def _make_row_terms(block: Block, warpgroup: Array | int, slot: Array) -> None:
+    """D = rowsum(O dO) of a block's queries: 64 of them by each warpgroup."""
+    seam, refs, queries = block.seam, block.refs, block.tiles.queries
+    rows = pl.ds(warpgroup * ROWS if queries > ROWS else 0, ROWS)  # else by both, the same
+    row_term = row_sums(
+        seam,
+        [x.at[rows] for x in block.parts(refs.out_smem, slot)],
+        [x.at[rows] for x in block.parts(refs.do_smem, slot)],
+    )
+    refs.rows_smem.at[slot, ROW_TERM, rows][...] = row_term
+    if queries > ROWS:
+        meet(block)
 
 
 def release(block: Block, n: Array, some: Array) -> None:
@@ -141,6 +156,8 @@ def _weights(
     first, own = block.tiles.values_first, visit.warpgroup
     seam.inner_into(s_acc, visit.k, visit.q)  # Sᵀ = K Qᵀ
     seam.inner_into(dp_acc, visit.v, visit.do)  # dPᵀ = V dOᵀ
+    if "out_smem" in vars(refs):
+        _make_row_terms(block, own, slot)
     capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
     early: Array | None = None
     if block.tiles.late:
@@ -156,7 +173,10 @@ def _weights(
             p = jnp.where(lse < jnp.inf, p, 0.0)
     else:
         lse = block.row(refs.rows_smem.at[slot, HIGH]) if early is None else early
-        p = jnp.exp2(x * c - lse)
+        exponent = x * c - lse
+        if block.tiles.joined:
+            exponent -= block.row(refs.rows_smem.at[slot, LOW])
+        p = jnp.exp2(exponent)
     if masked:
         p = block.hide(p, own * ROWS, visit.first_query, slot)
     drops, keys = spec.dropout_rate > 0, (own + visit.hidden) * ROWS
@@ -206,7 +226,7 @@ def visit_block(
     visit = _visit_at(block, warpgroup, n, h, i)
     free = refs.free.at[visit.slot]
     plgpu.barrier_wait(refs.full.at[visit.slot])
-    if folds:
+    if folds and not tiles.joined:
         pl.when(block.in_two)(partial(_fold, block, warpgroup, visit.slot))
     weights = partial(_weights, block, visit, dv_acc, masked=masked)
     shape = (ROWS, tiles.queries)

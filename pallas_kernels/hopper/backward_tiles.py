@@ -19,7 +19,14 @@ from pallas_kernels.hopper.visits import MOST_KNOWN, known_counts, visits_every_
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["BackwardTiles", "by_rows", "choose_backward_tiles", "dq_columns", "dq_swizzle"]
+__all__ = [
+    "BackwardTiles",
+    "by_rows",
+    "choose_backward_tiles",
+    "dq_columns",
+    "dq_swizzle",
+    "makes_row_term",
+]
 
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
 
@@ -28,7 +35,10 @@ def choose_backward_tiles(
     spec: AttentionSpec, *, deterministic: bool, wants_bias: bool = False
 ) -> BackwardTiles:
     """The tiles for a call."""
-    tiles = _of_head_dims(spec, deterministic=deterministic, wants_bias=wants_bias)
+    if tiles := _joined(spec):
+        return tiles
+    apart = has_dq_apart(spec, deterministic=deterministic)
+    tiles = _of_head_dims(spec, apart=apart, deterministic=deterministic, wants_bias=wants_bias)
     if not tiles.apart and writes_dq_once(spec):
         shared = tiles.shared_ds or tiles.in_fragments
         tiles = replace(tiles, once=True, in_fragments=False, values_first=False, shared_ds=shared)
@@ -46,6 +56,50 @@ def choose_backward_tiles(
     if _adds_often(spec, tiles):
         return replace(tiles, late=True, shared_ds=True, heads_turned=True)
     return tiles
+
+
+# Thread blocks of a launch that makes all gradients; of a full call one round of the chip's, as
+# where all tiles are as long a second one would be as long as the first.
+MOST_JOINED = 256
+MOST_JOINED_FULL = MULTIPROCESSORS
+# Queries and keys of such a call, and the most of a full one.
+LEAST_JOINED, LONGEST_JOINED, LONGEST_JOINED_FULL = 64, 2048, 1024
+# Queries that a tile visits, up to which it makes their row terms.
+MOST_ROW_TERMS = 256
+
+
+def makes_row_term(spec: AttentionSpec) -> bool:
+    """Whether backward makes the row term itself where it is given the output."""
+    # us on an H200, forward and backward, 8 heads, causal, made by XLA and so: of 64, T = 128
+    # 11.1, 10.2; 256 14.1, 13.8; 512 19.6, 20.2; of 128, 512 28.2, 29.9.
+    tiles = _joined(spec)
+    visited = 0 if tiles is None else spec.queries * (spec.group // tiles.shares.heads)
+    return 0 < visited <= MOST_ROW_TERMS
+
+
+def _joined(spec: AttentionSpec) -> BackwardTiles | None:
+    """Those of a short call, whose kernels are one launch where all thread blocks run at a time."""
+    # us on an H200, forward and backward, not joined, joined, cuDNN, 8 heads, causal: of 64, T =
+    # 128 14.2, 10.2, 15.0; 512 29.2, 20.2, 28.4; 1k 42.6, 33.5, 45.3; 2k, of 256 thread blocks,
+    # 82.0, 71.1, 80.5; 32 heads of 8, 512, also of 256, 38.7, 33.0, 36.3; full 1k 41.8, 34.6, 43.4;
+    # of 128, 512 36.5, 29.9, 38.2; B 4, of 256, 45.9, 41.9, 46.9; full 36.2, 29.1, 36.7.
+    others = spec.mask_shape is not None or spec.bias_shape is not None or spec.dropout_rate > 0
+    others |= spec.scale is None  # whose gradient is made of dQ in float32
+    # Segments were not timed, the rest was not tried on a GPU.
+    others |= spec.has_segments or spec.has_query_offset
+    others |= spec.head_dim != spec.value_dim or spec.dtype.name != "bfloat16"
+    full = not hides_some(spec)
+    longest = LONGEST_JOINED_FULL if full else LONGEST_JOINED
+    sizes = (spec.queries, spec.keys)
+    if others or spec.head_dim > 128 or min(sizes) < LEAST_JOINED or max(sizes) > longest:
+        return None
+    tiles = _of_head_dims(spec, apart=True)
+    tiles = replace(tiles, joined=True, values_first=False, shares=_shares(spec, tiles))
+    tiles = replace(tiles, pieces=_pieces(spec, tiles), tiles_outer=tiles.shares.count > 1)
+    of_keys = spec.batch * spec.kv_heads * tiles.shares.count * -(-spec.keys // tiles.keys)
+    of_queries = spec.batch * spec.heads * -(-spec.queries // (2 * ROWS))
+    most = min(MOST_JOINED, MOST_JOINED_FULL) if full else MOST_JOINED
+    return tiles if 0 < of_keys + of_queries <= most else None
 
 
 def _pieces(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
@@ -185,7 +239,9 @@ def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:
     )
 
 
-def _of_head_dims(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool) -> BackwardTiles:
+def _of_head_dims(
+    spec: AttentionSpec, *, apart: bool, deterministic: bool = False, wants_bias: bool = False
+) -> BackwardTiles:
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048, all that backward runs
     # counted; T = 16k, 4k, 1k.
     head, value = (-(-x // 64) * 64 for x in (spec.head_dim, spec.value_dim))
@@ -211,7 +267,7 @@ def _of_head_dims(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool)
         if adds and _fits(spec, tiles):
             return tiles
         return BackwardTiles(64, stages=stages, apart=True)
-    if has_dq_apart(spec, deterministic=deterministic):
+    if apart:
         narrow = head + value <= 128
         capped, added = spec.logits_soft_cap is not None, spec.bias_shape or spec.mask_shape
         if narrow and not (spec.has_segments or capped or added):

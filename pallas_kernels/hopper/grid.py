@@ -32,6 +32,11 @@ class Grid:
         return any(size > MOST_OF_AN_AXIS for _, size in self.axes[:-1])
 
     @property
+    def count(self) -> int:
+        """How many thread blocks there are."""
+        return prod(size for _, size in self.axes)
+
+    @property
     def launch(self) -> dict[str, Any]:
         """The arguments that say so to `plgpu.kernel`."""
         names, sizes = zip(*self.axes, strict=True)

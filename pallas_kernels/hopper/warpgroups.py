@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,25 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 
-__all__ = ["Role", "run", "run_roles"]
+__all__ = ["Part", "Role", "run", "run_roles"]
 
 type Role = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kernel, or part of one: what some of its thread blocks do.
+
+    inputs, results, scratch: arrays, what is written, and shared memory, by name.
+    both: names of shared memory that copies know as plain rows (`plain.py`).
+    body: given all of these by name, and what says which thread block it is, what it does.
+    """
+
+    inputs: dict[str, Array]
+    results: dict[str, ShapeDtypeStruct]
+    scratch: dict[str, Any]
+    both: tuple[str, ...]
+    body: Callable[[Any, Any], None]
 
 
 def run(

@@ -13,7 +13,7 @@ from pallas_kernels.portable.inputs import backward_inputs
 from pallas_kernels.portable.tiles import BackwardTiles, bias_tiles, key_tiles, query_tiles
 
 if TYPE_CHECKING:
-    from jattn.call.row_arrays import BackwardRows
+    from jattn.call.row_arrays import AnyBackwardRows
     from jattn.call.spec import AttentionSpec, Operands
 
 __all__ = ["backward", "backward_tiles", "forward", "whole_bias_gradient"]
@@ -29,7 +29,7 @@ def backward_tiles(spec: AttentionSpec) -> BackwardTiles:
 def backward(
     spec: AttentionSpec,
     operands: Operands,
-    rows: BackwardRows,
+    rows: AnyBackwardRows,
     *,
     wants_bias: bool = True,
     wants_scale: bool = False,
@@ -71,7 +71,7 @@ def backward(
 
 
 def whole_bias_gradient(
-    spec: AttentionSpec, operands: Operands, rows: BackwardRows, *, interpret: bool
+    spec: AttentionSpec, operands: Operands, rows: AnyBackwardRows, *, interpret: bool
 ) -> Array:
     """The bias's alone, of one with queries and keys of its own; the arguments are `backward`'s."""
     inputs = backward_inputs(spec, operands, rows)

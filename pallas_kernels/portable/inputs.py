@@ -13,7 +13,7 @@ from pallas_kernels.portable.reach import in_reach
 from pallas_kernels.portable.triton import LOG2E
 
 if TYPE_CHECKING:
-    from jattn.call.row_arrays import BackwardRows
+    from jattn.call.row_arrays import AnyBackwardRows
     from jattn.call.spec import AttentionSpec, Operands, Tangents
 
 __all__ = ["backward_inputs", "forward_inputs", "log_sum_exp_inputs", "tangent_inputs"]
@@ -52,7 +52,7 @@ def forward_inputs(spec: AttentionSpec, operands: Operands) -> dict[str, Array]:
 
 
 def backward_inputs(
-    spec: AttentionSpec, operands: Operands, rows: BackwardRows
+    spec: AttentionSpec, operands: Operands, rows: AnyBackwardRows
 ) -> dict[str, Array]:
     """The same with d_out, and the rows' numbers by head, (B, N, T)."""
     return (

@@ -35,8 +35,23 @@ from tests.shapes import arguments
 Long = partial(
     Case, batch=1, queries=2048, keys=2048, heads=16, kv_heads=16, head_dim=128, dtype="bfloat16"
 )
+Short = partial(Long, queries=512, keys=512, heads=8, kv_heads=8, causal=True)
 HEAD_DIMS = (64, 80, 96, 128, 160, 192, 256)
 WIDTHS = (64, 128, 256)  # one for each row of the table of tiles
+# Whose gradients are one launch, which makes the row term where nobody asks for the log-sum-exp.
+JOINED = [
+    Short(f"joined_{name}", **options)
+    for name, options in (
+        ("causal_64", {"head_dim": 64}),
+        ("grouped_64", {"head_dim": 64, "kv_heads": 2}),
+        ("ragged_64", {"head_dim": 64, "queries": 333, "keys": 333}),
+        ("causal_128", {}),
+        ("full_64", {"head_dim": 64, "causal": False}),
+        ("alone_64", {"head_dim": 64, "queries": 256, "keys": 256}),
+        ("alone_causal_128", {"queries": 256, "keys": 256}),
+        ("alone_ragged_96", {"head_dim": 96, "queries": 250, "keys": 333}),
+    )
+]
 FEW_QUERIES = [
     Long(f"one_query_one_key_head_{h}", queries=1, keys=4096, heads=32, kv_heads=1, head_dim=h)
     for h in WIDTHS
@@ -316,6 +331,7 @@ CALLS = [
         for case in CASES
         if case.name in OF_TANGENTS and case.soft_cap is None and case.head_dim == 64
     ),
+    *((case, "backward") for case in JOINED),
     *((case, "forward") for case in (*COUNTED, *BIASES)),
     *(
         (case, "still")
@@ -372,7 +388,8 @@ def call(case: Case) -> tuple[Callable[..., Any], tuple[Any, Any]]:
 
     def attend(floats: Any, rest: Any) -> Any:
         given = floats | {name: x for name, x in rest.items() if x is not None}
-        return jattn.flash_attention(**given, **options, return_residual=True)
+        alone = case.name.startswith("joined_alone")
+        return jattn.flash_attention(**given, **options, return_residual=not alone)
 
     return attend, (floats, rest)
 

@@ -58,6 +58,8 @@ KNOWN_SPILLS = {
     # Where a tile's thread blocks add what they have at its end.
     "shared_64": 96,
     **dict.fromkeys(("shared_128", "shared_by_seven"), 28),
+    "joined_causal_64": 48,
+    "joined_grouped_64": 44,
     "grouped_window": 40,
     "bias_shared_segments_64": 40,
     "bias_shared_segments_128": 132,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jattn.call import masking
-from jattn.call.row_arrays import BackwardRows
+from jattn.call.row_arrays import AnyBackwardRows, BackwardRows
 from jattn.call.spec import AttentionSpec, Operands
 from jattn.transforms.context import gather, heads, ring
 from jattn.transforms.context.balance import contiguous, zigzagged
@@ -60,7 +60,7 @@ def backward(
     kernels: Pair,
     spec: AttentionSpec,
     operands: Operands,
-    rows: BackwardRows,
+    rows: AnyBackwardRows,
     *,
     wants_bias: bool,
     wants_scale: bool,
