@@ -20,9 +20,9 @@ def deterministic_gradients(on: bool = True) -> Generator[None]:
 
     Only `flash`'s Hopper kernels are ever anything else, for head dims up to 128 without a soft
     cap: their thread blocks add to a query's gradient, and of grouped heads to a key's and a
-    value's, in whatever order they come. Inside, the first has a kernel of its own, seven products
-    instead of five, and the others are summed in one order. Outside, XLA's own flag
-    `--xla_gpu_deterministic_ops` decides.
+    value's, in whatever order they come. Inside, they take turns at the first, or it has a kernel
+    of its own, seven products instead of five; the others are summed in one order. Outside, XLA's
+    own flag `--xla_gpu_deterministic_ops` decides.
 
     Args:
       on: False allows any order, whatever the flag says.

@@ -12,7 +12,7 @@ from jax import Array
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-__all__ = ["made_before", "mask_of", "masked", "multiply_add", "widened", "zero_below"]
+__all__ = ["banded", "made_before", "mask_of", "masked", "multiply_add", "widened", "zero_below"]
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
@@ -34,6 +34,50 @@ def multiply_add(x: Array, y: Array, z: Array) -> Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
     result: Array = made(x, y, z)
+    return result
+
+
+def banded(x: Array, ahead: Array, lower: int | None, upper: int | None, none: float) -> Array:
+    """x (64, columns), float32, with zeros where row + ahead - column is under lower or over upper.
+
+    A thread's rows are two, and its columns 0, 1, 8, 9, 16, .. past an even one: from one number
+    all others are immediate operands. What the compiler sees it keeps in as many registers.
+    """
+
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(WGMMA, NUMBER),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA),
+    )
+    def made(ctx: Any, x: Any, ahead: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        hidden = "0fFF800000" if none else "0f00000000"
+        text = (
+            "{ .reg .u32 thread, part;\n"
+            "mov.u32 thread, %tid.x;\n"
+            "bfe.u32 part, thread, 5, 2;\n"
+            "mad.lo.s32 $0, part, 16, $1;\n"
+            "bfe.u32 part, thread, 2, 3;\n"
+            "add.s32 $0, $0, part;\n"
+            "and.b32 part, thread, 3;\n"
+            "mad.lo.s32 $0, part, -2, $0; }"
+        )
+        own = llvm.inline_asm(i32, [ahead.registers.item()], text, "=&r,r", has_side_effects=True)
+        registers = np.empty_like(x.registers)
+        for place, pair in enumerate(x.registers.flat):
+            found = []
+            for i in range(2):
+                column = place // 2 * 8 + i - place % 2 * 8
+                text = "{ .reg .pred p; setp.eq.s32 p, 0, 0;\n"
+                if upper is not None:
+                    text += f"setp.le.and.s32 p, $2, {column + upper}, p;\n"
+                if lower is not None:
+                    text += f"setp.ge.and.s32 p, $2, {column + lower}, p;\n"
+                text += f"selp.f32 $0, $1, {hidden}, p; }}"
+                found.append(llvm.inline_asm(ir.F32Type.get(), [_at(pair, i), own], text, "=f,f,r"))
+            registers.flat[place] = _together(found)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    result: Array = made(x, ahead)
     return result
 
 

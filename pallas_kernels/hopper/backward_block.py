@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CLAIMS",
     "HIGH",
-    "INDEX",
     "LOW",
     "ROW",
     "ROW_BIAS",
@@ -58,9 +57,9 @@ ROW = WGMMA.reduce(1)  # one value a key
 COLUMN = WGMMA.reduce(0)  # one value a query
 # A query's vectors: its log-sum-exp in two, its row term, and of some biases its own.
 HIGH, LOW, ROW_TERM, ROW_BIAS = range(4)
-# What has the row of shared memory behind a slot's vectors: the numbers of a block's queries, where
-# thread blocks have lists, and which blocks of dQ were claimed. Rows of their own would be 1 KiB.
-INDEX, CLAIMS = range(2)
+# Of the row of shared memory behind a slot's vectors: which blocks of dQ were claimed. One of its
+# own would be 1 KiB.
+CLAIMS = 0
 
 
 class Turn(NamedTuple):
@@ -87,6 +86,8 @@ class Block:
         self.turn = turn
         shares = tiles.shares
         self.batch, self.tile, self.kv_head, part = share_at(spec, tiles, place)
+        if tiles.upward:
+            self.tile = np.int32(-(-spec.keys // tiles.keys) - 1) - self.tile
         self.heads = spec.group // shares.heads
         self.first_head = self.kv_head * spec.group
         if shares.heads > 1:
@@ -108,7 +109,8 @@ class Block:
             self.visits = Visits(*(refs.ranges[of, row, i] for i in range(4)))
         # Where tiles that run at a time would all be at one block, each begins at its own.
         self.stagger: Array | None = None
-        if tiles.first_stores and not (banded(spec) or spec.has_segments):
+        free = tiles.first_stores and not tiles.in_turns
+        if free and not (banded(spec) or spec.has_segments):
             if shares.queries == 1:  # one register less
                 self.visits = self.visits._replace(first=np.int32(0))
             ahead = self.tile * np.int32(tiles.keys // tiles.queries)
@@ -182,13 +184,15 @@ class Block:
     def visit(self, n: Array) -> tuple[Array, Array]:
         """Which head of the group, and which of its visits, the n-th of all visits is."""
         count = self.visits.count
+        if self.tiles.in_turns and self.heads == 1:
+            return jnp.int32(0), n if self.tiles.upward else count - 1 - n
         if self.tiles.first_stores and self.heads == 1:  # two registers less
             return jnp.int32(0), n
         if self.tiles.heads_inner:
             i, h = divided(n, self.heads)
             if self.tiles.heads_turned:
                 h = remainder(h + self.tile, self.heads)
-            return h, count - 1 - i
+            return h, i if self.tiles.upward else count - 1 - i
         return quotient(n, count), remainder(n, count)
 
     def visited(self, i: Array) -> Array:
@@ -196,7 +200,7 @@ class Block:
         visits = self.visits
         if self.stagger is not None:
             i += self.stagger
-        elif self.spec.band.lower is None and not self.spec.has_segments:
+        elif self.tiles.in_turns or (self.spec.band.lower is None and not self.spec.has_segments):
             return visits.first + i  # type: ignore[no-any-return]
         else:
             i += visits.clear_to
@@ -231,39 +235,40 @@ class Block:
         """p (64, queries), with zeros where dropout drops."""
         return kept_down(self.spec, self.seam, *self.words(p.shape, own, slot), p)
 
-    def hide(self, p: Array, own: Array | int, first_query: Array, slot: Array) -> Array:
-        """p (64, queries), with 0 where a query does not see a key.
+    def hide(
+        self, x: Array, own: Array | int, first_query: Array, slot: Array, none: float = 0.0
+    ) -> Array:
+        """x (64, queries), with `none` where a query does not see a key.
 
         own: the first of the 64 keys, counted from the tile's.
         slot: where the queries' segment ids are.
         """
-        spec, seam, refs, shape = self.spec, self.seam, self.refs, p.shape
+        spec, seam, refs, shape = self.spec, self.seam, self.refs, x.shape
         key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
         key += self.tile * self.tiles.keys + own
         if banded(spec):
-            # Comes from memory: of an iota the compiler would keep every element in registers.
             if spec.has_query_offset:
                 first_query += refs.query_offset[self.batch]
             if "index_smem" in vars(refs):
+                # Comes from memory: of an iota the compiler would keep every element in registers.
                 query = self.row(refs.index_smem) + first_query
+                if spec.band.upper is not None:
+                    x = jnp.where(key <= query + spec.band.upper, x, none)
+                if spec.band.lower is not None:
+                    x = jnp.where(key >= query + spec.band.lower, x, none)
             else:
-                # A zero that the compiler cannot know: it would keep the numbers in registers.
-                hidden = lax.shift_right_logical(first_query, np.int32(30))
-                query = self.row(behind(refs, hidden + INDEX)).astype(jnp.int32) + first_query
-            if spec.band.upper is not None:
-                p = jnp.where(key <= query + spec.band.upper, p, 0.0)
-            if spec.band.lower is not None:
-                p = jnp.where(key >= query + spec.band.lower, p, 0.0)
+                ahead = self.tile * self.tiles.keys + own - first_query
+                x = seam.banded(x, ahead, spec.band.lower, spec.band.upper, none)
         if "w_smem" in vars(refs):
-            p = jnp.where(backward_mask.seen_by(seam, refs, own, slot, shape), p, 0.0)
+            x = jnp.where(backward_mask.seen_by(seam, refs, own, slot, shape), x, none)
         if spec.has_key_lengths or spec.keys % self.tiles.keys:
             length = refs.key_lengths[self.batch] if spec.has_key_lengths else spec.keys
-            p = jnp.where(key < length, p, 0.0)
+            x = jnp.where(key < length, x, none)
         if spec.has_segments:
             mine = seam.load(refs.k_segments.at[pl.ds(own, ROWS)], ROW)
             mine = lax.broadcast_in_dim(mine, shape, [0])
-            p = jnp.where(mine == self.row(refs.q_segments.at[slot]), p, 0.0)
-        return p
+            x = jnp.where(mine == self.row(refs.q_segments.at[slot]), x, none)
+        return x
 
 
 def grid_of(spec: AttentionSpec, tiles: BackwardTiles) -> Grid:

@@ -63,10 +63,10 @@ def publish(tiles: BackwardTiles, seam: Seam, refs: Ref, n: Array) -> None:
     seam.publish(refs.words_of_dq, behind(refs, CLAIMS), before)
 
 
-def put_dq(block: Block, n: Array, dq: Array, part: Array) -> None:
-    """The n-th visit's part of a block's dQ is stored, or added."""
+def put_dq(block: Block, n: Array, dq: Array, part: Array, first: int = 0) -> None:
+    """The n-th visit's part of a block's dQ is stored, or added; from this number of a row on."""
     claims = behind(block.refs, CLAIMS)
     slot = remainder(n, 2 * block.tiles.stages)
     if _is_told(block):
         block.seam.await_claim(slot, block.tiles.warpgroups)
-    block.seam.put_fragment(dq, block.refs.dq, part, claims, slot)
+    block.seam.put_fragment(dq, block.refs.dq, part, claims, slot, first)

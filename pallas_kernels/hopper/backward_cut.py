@@ -33,6 +33,8 @@ class BackwardTiles:
       way while one is computed; 0: one for each tile.
     first_stores: in fragments, it is stored by the first thread block that visits a block of
       queries, and added by the others.
+    in_turns: then these add in the order in which they start; visits go down.
+    upward: tiles start from the last keys on, and visits go up.
     pieces: matrices are pieces of some columns, each one tile wide and copied as plain rows.
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     shares: the thread blocks that share a tile's work.
@@ -56,6 +58,8 @@ class BackwardTiles:
     in_fragments: bool = False
     listed: int = 0
     first_stores: bool = False
+    in_turns: bool = False
+    upward: bool = False
     pieces: bool = False
     values_first: bool = False
     shares: Shares = WHOLE

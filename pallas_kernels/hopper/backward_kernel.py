@@ -22,7 +22,8 @@ hold it (`instructions.py`), or by way of shared memory.
 Where dK is late, it is waited for when the next visit's S and dP are started.
 
 Where every block of queries is visited, by few tiles, and of documents, the first to visit one
-stores its dQ, and no zeros are made (`backward_claims.py`).
+stores its dQ, and no zeros are made (`backward_claims.py`). Where gradients must be the same each
+time they add to it one after another (`backward_turns.py`), or dQ has a kernel of its own.
 
 Shared memory, with the barriers that guard it (`full`: a copy has landed; `free`: its readers are
 done; both for each slot of a ring):
@@ -50,11 +51,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import backward_bias, backward_mask
 from pallas_kernels.hopper.backward_block import (
-    INDEX,
     Block,
     Turn,
-    banded,
-    behind,
     each,
     grid_of,
     key_gradients,
@@ -64,14 +62,16 @@ from pallas_kernels.hopper.backward_list import each_listed, schedule
 from pallas_kernels.hopper.backward_step import meet, release, visit_block
 from pallas_kernels.hopper.backward_sums import Gradient, sums_of_keys
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, dq_columns, dq_swizzle
+from pallas_kernels.hopper.backward_turns import end_turn, ends_none, take_turn
 from pallas_kernels.hopper.bias_form import form_of, has_ring
-from pallas_kernels.hopper.constant import constant, numbers
+from pallas_kernels.hopper.constant import constant
 from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dropout import kept_factor, words_head
 from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.plain import in_both_ways, named, piece_shape
 from pallas_kernels.hopper.seam import Ref, Seam, transforms
 from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.visits import tiles_that_visit
 from pallas_kernels.hopper.warpgroups import Part, run
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ def part_of(
     w, queries = tiles.warpgroups, tiles.queries
     head, value = (padded_width(inputs[name].shape[3]) for name in "kv")
     grid = grid_of(spec, tiles)
-    if banded(spec):
-        kind = np.float32 if _numbers_behind(spec, tiles) else np.int32  # behind vectors that are
-        inputs = inputs | {"index": numbers(queries, kind)}
+    if tiles.in_turns and (tiles.upward or spec.band.lower is not None):
+        ends = tiles_that_visit(spec, queries=queries, keys=tiles.keys)
+        inputs = inputs | {"tiles_before": constant(ends[1 if tiles.upward else 0])}
     takes_output = "out" in inputs
     scratch = _scratch(
         spec, tiles, head, value, makes_dq=not tiles.apart, takes_output=takes_output
@@ -170,6 +170,9 @@ def part_of(
     if tiles.adds:
         results["sums"] = sums_of_keys(spec, tiles, inputs)
         scratch["arrived_smem"] = plgpu.SMEM((w + 1,), jnp.int32)
+
+    shares = dq_columns(head)
+    uneven = queries == ROWS and not tiles.apart and shares[0] != shares[1]
 
     def body(refs: Ref, place: Callable[[], dict[str, Array]]) -> None:
         def block_at(place: dict[str, Array], turn: Turn | None = None) -> Block:
@@ -205,7 +208,7 @@ def part_of(
 
         @pl.when(warpgroup < w)
         def _() -> None:
-            if "dq0_smem" in scratch:  # shares of their own size, so a text for each warpgroup
+            if uneven:  # shares of their own size, so a text for each warpgroup
                 lax.cond(warpgroup == 0, partial(compute, 0), partial(compute, 1))
             else:
                 compute(warpgroup)
@@ -213,10 +216,10 @@ def part_of(
         @pl.when(warpgroup == w)
         def _() -> None:
             plgpu.set_max_registers(24, action="decrease")
-            if tiles.first_stores:
+            if tiles.in_turns:
+                ends_none(tiles, seam, refs)
+            elif tiles.first_stores:
                 claims_none(tiles, seam, refs)
-            if "index_full" in scratch:
-                plgpu.copy_gmem_to_smem(refs.index, behind(refs, INDEX), refs.index_full)
             visited = every_tile(_load)
             _finish(tiles, seam, refs, visited)
 
@@ -227,6 +230,9 @@ def fragments(tiles: BackwardTiles, inputs: dict[str, Array]) -> tuple[int, int]
     """The shape of dQ in fragment order."""
     b, n, blocks, _, queries = inputs["rows"].shape
     head = padded_width(inputs["q"].shape[3])
+    first, second = dq_columns(head)
+    if queries == ROWS and first != second:  # one after the other
+        return b * n * blocks, queries * head
     return b * n * blocks * tiles.warpgroups, queries * head // tiles.warpgroups
 
 
@@ -252,7 +258,6 @@ def _scratch(
     # Both operands of a product have one swizzle, and columns of dQ are shared in whole tiles.
     swizzle = dq_swizzle(head) if makes_dq and queries == ROWS else None
     slots = 2 if tiles.listed else 1  # tiles of keys
-    numbers_behind = _numbers_behind(spec, tiles)
     operands = {
         "k": operand(slots * tiles.keys, head, swizzle=swizzle),
         "v": operand(slots * tiles.keys, value),
@@ -264,15 +269,14 @@ def _scratch(
     both = 2  # copies of two matrices
     if tiles.pieces:
         both = sum(operands[name].shape[-3] for name in "kv")
-    once_a_tile = both + spec.has_segments + (banded(spec) and not numbers_behind)
-    once_a_tile += spec.dropout_rate > 0
+    once_a_tile = both + spec.has_segments + (spec.dropout_rate > 0)
     arrivals = both + 1 + spec.has_segments + (spec.dropout_rate > 0) + has_ring(spec)
     if takes_output:
         arrivals += operands["out"].shape[-3] if tiles.pieces else 1
     of_mask = backward_mask.scratch(spec, tiles)
     arrivals += len(of_mask) + tiles.first_stores
     vectors = 3 + (form_of(spec) == "rows")
-    vectors += tiles.first_stores or numbers_behind
+    vectors += tiles.first_stores
     scratch = {
         **{f"{name}_smem": x for name, x in operands.items()},
         "rows_smem": plgpu.SMEM((stages, vectors, queries), jnp.float32),
@@ -297,10 +301,6 @@ def _scratch(
             for number, columns in enumerate(shares):
                 scratch[f"dq{number}_smem"] = matrix(ROWS, columns, dtype=dtype, swizzle=own)
     scratch |= backward_bias.scratch(spec, tiles) | of_mask
-    if numbers_behind:
-        scratch["index_full"] = plgpu.Barrier(num_arrivals=1)
-    elif banded(spec):
-        scratch["index_smem"] = plgpu.SMEM((queries,), jnp.int32)
     if spec.dropout_rate > 0:
         scratch["words_smem"] = plgpu.SMEM((stages, 2, queries), jnp.uint32)
         scratch["dropout_keys"] = plgpu.SMEM((tiles.keys,), jnp.uint32)
@@ -310,24 +310,13 @@ def _scratch(
     return scratch
 
 
-def _numbers_behind(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
-    """Whether the numbers of a block's queries have the row of shared memory behind its vectors.
-
-    Where thread blocks have lists, or a float32 bias leaves no kilobyte for them.
-    """
-    wide_bias = form_of(spec) == "whole" and spec.bias_dtype == jnp.float32 and not tiles.apart
-    return banded(spec) and (tiles.listed > 0 or wide_bias)
-
-
 def _start(tiles: BackwardTiles, refs: Ref) -> None:
-    """All slots are free; and waits for what is copied once."""
+    """All slots are free."""
     for slot in range(tiles.stages):
         plgpu.barrier_arrive(refs.free.at[slot])
     if tiles.listed:
         for slot in range(2):
             plgpu.barrier_arrive(refs.kv_free.at[slot])
-    if "index_full" in vars(refs):
-        plgpu.barrier_wait(refs.index_full)
 
 
 def _finish(tiles: BackwardTiles, seam: Seam, refs: Ref, visited: Array) -> None:
@@ -336,7 +325,7 @@ def _finish(tiles: BackwardTiles, seam: Seam, refs: Ref, visited: Array) -> None
         if tiles.first_stores:
             n = visited + np.int32(slot)
             plgpu.barrier_wait(refs.free.at[remainder(n, tiles.stages)])
-            publish(tiles, seam, refs, n)
+            (end_turn if tiles.in_turns else publish)(tiles, seam, refs, n)
         else:
             plgpu.barrier_wait(refs.free.at[slot])
     if tiles.listed:
@@ -360,8 +349,6 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
             parts = [x.at[block.keys_at(0, tiles.keys)] for x in parts]
         for source, part in block.copies(gmem, (batch, keys, block.kv_head), parts):
             plgpu.copy_gmem_to_smem(source, part, full)
-    if "index_smem" in vars(refs):
-        plgpu.copy_gmem_to_smem(refs.index, refs.index_smem, full)
     if spec.has_segments:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, full)
     if spec.dropout_rate > 0:
@@ -374,7 +361,7 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
         slot = remainder(n, tiles.stages)
         plgpu.barrier_wait(refs.free.at[slot])
         if tiles.first_stores:
-            publish(tiles, block.seam, refs, n)
+            (end_turn if tiles.in_turns else publish)(tiles, block.seam, refs, n)
 
         def copy(source: Ref, place: Ref) -> None:
             plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
@@ -400,7 +387,7 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
                 backward_mask.words_at(spec, tiles, refs, batch, head, block.tile, at), refs.w_smem
             )
         if tiles.first_stores:
-            claim(block, n, head, at)
+            (take_turn if tiles.in_turns else claim)(block, n, head, at)
 
     each(before, before + visit.count * block.heads, fetch)
     ends()
@@ -472,6 +459,14 @@ def _visit_all(
         # Where low parts count every visit is, so that the loop of most has less to do.
         return jnp.where(block.in_two, visit.count, visit.masked)
 
+    def all_clear(loop: Any) -> None:
+        if block.tiles.queries == ROWS or not block.tiles.in_fragments:
+            loop(0, visit.count, masked=False, folds=True)
+            return
+        some = jnp.where(block.in_two, visit.count, 0)  # in one loop there are too few registers
+        loop(0, some, masked=False, folds=True)
+        loop(some, visit.count, masked=False, folds=False)
+
     def over_blocks(start: Any, stop: Any, **kind: bool) -> None:
         def one(n: Array) -> None:
             h, i = block.visit(n)
@@ -484,13 +479,25 @@ def _visit_all(
             each(start, stop, lambda i: step(h * visit.count + i, h, i, **kind))
 
         if not block.masked:
-            loop(0, visit.count, masked=False, folds=True)
+            all_clear(loop)
             return
         some = masked()
         loop(0, some, masked=True, folds=True)
         loop(some, visit.count, masked=False, folds=False)
 
-    if block.tiles.heads_inner:
+    if block.tiles.in_turns and not block.masked:
+        all_clear(over_blocks)
+    elif block.tiles.in_turns and block.spec.band.lower is not None:
+        # Those at both ends need a mask.
+        right = jnp.where(block.in_two, visit.count, visit.count - visit.clear_to)
+        left = jnp.where(block.in_two, visit.count, visit.count - visit.clear_from)
+        over_blocks(0, right, masked=True, folds=True)
+        over_blocks(right, left, masked=False, folds=False)
+        over_blocks(left, visit.count, masked=True, folds=True)
+    elif block.tiles.upward:
+        over_blocks(0, masked(), masked=True, folds=True)
+        over_blocks(masked(), visit.count, masked=False, folds=False)
+    elif block.tiles.heads_inner:
         clear = visit.count - masked()
         over_blocks(0, clear, masked=False, folds=False)
         over_blocks(clear, visit.count, masked=True, folds=True)

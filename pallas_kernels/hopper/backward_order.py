@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
     from pallas_kernels.hopper.backward_cut import BackwardTiles
 
-__all__ = ["added_shares", "most_visits", "order", "places"]
+__all__ = ["added_shares", "most_visits", "order", "places", "side_by_side"]
 
 # Tiles of keys that visit a block of queries, in the mean. What a block's first visit saves is of
 # each block, what claims cost is of each visit.
@@ -153,6 +153,14 @@ def places(spec: AttentionSpec, tiles: BackwardTiles) -> int:
         return 0  # key heads begin beside others that are not done
     least = max(PLACES_APART, count) if apart else PLACES
     return least if tiles.adds and least < spec.batch * spec.kv_heads * count else 0
+
+
+def side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """The heads of a tile that are side by side where tiles add in turns; 0: all of them."""
+    if tiles.shares.count > 1 or _is_window(spec):
+        return 0
+    many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
+    return _divisor(spec.kv_heads, many if tiles.upward else max(8, many))
 
 
 def _is_long(spec: AttentionSpec, tiles: BackwardTiles) -> bool:

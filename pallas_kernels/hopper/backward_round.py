@@ -13,6 +13,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
+from pallas_kernels.hopper.backward_tiles import dq_swizzle
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.instructions import from_fragments, load_fragment
 from pallas_kernels.hopper.plain import in_both_ways, named
@@ -55,8 +56,12 @@ def rounded(
     """
     rows, head = shape
     columns = dq.shape[1] // ROWS
+    together = 1  # parts in a row of the array
+    if columns > ROWS:
+        columns = dq_swizzle(head) // 2
+        together = head // columns
     parts = head // columns
-    blocks = dq.shape[0] // (spec.batch * spec.heads * parts)
+    blocks = dq.shape[0] * together // (spec.batch * spec.heads * parts)
     grid = Grid((("batch", spec.batch), ("block", blocks), ("head", spec.heads)))
     ragged = rows % 8 != 0
     staged = (parts, ROWS, columns) if ragged else (ROWS, head)
@@ -75,11 +80,14 @@ def rounded(
         if not isinstance(scale, float):
             factor = refs.scale[batch if scale.shape[0] > 1 else 0]
         number = (batch * spec.heads + of_head) * blocks + block
-        first = number * parts
+        first = number * (parts // together)
         out = refs.out.at[batch, pl.ds(block * ROWS, ROWS), of_head]
 
         def put(made: Callable[[Array], Array]) -> None:
-            loaded = [load_fragment(refs.dq, first + part, columns) for part in range(parts)]
+            loaded = []
+            for part in range(parts):
+                row, place = (first, part * columns * ROWS) if together > 1 else (first + part, 0)
+                loaded.append(load_fragment(refs.dq, row, columns, place))
             for part, x in enumerate(loaded):
                 own = (part,) if ragged else (slice(None), pl.ds(part * columns, columns))
                 refs.staging_smem[own] = made(x).astype(dtype)

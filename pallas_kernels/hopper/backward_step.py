@@ -22,6 +22,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.hopper import backward_bias
 from pallas_kernels.hopper.backward_block import HIGH, LOW, ROW, ROW_TERM, WGMMA, Block
 from pallas_kernels.hopper.backward_claims import put_dq
+from pallas_kernels.hopper.backward_tiles import dq_columns
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dropout import kept
 from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.row_terms import row_sums
@@ -176,8 +178,10 @@ def _weights(
         exponent = x * c - lse
         if block.tiles.joined:
             exponent -= block.row(refs.rows_smem.at[slot, LOW])
+        if masked:  # a choice made of P would keep both, P and what it was made of, in registers
+            exponent = block.hide(exponent, own * ROWS, visit.first_query, slot, -np.inf)
         p = jnp.exp2(exponent)
-    if masked:
+    if masked and has_bias:
         p = block.hide(p, own * ROWS, visit.first_query, slot)
     drops, keys = spec.dropout_rate > 0, (own + visit.hidden) * ROWS
     if drops and capped:
@@ -186,7 +190,7 @@ def _weights(
     if capped:
         slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
         p = (kept(p) if drops else p).astype(spec.dtype)
-    elif first:
+    elif first or masked:
         seam.hold(p, visit.hidden)
     if first:
         seam.matmul_into(dv_acc, p.astype(spec.dtype), visit.do)  # dV += Pᵀ dO
@@ -268,7 +272,10 @@ def _make_dq(
     by_columns = tiles.queries == ROWS
     dq_smem: Any = None
     dq_rows: Any = None
-    if isinstance(warpgroup, int):
+    if tiles.in_fragments and isinstance(warpgroup, int):
+        shares = dq_columns(padded_width(refs.k.shape[3]))
+        own, before = shares[warpgroup], shares[0]
+    elif isinstance(warpgroup, int):
         dq_smem, dq_rows = (getattr(refs, f"dq{warpgroup}_{name}") for name in ("smem", "rows"))
         own, before = dq_smem.shape[1], refs.dq0_smem.shape[1]
     else:
@@ -300,11 +307,15 @@ def _make_dq(
     dq = accumulator("dq", (ROWS, own), products)
     if tiles.in_fragments:
         place = (block.batch * spec.heads + block.first_head + visit.h) * refs.rows.shape[2]
-        part = (place + visit.at) * tiles.warpgroups + warpgroup
-        if tiles.first_stores:
-            put_dq(block, visit.n, dq, part)
+        part, first = place + visit.at, 0
+        if isinstance(warpgroup, int):
+            first = warpgroup * before * ROWS
         else:
-            seam.add_fragment(dq, refs.dq, part)
+            part = part * tiles.warpgroups + warpgroup
+        if tiles.first_stores:
+            put_dq(block, visit.n, dq, part, first)
+        else:
+            seam.add_fragment(dq, refs.dq, part, first)
         return
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if tiles.once:

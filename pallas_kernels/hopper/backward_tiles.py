@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_cut import BackwardTiles
-from pallas_kernels.hopper.backward_order import added_shares, most_visits, order, places
+from pallas_kernels.hopper.backward_order import (
+    added_shares,
+    most_visits,
+    order,
+    places,
+    side_by_side,
+)
 from pallas_kernels.hopper.bias_form import form_of, lends_memory, rows_share
 from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
@@ -37,6 +43,8 @@ def choose_backward_tiles(
     """The tiles for a call."""
     if tiles := _joined(spec):
         return tiles
+    if deterministic and adds_in_turns(spec):
+        return _in_turns(spec)
     apart = has_dq_apart(spec, deterministic=deterministic)
     tiles = _of_head_dims(spec, apart=apart, deterministic=deterministic, wants_bias=wants_bias)
     if not tiles.apart and writes_dq_once(spec):
@@ -102,6 +110,50 @@ def _joined(spec: AttentionSpec) -> BackwardTiles | None:
     return tiles if 0 < of_keys + of_queries <= most else None
 
 
+# Queries that a tile visits in the mean from which one kernel in turns is faster than two: at head
+# dim 64, and at more.
+LEAST_IN_TURNS = 512, 1024
+
+
+def adds_in_turns(spec: AttentionSpec) -> bool:
+    """Whether deterministic gradients have one kernel, in which tiles add to dQ in turns."""
+    others = spec.bias_shape is not None or spec.logits_soft_cap is not None
+    others |= spec.dropout_rate > 0 or writes_dq_once(spec)
+    head, value = spec.head_dim, spec.value_dim
+    tried = head in (80, 96, 112, 128) or head == value == 64
+    if others or not tried or value > 128:
+        return False
+    if spec.band.lower is not None and spec.group > 1:
+        return False
+    tiles = _in_turns(spec)
+    if not visits_every_block(spec, queries=tiles.queries, keys=tiles.keys):
+        return False
+    visits = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
+    return float(visits.mean()) * tiles.queries * spec.group >= LEAST_IN_TURNS[head > 64]
+
+
+def _in_turns(spec: AttentionSpec) -> BackwardTiles:
+    """The tiles of that kernel."""
+    # Free backward's time over this one's on an H200, by heads side by side: 128 causal 4k from the
+    # last keys on 16 0.806, 8 0.947, 4 0.945, from the first on 0.877, 0.801, 0.686 (two kernels
+    # 0.848); 16k 8 0.695, 4 0.850, 2 0.942, from the first on 16 0.939 (0.811). 64 16k 8 0.849, 4
+    # 0.920, 2 0.935 (0.748), 1k 1.010, from the first on 0.889 (0.909). Full, from the first on:
+    # 128 4k 16 0.985, 8 0.988, 4 0.979 (0.832), 16k 0.965, 0.984, 0.974 (0.806), 1k 0.993, 0.906
+    # (0.895); 64 4k 32 0.982, 16 0.981, 8 0.978 (0.829). 96 4k 8, values first, causal 1.007, full
+    # 1.034, not first 0.923, 1.013 (0.893, 0.870). Window 1023, 16k, 16 0.970, 8 0.950 (0.865);
+    # 4095 of 32 heads of 8 0.747 (0.860).
+    tiles = _of_head_dims(spec, apart=False)
+    tiles = replace(tiles, in_fragments=True, first_stores=True, in_turns=True, heads_inner=True)
+    if tiles.queries == ROWS:
+        tiles = replace(tiles, values_first=True, shared_ds=False)
+    upward = spec.band.upper is not None and spec.band.lower is None
+    tiles = replace(tiles, upward=upward, tiles_first=False)
+    tiles = replace(tiles, shares=_shares(spec, tiles))
+    tiles = replace(tiles, tiles_outer=tiles.shares.count > 1)
+    tiles = replace(tiles, pieces=_pieces(spec, tiles))
+    return replace(tiles, heads_together=side_by_side(spec, tiles))
+
+
 def _pieces(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     """Whether arrays are read and written in place that would be padded for copies in tiles."""
     others = spec.mask_shape is not None or spec.bias_shape is not None
@@ -123,7 +175,7 @@ def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     # 8, 16 of 1024, 1.389, 1.288; 8 heads of 2, 10 in 32k 3.377, 3.257, one of 32k 11.89, 11.74, 6
     # in 131k 56.94, 55.93. Longer ones of heads that have their own keys were not tried.
     # Beside a bias, whose gradient lends dQ its room, it was not tried.
-    if spec.bias_shape is not None or not tiles.in_fragments:
+    if spec.bias_shape is not None or not tiles.in_fragments or tiles.queries > ROWS:
         return False
     if _is_of_documents(spec):
         few = spec.keys <= MOST_KNOWN * tiles.keys
@@ -170,6 +222,7 @@ def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:
         spec.has_segments or spec.has_query_lengths or spec.has_key_lengths or spec.has_query_offset
     )
     others |= spec.scale is None or spec.logits_soft_cap is not None or tiles.once
+    others |= tiles.in_fragments and tiles.queries > ROWS  # not tried
     if others or unknown or tiles.warpgroups == 1 or tiles.shares.count > 1:
         return 0
     count = spec.batch * spec.kv_heads * -(-spec.keys // tiles.keys)
@@ -235,7 +288,7 @@ def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:
         visit_operations=5.0 * tiles.queries * tiles.keys * columns,
         output_bytes=4.0 * copies * spec.keys * columns,
         # A tile of the kernel for wide heads visits one block at least.
-        splits_queries=tiles.warpgroups > 1,
+        splits_queries=tiles.warpgroups > 1 and not tiles.in_turns,
     )
 
 
@@ -283,7 +336,9 @@ def _of_head_dims(
         return BackwardTiles(64, stages=3)  # blocks of 128 queries spill
     if head + value <= 128:
         # Causal 557, 460, 290; full 536, 526, 410. dS shared: causal 516, 432, 261.
-        return BackwardTiles(128, tiles_first=full)
+        # On an H200 dQ from registers takes 1 to 8% less, see docs/kernels.md, 54.
+        others = spec.dropout_rate > 0 or spec.has_segments or spec.head_dim < 64
+        return BackwardTiles(128, in_fragments=not others, tiles_first=full)
     # Causal 615, 537, 349, dS not shared 607 and 345, tiles first 593 and 341, one loop 564, 466,
     # 301; full 591, 583, 466, heads first 584, 571, 450. Three stages: full 546 at 4k. dV's product
     # before dS: causal 491.

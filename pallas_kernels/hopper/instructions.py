@@ -26,6 +26,7 @@ __all__ = [
     "await_first",
     "claim",
     "claims_none",
+    "end_turn",
     "from_fragments",
     "hold",
     "hold_rows",
@@ -38,6 +39,7 @@ __all__ = [
     "store_fragment",
     "store_pairs",
     "take",
+    "take_turn",
     "tell",
     "tell_claim",
     "to_fragment",
@@ -53,6 +55,8 @@ _GROUP = 4 * 4 * 128  # bytes of 8 columns
 # Of a word that says how far a block of dQ is: four times the visits that began, and what is added
 # once the first one's numbers are there.
 BEGUN, STORED = 4, 2
+
+NO_TURN = -(2**31)  # neither an index nor the complement of one
 
 # Of a word that says how far a tile's sums are: what is added when the first one's numbers are
 # there, and each one's. Below the former it counts who arrived.
@@ -178,8 +182,8 @@ def add_fragment(x: Array, gmem: Any, row: Array, first: int = 0) -> None:
     emit(gmem, x, row)
 
 
-def put_fragment(x: Array, gmem: Any, row: Array, smem: Any, slot: Array) -> None:
-    """gmem[row] = x where smem[slot], 4 bytes, is not negative, else gmem[row] += x.
+def put_fragment(x: Array, gmem: Any, row: Array, smem: Any, slot: Array, first: int = 0) -> None:
+    """gmem[row, first:] = x where smem[slot], 4 bytes, is not negative, else += x.
 
     x: (64, columns), there (64 columns,) float32 in fragment order.
     """
@@ -203,7 +207,7 @@ def put_fragment(x: Array, gmem: Any, row: Array, smem: Any, slot: Array) -> Non
         )
         place = _place(gmem, row)
         for i, four in enumerate(_fours(x)):
-            at = f"[$0 + {_GROUP * i}], {{$1, $2, $3, $4}};"
+            at = f"[$0 + {4 * first + _GROUP * i}], {{$1, $2, $3, $4}};"
             text = (
                 "{ .reg .pred p; setp.ge.s32 p, $5, 0;\n"
                 f"@p st.global.v4.f32 {at}\n"
@@ -314,12 +318,12 @@ def _await(gmem: Any, index: Array, mask: int, least: int) -> None:
     emit(gmem, index)
 
 
-def claims_none(smem: Any, count: int) -> None:
-    """smem[:count] = -1, int32, by a thread each; for the warpgroup once it has met."""
+def claims_none(smem: Any, count: int, none: int = -1) -> None:
+    """smem[:count] = none, int32, by a thread each; for the warpgroup once it has met."""
 
     @plgpu.inline_mgpu(arg_types=(_REF,))  # type: ignore[untyped-decorator]
     def emit(_: mgpu.LaunchContext, smem: _Value) -> None:
-        text = f"{{ .reg .pred p; setp.lt.u32 p, $1, {count};\n@p st.shared.s32 [$0], -1; }}"
+        text = f"{{ .reg .pred p; setp.lt.u32 p, $1, {count};\n@p st.shared.s32 [$0], {none}; }}"
         _asm(text, _shared(smem, _thread()), _thread(), constraints="r,r")
 
     emit(smem)
@@ -430,6 +434,78 @@ def publish(gmem: Any, smem: Any, slot: Array) -> None:
             f"red.relaxed.gpu.global.add.u32 [word], {STORED};\n"
             "st.shared.s32 [$1], -1;\n"
             "PUBLISHED: }"
+        )
+        words = mgpu.utils.memref_ptr(gmem)
+        _asm(text, words, _shared(smem, slot.registers.item()), constraints="l,r")
+
+    emit(gmem, smem, slot)
+
+
+def take_turn(gmem: Any, index: Array, rank: Array, smem: Any, slot: Array, before: Array) -> None:
+    """Waits until the word gmem[index] is the rank; smem[slot] = index if that is 0, else ~index.
+
+    And until `end_turn` has seen to smem[before]. By the warpgroup's first thread alone: all is for
+    those that see its next arrival at a barrier.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _REF, *[_NUMBER] * 4))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext, gmem: _Value, smem: _Value, *numbers: mgpu.FragmentedArray
+    ) -> None:
+        text = (
+            "{ .reg .pred p; .reg .u32 word, other; .reg .u64 place;\n"
+            f"{_THREAD}"
+            "setp.ne.u32 p, thread, 0;\n"
+            "@p bra TURN;\n"
+            "BEFORE:\n"
+            "ld.acquire.cta.shared.u32 word, [$4];\n"
+            f"setp.ne.s32 p, word, {NO_TURN};\n"
+            "@p bra BEFORE;\n"
+            "mad.wide.u32 place, $1, 4, $0;\n"
+            "setp.eq.u32 p, $2, 0;\n"
+            "@p bra THERE;\n"
+            "WAITING:\n"
+            "ld.acquire.gpu.global.u32 word, [place];\n"
+            "setp.lt.u32 p, word, $2;\n"
+            "@p bra WAITING;\n"
+            "THERE:\n"
+            "setp.eq.u32 p, $2, 0;\n"
+            "not.b32 other, $1;\n"
+            "selp.b32 word, $1, other, p;\n"
+            "st.shared.u32 [$3], word;\n"
+            "TURN: }"
+        )
+        index, rank, slot, before = (x.registers.item() for x in numbers)
+        own = (_shared(smem, x) for x in (slot, before))
+        _asm(text, mgpu.utils.memref_ptr(gmem), index, rank, *own, constraints="l,r,r,r,r")
+
+    emit(gmem, smem, index, rank, slot, before)
+
+
+def end_turn(gmem: Any, smem: Any, slot: Array) -> None:
+    """Adds one to the word of which smem[slot] has the index, as `take_turn` does; once.
+
+    What those put that are now waited for is there for who sees it. By a thread of the warpgroup's
+    second warp, so that none that waits in `take_turn` keeps others waiting.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _REF, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, gmem: _Value, smem: _Value, slot: mgpu.FragmentedArray) -> None:
+        text = (
+            "{ .reg .pred p; .reg .s32 index, sign; .reg .u64 word;\n"
+            f"{_THREAD}"
+            "setp.ne.u32 p, thread, 32;\n"
+            "@p bra ENDED;\n"
+            "ld.shared.s32 index, [$1];\n"
+            f"setp.eq.s32 p, index, {NO_TURN};\n"
+            "@p bra ENDED;\n"
+            "shr.s32 sign, index, 31;\n"
+            "xor.b32 index, index, sign;\n"
+            "mad.wide.s32 word, index, 4, $0;\n"
+            "fence.acq_rel.gpu;\n"
+            "red.relaxed.gpu.global.add.u32 [word], 1;\n"
+            f"st.release.cta.shared.s32 [$1], {NO_TURN};\n"
+            "ENDED: }"
         )
         words = mgpu.utils.memref_ptr(gmem)
         _asm(text, words, _shared(smem, slot.registers.item()), constraints="l,r")

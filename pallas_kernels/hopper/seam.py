@@ -13,7 +13,7 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import assembly, instructions, wide_products
@@ -22,6 +22,8 @@ from pallas_kernels.hopper.copies import copyable, swizzle_of
 __all__ = ["Ref", "Seam", "copyable", "matrix", "ring", "swizzle_of", "transforms"]
 
 type Ref = Any
+
+_OUT_OF_TURN = -2  # where interpreting, of what was put then
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,16 @@ class Seam:
         if not self.interpret:
             instructions.await_all(words, index, count)
 
-    def put_fragment(self, x: Array, gmem: Ref, row: Array, claimed: Ref, slot: Array) -> None:
-        """gmem[row] = x where this thread block claimed it, else gmem[row] += x; as above."""
+    def put_fragment(
+        self, x: Array, gmem: Ref, row: Array, claimed: Ref, slot: Array, first: int = 0
+    ) -> None:
+        """gmem[row, first:] = x where this thread block claimed it, else += x; as above."""
         if self.interpret:
-            x = instructions.to_fragment(x)
-            gmem[row] = jnp.where(claimed[slot] >= 0, x, gmem[row] + x)
+            x, own = instructions.to_fragment(x), pl.ds(first, x.size)
+            x = jnp.where(claimed[slot] >= 0, x, gmem[row, own] + x)
+            gmem[row, own] = jnp.where(claimed[slot] == _OUT_OF_TURN, jnp.nan, x)
         else:
-            instructions.put_fragment(x, gmem, row, claimed, slot)
+            instructions.put_fragment(x, gmem, row, claimed, slot, first)
 
     def claims_none(self, claimed: Ref, count: int) -> None:
         """claimed[:count] = -1."""
@@ -227,6 +232,33 @@ class Seam:
     def await_claim(self, slot: Array, warpgroups: int) -> None:
         """Waits for the claim in this slot."""
         instructions.await_claim(slot, _own_barriers(warpgroups))
+
+    def ends_none(self, claimed: Ref, count: int) -> None:
+        """claimed[:count] = what `end_turn` leaves."""
+        if not self.interpret:
+            instructions.claims_none(claimed, count, instructions.NO_TURN)
+            plgpu.commit_smem()
+
+    def take_turn(
+        self, words: Ref, index: Array, rank: Array, claimed: Ref, slot: Array, before: Array
+    ) -> None:
+        """claimed[slot] = index if the rank is 0, else ~index, once so many turns have ended.
+
+        And once claimed[before] is what `end_turn` leaves. Then what those before put there is
+        there for those that see this warpgroup's next arrival at a barrier.
+        """
+        if self.interpret:  # where thread blocks run one after another
+            ended = words[index]
+            words[index] = ended + 1
+            put = jnp.where(ended == 0, index, -1)
+            claimed[slot] = jnp.where(ended == rank, put, _OUT_OF_TURN).astype(claimed.dtype)
+        else:
+            instructions.take_turn(words, index, rank, claimed, slot, before)
+
+    def end_turn(self, words: Ref, claimed: Ref, slot: Array) -> None:
+        """What those put that this warpgroup waited for is there for the next in turn."""
+        if not self.interpret:
+            instructions.end_turn(words, claimed, slot)
 
     def publish(self, words: Ref, claimed: Ref, slot: Array) -> None:
         """What those put that this warpgroup waited for is there for all that claim it later."""
@@ -287,6 +319,19 @@ class Seam:
     def multiply_add(self, x: Array, y: Array, z: Array) -> Array:
         """x y + z, float32 numbers of rows, rounded once."""
         return x * y + z if self.interpret else assembly.multiply_add(x, y, z)
+
+    def banded(
+        self, x: Array, ahead: Array, lower: int | None, upper: int | None, none: float
+    ) -> Array:
+        """x (64, columns), zeros where row + ahead - column is under lower or over upper."""
+        if not self.interpret:
+            return assembly.banded(x, ahead, lower, upper, none)
+        row, column = (lax.broadcasted_iota(jnp.int32, x.shape, i) for i in range(2))
+        if upper is not None:
+            x = jnp.where(row + ahead - column <= upper, x, none)
+        if lower is not None:
+            x = jnp.where(row + ahead - column >= lower, x, none)
+        return x
 
     def zero_below(self, x: Array, bits: Array, limit: int) -> Array:
         """x, float32, with zeros where `bits`, uint32, are below the limit."""

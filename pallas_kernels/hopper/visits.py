@@ -27,7 +27,15 @@ from pallas_kernels.hopper.constant import constant
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec, Operands
 
-__all__ = ["MOST_KNOWN", "Visits", "edge_padded", "known_counts", "visits", "visits_every_block"]
+__all__ = [
+    "MOST_KNOWN",
+    "Visits",
+    "edge_padded",
+    "known_counts",
+    "tiles_that_visit",
+    "visits",
+    "visits_every_block",
+]
 
 
 MOST_KNOWN = 4096  # tiles of a constant, which takes 5 us of tracing each
@@ -112,6 +120,22 @@ def known_counts(
     """(tiles,): how many visits each tile has, as far as shapes tell: the most with lengths."""
     tiles = -(-spec.keys // keys)
     return _known(spec, tiles, queries=queries, keys=keys, every=False)[:, 1]
+
+
+def tiles_that_visit(
+    spec: AttentionSpec, *, queries: int, keys: int
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """(2, blocks): the first and the last tile that visit a block; where all are visited for sure.
+
+    All between visit it too.
+    """
+    tiles = -(-spec.keys // keys)
+    found = np.zeros((2, -(-spec.queries // queries)), np.int32)
+    known = list(enumerate(_known(spec, tiles, queries=queries, keys=keys, every=False)))
+    for own, order in zip(found, (known[::-1], known), strict=True):
+        for tile, (first, count, *_) in order:
+            own[first : first + count] = tile
+    return found
 
 
 def visits_every_block(spec: AttentionSpec, *, queries: int, keys: int) -> bool:

@@ -21,37 +21,26 @@ PARTS = 4
 # it is the loop of masked visits, and what is between the loops: the loop of clear visits has none.
 # The more of both versions' ptxas.
 KNOWN_SPILLS = {
-    "full_64": 28,
-    "narrow": 56,
-    **dict.fromkeys(("causal_64", "float16_causal_64"), 88),
-    "short_causal_64": 96,
-    "window_64": 64,
-    "lengths_64": 120,
-    "offsets_64": 68,
-    "segments_64": 60,
+    "narrow": 8,
+    "window_64": 32,
+    "offsets_64": 32,
+    "segments_64": 16,
     "segments_256": 8,
-    "soft_cap_sinks_128": 12,
     "soft_cap_sinks_256": 20,
     "one_query_64": 36,
-    "one_query_offsets": 16,
-    "packed_heads": 16,
-    "grouped_64": 92,
-    "segments_ragged": 28,
-    "short_documents": 8,
+    "segments_ragged": 12,
+    "short_documents": 16,
     "documents_64": 64,
     "segments_128": 4,
-    "text_64": 72,
-    "vision": 112,
-    "dropout_64": 96,
-    "dropout_causal_64": 264,
+    "vision": 32,
+    "dropout_64": 148,
+    "dropout_causal_64": 116,
     "dropout_128": 8,
-    **dict.fromkeys(("dropout_causal_128", "dropout_ragged_128"), 24),
-    "dropout_causal_256": 4,
-    "array_scale_64": 88,
-    "array_scale_full_64": 40,
-    "mask_keys": 24,
+    **dict.fromkeys(("dropout_causal_128", "dropout_ragged_128"), 12),
+    "array_scale_full_64": 8,
     # Lists whose loading warpgroup, which has 24 registers, claims blocks of dQ.
     "lists_full": 24,
+<<<<<<< HEAD
     "lists_causal": 12,
     "lists_window": 40,
     "window_128": 20,
@@ -65,12 +54,22 @@ KNOWN_SPILLS = {
     "bias_shared_segments_64": 40,
     "bias_shared_segments_128": 132,
     **dict.fromkeys(("bias_shared_causal_128", "bias_shared_lengths_128"), 4),
+=======
+    "lists_causal": 8,
+    "lists_window": 32,
+    # Where a tile's thread blocks add what they have at its end.
+    "shared_128": 20,
+    "grouped_window": 24,
+    "bias_shared_segments_64": 32,
+    "bias_shared_segments_128": 128,
+>>>>>>> 0080c99 (Hopper backward: deterministic gradients in turns; head dim 64 without spills)
     "bias_shared_float32_packed_128": 24,
-    "bias_shared_float32_offsets_128": 16,
-    **dict.fromkeys(("bias_shared_lengths_64", "bias_float32_128", "bias_short_128"), 8),
+    "bias_shared_lengths_64": 8,
 }
 # The same of gradients beside a bias that has none.
 OF_STILL = {"bias_soft_cap_sinks": 80, "bias_short_128": 8, "bias_columns_128": 8}
+# The same of deterministic gradients in turns.
+OF_TURNS = {"full_64": 48, "causal_64": 20}
 # The same of forward, and of the output's tangent.
 OF_FORWARD = {
     "window_64": 8,
@@ -119,6 +118,7 @@ def is_good(call: dict[str, Any]) -> bool:
         "backward": KNOWN_SPILLS,
         "forward": OF_FORWARD,
         "still": OF_STILL,
+        "deterministic": OF_TURNS,
         "tangent": OF_TANGENT,
         "query_tangent": OF_QUERY_TANGENT,
     }

@@ -1,0 +1,96 @@
+"""Tiles of keys add to dQ in the order in which they start, so that it is always the same."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from pallas_kernels.hopper import backward_tiles
+from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
+from tests.backends import Results
+from tests.backends import call as attend
+from tests.cases import Case, chosen, operands
+from tests.hopper.calls import Bottom, Half, spec_of
+from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+
+__all__ = ["hopper"]
+
+CASES = [
+    Half("causal", 1, 150, 270, 2, 2, 128, causal=True),
+    Half("full", 1, 130, 390, 2, 2, 96),
+    Half("pieces", 1, 67, 390, 1, 1, 128),
+    Half("grouped", 1, 130, 270, 4, 2, 80, causal=True, sinks=True),
+    Half("window", 1, 450, 400, 2, 2, 128, causal=True, window=(100, 0)),
+    Half("both_ends", 1, 500, 400, 2, 2, 64, window=(100, 30)),
+    Bottom("bottom_right", 1, 65, 264, 2, 1, 128),
+    Half("full_64", 1, 330, 390, 2, 2, 64),
+    Half("causal_64", 1, 300, 270, 2, 1, 64, causal=True),
+]
+LARGE = [
+    Half("causal", 4, 4096, 4096, 16, 16, 128, causal=True),
+    Half("full", 2, 2049, 2049, 8, 8, 128),
+    Half("grouped", 1, 3000, 3000, 8, 2, 128, causal=True),
+    Half("one_key_head", 1, 2048, 2048, 16, 1, 128, causal=True),
+    Half("window", 1, 4099, 4099, 8, 8, 128, causal=True, window=(1023, 0)),
+    Half("causal_96", 2, 3000, 3000, 8, 8, 96, causal=True),
+    Half("full_80", 2, 2001, 1999, 8, 2, 80),
+    Half("causal_64", 2, 4096, 4096, 8, 8, 64, causal=True),
+    Half("full_64", 2, 2047, 2047, 8, 8, 64),
+]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has short calls take turns."""
+    monkeypatch.setattr(backward_tiles, "LEAST_IN_TURNS", (0, 0))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("case", chosen(CASES, "causal both_ends full"), ids=str)
+def test_interpreted_as_exact(case: Case, seed: int) -> None:
+    with jattn.deterministic_gradients():
+        assert choose_backward_tiles(spec_of(case), deterministic=True).in_turns
+        check(INTERPRETED, case, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_two_hundred_gradients_are_as_exact_and_bitwise_equal(case: Case, seed: int) -> None:
+    assert choose_backward_tiles(spec_of(case), deterministic=True).in_turns
+    drawn = operands(case, seed)
+
+    @jax.jit
+    def gradients(arrays: Results) -> Results:
+        _, vjp = jax.vjp(lambda arrays: attend(FLASH, drawn, arrays), arrays)
+        return vjp(jnp.asarray(drawn["dout"]))[0]
+
+    arrays = jax.device_put(drawn.differentiable)
+    with jattn.deterministic_gradients():
+        check(FLASH, case, seed)
+        first = jax.tree.map(np.asarray, gradients(arrays))
+        for _ in range(199):
+            again = jax.tree.map(np.asarray, gradients(arrays))
+            jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Half("short", 16, 512, 512, 16, 16, 128, causal=True),
+        Half("packed", 1, 8192, 8192, 8, 2, 128, segments="sorted", causal=True),
+        Half("lengths", 1, 8192, 8192, 8, 8, 128, query_lengths=(9,), key_lengths=(9,)),
+        Half("unseen", 1, 8192, 4096, 8, 8, 128, causal=True, window=(2048, 0)),
+        Half("wide", 1, 8192, 8192, 8, 8, 192),
+        Half("dropout", 1, 8192, 8192, 8, 8, 128, dropout=0.1),
+        Half("soft_cap", 1, 8192, 8192, 8, 8, 128, soft_cap=5.0),
+    ],
+    ids=str,
+)
+def test_others_have_two_kernels(case: Case) -> None:
+    tiles = choose_backward_tiles(spec_of(case), deterministic=True)
+    assert tiles.apart
+    assert not tiles.in_turns
