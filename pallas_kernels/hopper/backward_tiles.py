@@ -336,7 +336,7 @@ def _of_head_dims(
         return BackwardTiles(64, stages=3)  # blocks of 128 queries spill
     if head + value <= 128:
         # Causal 557, 460, 290; full 536, 526, 410. dS shared: causal 516, 432, 261.
-        # On an H200 dQ from registers takes 1 to 8% less, see docs/kernels.md, 54.
+        # On an H200 dQ from registers takes 1 to 8% less, see docs/kernels.md, 55.
         others = spec.dropout_rate > 0 or spec.has_segments or spec.head_dim < 64
         return BackwardTiles(128, in_fragments=not others, tiles_first=full)
     # Causal 615, 537, 349, dS not shared 607 and 345, tiles first 593 and 341, one loop 564, 466,

@@ -40,29 +40,16 @@ KNOWN_SPILLS = {
     "array_scale_full_64": 8,
     # Lists whose loading warpgroup, which has 24 registers, claims blocks of dQ.
     "lists_full": 24,
-<<<<<<< HEAD
-    "lists_causal": 12,
-    "lists_window": 40,
-    "window_128": 20,
+    "lists_causal": 8,
+    "lists_window": 32,
     # Of jax 0.12.0.1; with 0.11.2 none.
     "joined_causal_64": 48,
     "joined_grouped_64": 44,
     # Where a tile's thread blocks add what they have at its end.
-    "shared_64": 96,
-    **dict.fromkeys(("shared_128", "shared_by_seven"), 28),
-    "grouped_window": 40,
-    "bias_shared_segments_64": 40,
-    "bias_shared_segments_128": 132,
-    **dict.fromkeys(("bias_shared_causal_128", "bias_shared_lengths_128"), 4),
-=======
-    "lists_causal": 8,
-    "lists_window": 32,
-    # Where a tile's thread blocks add what they have at its end.
-    "shared_128": 20,
+    **dict.fromkeys(("shared_128", "shared_by_seven"), 20),
     "grouped_window": 24,
     "bias_shared_segments_64": 32,
     "bias_shared_segments_128": 128,
->>>>>>> 0080c99 (Hopper backward: deterministic gradients in turns; head dim 64 without spills)
     "bias_shared_float32_packed_128": 24,
     "bias_shared_lengths_64": 8,
 }
