@@ -34,7 +34,7 @@ LARGE = [
     Half("full", 2, 2049, 2049, 8, 8, 128),
     Half("grouped", 1, 3000, 3000, 8, 2, 128, causal=True),
     Half("one_key_head", 1, 2048, 2048, 16, 1, 128, causal=True),
-    Half("window", 1, 4099, 4099, 8, 8, 128, causal=True, window=(1023, 0)),
+    Half("window", 1, 4099, 4099, 8, 8, 128, causal=True, window=(1535, 0)),
     Half("causal_96", 2, 3000, 3000, 8, 8, 96, causal=True),
     Half("full_80", 2, 2001, 1999, 8, 2, 80),
     Half("causal_64", 2, 4096, 4096, 8, 8, 64, causal=True),
