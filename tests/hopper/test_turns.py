@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 import jattn
+from jattn.call.spec import Operands
 from pallas_kernels.hopper import backward_tiles
+from pallas_kernels.hopper.backward_block import grid_of, share_at
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
+from pallas_kernels.hopper.visits import tiles_that_visit, visits
 from tests.backends import Results
 from tests.backends import call as attend
 from tests.cases import Case, chosen, operands
@@ -54,6 +57,29 @@ def test_interpreted_as_exact(case: Case, seed: int) -> None:
     with jattn.deterministic_gradients():
         assert choose_backward_tiles(spec_of(case), deterministic=True).in_turns
         check(INTERPRETED, case, seed)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_turns_come_in_the_order_of_launch(case: Case) -> None:
+    """Before each tile of a head those are launched whose turns at a block are before its own."""
+    spec = spec_of(case)
+    tiles = choose_backward_tiles(spec, deterministic=True)
+    sizes = dict(grid_of(spec, tiles).axes)
+    at = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
+    place = {name: jnp.asarray(x, jnp.int32) for name, x in zip(sizes, at, strict=True)}
+    launched = np.stack([np.asarray(x) for x in share_at(spec, tiles, place)], axis=1)
+    none = jnp.zeros(())
+    options = {"queries": tiles.queries, "keys": tiles.keys}
+    found = np.asarray(visits(spec, Operands(none, none, none), **options))[0]
+    first, last = tiles_that_visit(spec, **options)
+    before = np.zeros((spec.batch, spec.kv_heads, tiles.shares.count, len(first)), np.int32)
+    for batch, tile, head, part in launched:
+        own = len(found) - 1 - tile if tiles.upward else tile
+        blocks = slice(found[own, 0], found[own, 0] + found[own, 1])
+        turn = last[blocks] - own if tiles.upward else own - first[blocks]
+        np.testing.assert_array_equal(before[batch, head, part, blocks], turn)
+        before[batch, head, part, blocks] += 1
+    assert np.all(before == last - first + 1)
 
 
 @pytest.mark.gpu
