@@ -38,10 +38,12 @@ def multiply_add(x: Array, y: Array, z: Array) -> Array:
 
 
 def banded(x: Array, ahead: Array, lower: int | None, upper: int | None, none: float) -> Array:
-    """x (64, columns), float32, with zeros where row + ahead - column is under lower or over upper.
+    """x (64, columns) float32, `none` where row + ahead - column is under lower or over upper.
 
     A thread's rows are two, and its columns 0, 1, 8, 9, 16, .. past an even one: from one number
     all others are immediate operands. What the compiler sees it keeps in as many registers.
+
+    none: 0 or -inf.
     """
 
     @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]

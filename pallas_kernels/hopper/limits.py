@@ -38,7 +38,7 @@ MOST_COPIED = 4 << 20  # bytes of a bias that ends within a tile, or as many as 
 def has_dq_apart(spec: AttentionSpec, *, deterministic: bool) -> bool:
     """Whether dQ has a kernel of its own, and no float32 array that thread blocks add to.
 
-    Beside a whole bias it may have one where that has room, see `choose_backward_tiles`.
+    Beside a whole bias, or where they add in turns, it may have one: see `choose_backward_tiles`.
     """
     deterministic &= not writes_dq_once(spec)
     adds = spec.logits_soft_cap is None and form_of(spec) != "whole"

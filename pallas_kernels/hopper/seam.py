@@ -323,7 +323,7 @@ class Seam:
     def banded(
         self, x: Array, ahead: Array, lower: int | None, upper: int | None, none: float
     ) -> Array:
-        """x (64, columns), zeros where row + ahead - column is under lower or over upper."""
+        """x (64, columns), `none` where row + ahead - column is under lower or over upper."""
         if not self.interpret:
             return assembly.banded(x, ahead, lower, upper, none)
         row, column = (lax.broadcasted_iota(jnp.int32, x.shape, i) for i in range(2))
