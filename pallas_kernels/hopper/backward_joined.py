@@ -61,17 +61,20 @@ def launch(
     parts = (of_keys, of_queries)
     arrays = {id(x): x for part in parts for x in part.inputs.values()}
     at = {key: i for i, key in enumerate(arrays)}
+    places = [{name: at[id(x)] for name, x in part.inputs.items()} for part in parts]
     results = of_keys.results | of_queries.results
     scratch = _scratch(parts, interpret=interpret)
+    count = len(arrays)
+    parts = (replace(of_keys, inputs={}), replace(of_queries, inputs={}))  # no tracer is kept
 
     def kernel(*args: Ref) -> None:
-        made = dict(zip(results, args[len(arrays) :], strict=False))
-        shared = args[len(arrays) + len(results) :]
+        made = dict(zip(results, args[count:], strict=False))
+        shared = args[count + len(results) :]
         number = lax.axis_index("block")
 
         def refs_of(which: int) -> Ref:
             part = parts[which]
-            given = {name: args[at[id(x)]] for name, x in part.inputs.items()}
+            given = {name: args[i] for name, i in places[which].items()}
             own = {name: made[name] for name in part.results}
             return SimpleNamespace(
                 **given, **own, **_named(parts, which, shared, interpret=interpret)
@@ -79,11 +82,11 @@ def launch(
 
         @pl.when(number < grid.count)
         def _() -> None:
-            of_keys.body(refs_of(0), lambda: grid.at(number))
+            parts[0].body(refs_of(0), lambda: grid.at(number))
 
         @pl.when(number >= grid.count)
         def _() -> None:
-            of_queries.body(refs_of(1), number - grid.count)
+            parts[1].body(refs_of(1), number - grid.count)
 
     found = run(
         kernel,

@@ -7,10 +7,10 @@ and as fast as each other: a share is one thread block's, of which each has a mu
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from pallas_kernels.hopper.plan import Plan
+    from jattn.call.spec import AttentionSpec
     from pallas_kernels.hopper.tiles import Tiles
 
 __all__ = ["shares", "tiles"]
@@ -21,6 +21,22 @@ ALONE, UNEVEN, ROUND, ROWS_JOINED = 0.6, 0.05, 1.2, 1e-4
 WORTH = 0.95  # of the time, for several rounds
 NEARLY_FULL, LONG_SHARE = 0.8, 16  # a last round; visits: with these, blocks of 64 keys
 INT32_MAX = 2**31 - 1
+
+
+class Plan(Protocol):
+    """What is asked of a forward launch, see `plan.py`."""
+
+    @property
+    def spec(self) -> AttentionSpec: ...
+    @property
+    def tiles(self) -> Tiles: ...
+    @property
+    def pack(self) -> int: ...
+    @property
+    def works(self) -> int: ...
+    @property
+    def lengths_known(self) -> bool: ...
+    def ranges(self) -> list[tuple[tuple[int, int], tuple[int, int]]]: ...
 
 
 def shares(plan: Plan, multiprocessors: int) -> int:
