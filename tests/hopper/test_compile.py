@@ -42,9 +42,6 @@ KNOWN_SPILLS = {
     "lists_full": 24,
     "lists_causal": 8,
     "lists_window": 32,
-    # Of jax 0.12.0.1; with 0.11.2 none.
-    "joined_causal_64": 48,
-    "joined_grouped_64": 44,
     # Where a tile's thread blocks add what they have at its end.
     "shared_128": 20,
     "shared_by_seven": 28,
