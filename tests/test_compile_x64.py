@@ -19,7 +19,7 @@ pytestmark = pytest.mark.compile
 
 def known_spills(call: dict[str, Any]) -> int:
     if call["algorithm"] == "hopper":
-        return hopper.KNOWN_SPILLS.get(call["call"], 0) if call["direction"] == "backward" else 0
+        return hopper.known_spills(call)
     place = (call["device"], call["algorithm"], call["direction"])
     return portable.KNOWN_SPILLS.get(place, {}).get(call["call"], 0)
 

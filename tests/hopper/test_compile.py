@@ -16,56 +16,56 @@ pytestmark = pytest.mark.compile
 
 HERE = pathlib.Path(__file__).parent
 PARTS = 4
-# Bytes that backward spills all the same. At head dim 64, S and dP of a block of 128 queries take
-# what dK and dV leave of a thread's 240 registers; at 256, dQ leaves little. Where there is a mask
-# it is the loop of masked visits, and what is between the loops: the loop of clear visits has none.
-# The more of both versions' ptxas.
+# Bytes that a direction's kernels spill all the same, the more of both versions' ptxas.
 KNOWN_SPILLS = {
-    "narrow": 8,
-    "window_64": 32,
-    "offsets_64": 32,
-    "segments_64": 32,
-    "segments_256": 8,
-    "soft_cap_sinks_256": 20,
-    "one_query_64": 36,
-    "segments_ragged": 12,
-    "short_documents": 16,
-    "documents_64": 64,
-    "segments_128": 4,
-    "vision": 32,
-    "dropout_64": 148,
-    "dropout_causal_64": 116,
-    "dropout_128": 8,
-    **dict.fromkeys(("dropout_causal_128", "dropout_ragged_128"), 12),
-    "array_scale_full_64": 8,
-    # Lists whose loading warpgroup, which has 24 registers, claims blocks of dQ.
-    "lists_full": 24,
-    "lists_causal": 8,
-    "lists_window": 32,
-    # Where a tile's thread blocks add what they have at its end.
-    "shared_128": 20,
-    "shared_by_seven": 28,
-    **dict.fromkeys(("shared_ragged", "shared_window"), 8),
-    "grouped_window": 24,
-    "bias_shared_segments_64": 32,
-    "bias_shared_segments_128": 128,
-    "bias_shared_float32_packed_128": 24,
-    "bias_shared_lengths_64": 8,
+    # At head dim 64, S and dP of a block of 128 queries take what dK and dV leave of a thread's 240
+    # registers; at 256, dQ leaves little. Where there is a mask it is the loop of masked visits,
+    # and what is between the loops: the loop of clear visits has none.
+    "backward": {
+        "narrow": 8,
+        "window_64": 32,
+        "offsets_64": 32,
+        "segments_64": 32,
+        "segments_256": 8,
+        "soft_cap_sinks_256": 20,
+        "one_query_64": 36,
+        "segments_ragged": 12,
+        "short_documents": 16,
+        "documents_64": 64,
+        "segments_128": 4,
+        "vision": 32,
+        "dropout_64": 148,
+        "dropout_causal_64": 116,
+        "dropout_128": 8,
+        **dict.fromkeys(("dropout_causal_128", "dropout_ragged_128"), 12),
+        "array_scale_full_64": 8,
+        # Lists whose loading warpgroup, which has 24 registers, claims blocks of dQ.
+        "lists_full": 24,
+        "lists_causal": 8,
+        "lists_window": 32,
+        # Where a tile's thread blocks add what they have at its end.
+        "shared_128": 20,
+        "shared_by_seven": 28,
+        **dict.fromkeys(("shared_ragged", "shared_window"), 8),
+        "grouped_window": 24,
+        "bias_shared_segments_64": 32,
+        "bias_shared_segments_128": 128,
+        "bias_shared_float32_packed_128": 24,
+        "bias_shared_lengths_64": 8,
+    },
+    # Gradients beside a bias that has none.
+    "still": {"bias_soft_cap_sinks": 80, "bias_short_128": 8, "bias_columns_128": 8},
+    # Deterministic gradients in turns.
+    "deterministic": {"full_64": 48, "causal_64": 20},
+    "forward": {
+        "window_64": 8,
+        "bias_window_64": 8,
+        "bias_narrow_512_float32_64": 28,
+        **dict.fromkeys(("counted_full_odd_64", "counted_latent_full"), 4),
+    },
+    "tangent": {"window_64": 16},
+    "query_tangent": {"offsets_128": 16},
 }
-# The same of gradients beside a bias that has none.
-OF_STILL = {"bias_soft_cap_sinks": 80, "bias_short_128": 8, "bias_columns_128": 8}
-# The same of deterministic gradients in turns.
-OF_TURNS = {"full_64": 48, "causal_64": 20}
-# The same of forward, and of the output's tangent.
-OF_FORWARD = {
-    "window_64": 8,
-    "bias_window_64": 8,
-    "bias_narrow_512_float32_64": 28,
-    **dict.fromkeys(("counted_full_odd_64", "counted_latent_full"), 4),
-}
-OF_TANGENT = {"window_64": 16}
-# The same of the tangent of the query's gradient.
-OF_QUERY_TANGENT = {"offsets_128": 16}
 # In forward operands are padded to lengths of a multiple of 8 where keys are split. One query is
 # padded to eight in backward. Dense masks are padded to whole words of bits, and their words to
 # tiles of 192 queries.
@@ -95,21 +95,16 @@ def test_nothing_more_spills_or_waits_or_is_moved(version: str, part: int) -> No
     assert not bad, "\n".join(map(str, bad))
 
 
+def known_spills(call: dict[str, Any]) -> int:
+    return KNOWN_SPILLS.get(call["direction"], {}).get(call["call"], 0)
+
+
 def is_good(call: dict[str, Any]) -> bool:
     if "error" in call or not call["kernels"]:
         return False
     # The kernels' own arrays are a few times their operands; scores would be tens of times.
     is_linear = call["temporary"] <= 4 * call["operands"]
-    tables = {
-        "backward": KNOWN_SPILLS,
-        "forward": OF_FORWARD,
-        "still": OF_STILL,
-        "deterministic": OF_TURNS,
-        "tangent": OF_TANGENT,
-        "query_tangent": OF_QUERY_TANGENT,
-    }
-    known = tables.get(call["direction"], {})
-    spilled = call["spilled"] - known.get(call["call"], 0)
+    spilled = call["spilled"] - known_spills(call)
     moved = call["moves"] and call["call"] not in PADDED[call["direction"]]
     return is_linear and not (spilled > 0 or call["notes"] or moved)
 
