@@ -7,7 +7,7 @@ float64, in which tests/test_formula.py holds it to NumPy, what is right.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,22 +22,32 @@ __all__ = ["Expected", "check", "compare", "expected"]
 
 
 class Expected(NamedTuple):
-    """What eager gives in the arrays' own dtype, and in float64."""
+    """What eager gives in float64, and in the arrays' own dtype.
 
-    peer: Any
+    peer: makes the latter, once; to compile it is most of the time, and few comparisons need it.
+    kinds: its shapes and dtypes.
+    """
+
+    peer: Callable[[], Any]
+    kinds: Any
     exact: Any
 
 
 def expected(function: Callable[..., Any], *arrays: Any) -> Expected:
     """Of function(attention, *arrays), which casts whatever else it uses to the arrays' dtype."""
     formula = partial(function, jattn.eager_attention)
-    peer = quick_jit(formula)(*arrays)
     with jax.enable_x64(True):
         exact = quick_jit(formula)(*jax.tree.map(_wide, arrays))
-    return Expected(peer, jax.tree.map(reference.float64, exact))
+    return Expected(
+        cache(lambda: quick_jit(formula)(*arrays)),
+        jax.eval_shape(formula, *arrays),
+        jax.tree.map(reference.float64, exact),
+    )
 
 
-def compare(found: Any, peer: Any, exact: Any, *, times: float | None = None) -> None:
+def compare(
+    found: Any, peer: Callable[[], Any], kinds: Any, exact: Any, *, times: float | None = None
+) -> None:
     """`found`, a tree of a backend's results, is as exact as eager's.
 
     Twice its error are arrays named "out" and "lse" allowed, three times all others: gradients; or
@@ -45,10 +55,13 @@ def compare(found: Any, peer: Any, exact: Any, *, times: float | None = None) ->
     """
     assert jax.tree.structure(found) == jax.tree.structure(exact)
     named = jax.tree_util.tree_leaves_with_path(found)
-    for (path, got), other, true in zip(named, *map(jax.tree.leaves, (peer, exact)), strict=True):
-        assert got.dtype == other.dtype, path
+    for i, ((path, got), kind, true) in enumerate(
+        zip(named, *map(jax.tree.leaves, (kinds, exact)), strict=True)
+    ):
+        assert got.dtype == kind.dtype, path
         name = str(getattr(path[-1], "key", "")) if path else ""
-        tolerance.check_against_peer(name, got, other, true, np.abs(true), got.dtype, times)
+        own = partial(lambda i: jax.tree.leaves(peer())[i], i)
+        tolerance.check_against_peer(name, got, own, true, np.abs(true), got.dtype, times)
 
 
 def check(found: Any, function: Callable[..., Any], *arrays: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -54,8 +54,12 @@ def check_found(found: Results, backend: Backend, case: Case, seed: int) -> None
         if backend is EAGER:
             tolerance.check_a_priori(name, got, values[name], magnitudes[name], dtype, condition)
         else:
-            peer = results(EAGER, case, seed)[name]
+            peer = partial(_of_eager, name, case, seed)
             tolerance.check_against_peer(name, got, peer, values[name], magnitudes[name], dtype)
+
+
+def _of_eager(name: str, case: Case, seed: int) -> Any:
+    return results(EAGER, case, seed)[name]
 
 
 def check_dtypes_and_shapes(backend: Backend, case: Case, seed: int) -> None:
