@@ -1,7 +1,8 @@
 """Attention in float64 NumPy, written from the definitions: what every backend is held to.
 
-Nothing here imports jax or jattn. Letters as in `jax.nn`: B batch, T queries, S keys, N query
-heads, K key heads, H head dim, D value head dim. Arrays are BTNH.
+Nothing here imports jax or jattn; `attention` computes with NumPy or with a module like it
+(tests/long_reference.py gives it jax's). Letters as in `jax.nn`: B batch, T queries, S keys,
+N query heads, K key heads, H head dim, D value head dim. Arrays are BTNH.
 
     z = scale q k        s = cap tanh(z / cap) + bias        p = exp(s - lse)
     lse = log(sum_visible exp s + exp sink)                  out = (keep p / (1 - rate)) v
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,9 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
-_einsum = partial(np.einsum, optimize=True)  # calls BLAS
-
-
-def float64(array: Any) -> Floats:
-    return np.asarray(array).astype(np.float64)
+def float64(array: Any, xp: Any = np) -> Floats:
+    found: Floats = xp.asarray(array).astype(np.float64)
+    return found
 
 
 def visible(
@@ -75,6 +73,10 @@ def cut(lengths: Sequence[int] | None, size: int) -> Any:
     return size if lengths is None else np.clip(lengths, 0, size).astype(object)
 
 
+def _einsum(xp: Any, formula: str, *operands: Any) -> Any:
+    return xp.einsum(formula, *operands, optimize=True)  # which calls BLAS
+
+
 def sum_to(array: Floats, shape: tuple[int, ...]) -> Floats:
     """Sums over the axes along which `shape` was broadcast to give `array`."""
     array = array.sum(axis=tuple(range(array.ndim - len(shape))))
@@ -104,21 +106,25 @@ class Attention:
     kept: Floats
     out: Floats
     lse: Floats
+    xp: Any = np
 
     def gradients(self, dout: Any, dlse: Any) -> dict[str, Floats]:
         """Gradients of sum(out dout) + sum(lse dlse) over rows that see a key."""
-        return self._backward(float64(dout), float64(dlse), absolute=False)
+        dout, dlse = (float64(x, self.xp) for x in (dout, dlse))
+        return self._backward(dout, dlse, absolute=False)
 
     def magnitudes(self, dout: Any = None, dlse: Any = None) -> dict[str, Floats]:
-        v = np.repeat(np.abs(self.v), self._groups, axis=2)
-        logits = np.maximum(np.abs(self.z), np.abs(self.logits), where=self.seen, out=0 * self.p)
+        xp = self.xp
+        v = xp.repeat(xp.abs(self.v), self._groups, axis=2)
+        logits = xp.where(self.seen, xp.maximum(xp.abs(self.z), xp.abs(self.logits)), 0.0)
         logits = logits.max(axis=-1, initial=0.0)
         sizes = {
-            "out": _einsum("bnts,bsnd->btnd", self.kept * self.p, v),
+            "out": _einsum(xp, "bnts,bsnd->btnd", self.kept * self.p, v),
             "lse": 1.0 + logits.transpose(0, 2, 1),
         }
         if dout is not None:
-            sizes |= self._backward(np.abs(float64(dout)), np.abs(float64(dlse)), absolute=True)
+            dout, dlse = (xp.abs(float64(x, xp)) for x in (dout, dlse))
+            sizes |= self._backward(dout, dlse, absolute=True)
         return sizes
 
     def tangent_magnitude(self, tangents: dict[str, Any]) -> Floats:
@@ -136,7 +142,7 @@ class Attention:
         ):
             if factor is not None and rows is not None and columns is not None:
                 columns = np.repeat(columns, q.shape[2] // columns.shape[2], axis=2)
-                tz += factor * _einsum("btnh,bsnh->bnts", rows, columns)
+                tz += factor * _einsum(np, "btnh,bsnh->bnts", rows, columns)
         if self.soft_cap is not None:
             with np.errstate(invalid="ignore"):
                 tz *= 1.0 - np.tanh(self.z / self.soft_cap) ** 2
@@ -151,32 +157,32 @@ class Attention:
         return self.q.shape[2] // self.k.shape[2]
 
     def _backward(self, dout: Floats, dlse: Floats, *, absolute: bool) -> dict[str, Floats]:
+        xp, sign = self.xp, 1.0 if absolute else -1.0
         q, k, v, scale = (
-            np.abs(x) if absolute else x for x in (self.q, self.k, self.v, self.scale)
+            xp.abs(x) if absolute else x for x in (self.q, self.k, self.v, self.scale)
         )
-        sign = 1.0 if absolute else -1.0
-        k, v = np.repeat(k, self._groups, axis=2), np.repeat(v, self._groups, axis=2)
-        dp = self.kept * _einsum("btnd,bsnd->bnts", dout, v)
+        k, v = xp.repeat(k, self._groups, axis=2), xp.repeat(v, self._groups, axis=2)
+        dp = self.kept * _einsum(xp, "btnd,bsnd->bnts", dout, v)
         row = (dp * self.p).sum(axis=-1, keepdims=True)
         dlse = dlse.transpose(0, 2, 1)[..., None]
         ds = self.p * (dp + sign * row + dlse)
         dz = ds
         if self.soft_cap is not None:
             with np.errstate(invalid="ignore"):
-                slope = 1.0 - np.tanh(self.z / self.soft_cap) ** 2
-            dz = np.where(self.seen, ds * slope, 0.0)
+                slope = 1.0 - xp.tanh(self.z / self.soft_cap) ** 2
+            dz = xp.where(self.seen, ds * slope, 0.0)
         grads = {
-            "q": scale * _einsum("bnts,bsnh->btnh", dz, k),
-            "k": self._sum_groups(scale * _einsum("bnts,btnh->bsnh", dz, q)),
-            "v": self._sum_groups(_einsum("bnts,btnd->bsnd", self.kept * self.p, dout)),
+            "q": scale * _einsum(xp, "bnts,bsnh->btnh", dz, k),
+            "k": self._sum_groups(scale * _einsum(xp, "bnts,btnh->bsnh", dz, q)),
+            "v": self._sum_groups(_einsum(xp, "bnts,btnd->bsnd", self.kept * self.p, dout)),
         }
         if self.bias_shape is not None:
-            grads["bias"] = sum_to(np.where(self.seen, ds, 0.0), self.bias_shape)
+            grads["bias"] = sum_to(xp.where(self.seen, ds, 0.0), self.bias_shape)
         if self.sinks is not None:
             lse = self.lse.transpose(0, 2, 1)[..., None]
-            alive = np.isfinite(lse)
+            alive = xp.isfinite(lse)
             sink = self.sinks[None, :, None, None]
-            p_sink = np.exp(np.where(alive, sink - np.where(alive, lse, 0.0), -np.inf))
+            p_sink = xp.exp(xp.where(alive, sink - xp.where(alive, lse, 0.0), -np.inf))
             grads["sinks"] = (p_sink * (sign * row + dlse)).sum(axis=(0, 2, 3))
         return grads
 
@@ -197,38 +203,39 @@ def attention(
     sinks: Any = None,
     keep: Bools | None = None,
     rate: float = 0.0,
+    xp: Any = np,
 ) -> Attention:
     """Attention over the pairs of `seen` (broadcast to B, N, T, S); dropout keeps those of `keep`.
 
     Queries, keys and values that no pair of `seen` touches are taken as zero, whatever they hold.
     """
-    q, k, v = float64(q), float64(k), float64(v)
+    q, k, v = (float64(x, xp) for x in (q, k, v))
     (b, t, n, h), s = q.shape, k.shape[1]
-    seen = np.broadcast_to(seen, (b, n, t, s))
-    q = np.where(seen.any(axis=3).transpose(0, 2, 1)[..., None], q, 0.0)
+    seen = xp.broadcast_to(seen, (b, n, t, s))
+    q = xp.where(seen.any(axis=3).transpose(0, 2, 1)[..., None], q, 0.0)
     heads = seen.any(axis=2).reshape(b, k.shape[2], -1, s).any(axis=2).transpose(0, 2, 1)
-    k, v = np.where(heads[..., None], k, 0.0), np.where(heads[..., None], v, 0.0)
+    k, v = xp.where(heads[..., None], k, 0.0), xp.where(heads[..., None], v, 0.0)
     scale = h**-0.5 if scale is None else scale
     groups = n // k.shape[2]
-    z = scale * _einsum("btnh,bsnh->bnts", q, np.repeat(k, groups, axis=2))
-    logits = z if soft_cap is None else soft_cap * np.tanh(z / soft_cap)
+    z = scale * _einsum(xp, "btnh,bsnh->bnts", q, xp.repeat(k, groups, axis=2))
+    logits = z if soft_cap is None else soft_cap * xp.tanh(z / soft_cap)
     if bias is not None:
-        logits = logits + float64(bias)
-    seen = seen & ~np.isneginf(logits)
-    logits = np.where(seen, logits, -np.inf)
+        logits = logits + float64(bias, xp)
+    seen = seen & ~xp.isneginf(logits)
+    logits = xp.where(seen, logits, -np.inf)
     alive = seen.any(axis=-1, keepdims=True)
     top = logits.max(axis=-1, keepdims=True)
     if sinks is not None:
-        sinks = float64(sinks)
-        top = np.maximum(top, sinks[:, None, None])
-    top = np.where(np.isneginf(top), 0.0, top)
-    weights = np.exp(logits - top)
+        sinks = float64(sinks, xp)
+        top = xp.maximum(top, sinks[:, None, None])
+    top = xp.where(xp.isneginf(top), 0.0, top)
+    weights = xp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
-        total = total + np.exp(sinks[:, None, None] - top)
-    p = np.where(alive, weights / np.where(alive, total, 1.0), 0.0)
-    lse = np.where(alive, top + np.log(np.where(alive, total, 1.0)), -np.inf)
-    kept = np.ones_like(p) if keep is None else np.broadcast_to(keep, p.shape) / (1.0 - rate)
+        total = total + xp.exp(sinks[:, None, None] - top)
+    p = xp.where(alive, weights / xp.where(alive, total, 1.0), 0.0)
+    lse = xp.where(alive, top + xp.log(xp.where(alive, total, 1.0)), -np.inf)
+    kept = xp.ones_like(p) if keep is None else xp.broadcast_to(keep, p.shape) / (1.0 - rate)
     return Attention(
         q=q,
         k=k,
@@ -242,6 +249,7 @@ def attention(
         logits=logits,
         p=p,
         kept=kept,
-        out=_einsum("bnts,bsnd->btnd", kept * p, np.repeat(v, groups, axis=2)),
+        out=_einsum(xp, "bnts,bsnd->btnd", kept * p, xp.repeat(v, groups, axis=2)),
         lse=lse[..., 0].transpose(0, 2, 1),
+        xp=xp,
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import reference, tolerance
+from tests import long_reference, reference, tolerance
 from tests.backends import (
     BACKENDS,
     CHUNKED,
@@ -24,7 +24,17 @@ from tests.backends import (
     quick_jit,
     results,
 )
-from tests.cases import CASES, EVERYTHING, ORDINARY, Case, chosen, first, operands, thorough
+from tests.cases import (
+    CASES,
+    EVERYTHING,
+    ORDINARY,
+    Case,
+    Operands,
+    chosen,
+    first,
+    operands,
+    thorough,
+)
 from tests.reference import Floats
 
 Values = dict[str, Floats]
@@ -33,12 +43,16 @@ Values = dict[str, Floats]
 @cache
 def exact(case: Case, seed: int) -> tuple[Values, Values, float]:
     """Float64 results, their magnitudes, and 1 + the largest logit."""
-    drawn = operands(case, seed)
-    attention = drawn.exact(kept(case))
+    compute = long_reference.exact if long_reference.is_long(case) else in_numpy
+    values, magnitudes = compute(operands(case, seed), kept(case))
+    return values, magnitudes, float(magnitudes["lse"].max())
+
+
+def in_numpy(drawn: Operands, keep: reference.Bools | None) -> tuple[Values, Values]:
+    attention = drawn.exact(keep)
     cotangents = drawn["dout"], drawn["dlse"]
     values = {"out": attention.out, "lse": attention.lse, **attention.gradients(*cotangents)}
-    magnitudes = attention.magnitudes(*cotangents)
-    return values, magnitudes, float(magnitudes["lse"].max())
+    return values, attention.magnitudes(*cotangents)
 
 
 def check_errors(backend: Backend, case: Case, seed: int) -> None:
@@ -84,13 +98,15 @@ def check_what_sees_nothing_is_zero(backend: Backend, case: Case, seed: int) -> 
 
 def check_zeros(found: Results, case: Case, seed: int) -> None:
     """Exactly: a query without a key, and the gradients of a key without a query."""
-    seen = np.broadcast_to(operands(case, seed).seen, case.shape_of("BNTS"))
-    dead_rows = ~seen.any(axis=3).transpose(0, 2, 1)
-    by_key_head = seen.reshape(case.batch, case.kv_heads, -1, case.keys)
+    seen = operands(case, seed).seen  # whose heads may be one for all
+    rows = np.broadcast_to(seen.any(axis=3), case.shape_of("BNT"))
+    keys = np.broadcast_to(seen.any(axis=2), case.shape_of("BNS"))
+    dead_rows = ~rows.transpose(0, 2, 1)
+    by_key_head = keys.reshape(case.batch, case.kv_heads, -1, case.keys)
     dead_keys = ~by_key_head.any(axis=2).transpose(0, 2, 1)
     dead = {"out": dead_rows, "lse": dead_rows, "q": dead_rows, "k": dead_keys, "v": dead_keys}
     if case.bias == "BNTS":
-        dead["bias"] = ~seen
+        dead["bias"] = ~np.broadcast_to(seen, case.shape_of("BNTS"))
     for name in dead.keys() & found.keys():
         nothing = -np.inf if name == "lse" else 0
         assert (np.asarray(found[name])[dead[name]] == nothing).all(), name
@@ -102,6 +118,16 @@ def test_results_are_exact_within_rounding(backend: Backend, case: Case, seed: i
     check_dtypes_and_shapes(backend, case, seed)
     check_errors(backend, case, seed)
     check_what_sees_nothing_is_zero(backend, case, seed)
+
+
+def test_long_calls_have_the_reference_in_parts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_reference, "AT_ONCE", 3 * 64 * 64)  # of the eight heads
+    found = long_reference.exact(operands(EVERYTHING, seed), kept(EVERYTHING))
+    wanted = in_numpy(operands(EVERYTHING, seed), kept(EVERYTHING))
+    for got, right in zip(found, wanted, strict=True):
+        assert got.keys() == right.keys()
+        for name, x in got.items():
+            np.testing.assert_allclose(x, right[name], rtol=1e-9, atol=1e-11, err_msg=name)
 
 
 def test_the_table_covers_hidden_rows_and_visible_ones() -> None:
