@@ -55,14 +55,17 @@ BACKENDS = [EAGER, CHUNKED]
 
 
 def call(backend: Backend, drawn: Operands, arrays: Results, **more: Any) -> Any:
-    """`backend` on the arrays of a case, without the batch axis if the case has none."""
+    """`backend` on the arrays of a case, without the batch axis if the case has none.
+
+    more: options beside the case's, or in their place.
+    """
     case = drawn.case
     inputs = {name: jnp.asarray(value) for name, value in arrays.items()}
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     if not case.batched:
         q, k, v = q[0], k[0], v[0]
     rest = {"bias": inputs.get("bias"), "sinks": inputs.get("sinks")}
-    result = backend(q, k, v, **rest, **drawn.options, **more)
+    result = backend(q, k, v, **rest, **(drawn.options | more))
     return result if case.batched else jax.tree.map(lambda x: x[None], result)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import jax
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,11 +14,9 @@ from pallas_kernels.hopper import backward_tiles
 from pallas_kernels.hopper.backward_block import grid_of, share_at
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.visits import tiles_that_visit, visits
-from tests.backends import Results
-from tests.backends import call as attend
 from tests.cases import Case, chosen, operands
 from tests.hopper.calls import Bottom, Half, spec_of
-from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
+from tests.hopper.exact import FLASH, INTERPRETED, check, check_repeats, compiled, hopper
 
 __all__ = ["hopper"]
 
@@ -87,20 +86,10 @@ def test_turns_come_in_the_order_of_launch(case: Case) -> None:
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_two_hundred_gradients_are_as_exact_and_bitwise_equal(case: Case, seed: int) -> None:
     assert choose_backward_tiles(spec_of(case), deterministic=True).in_turns
-    drawn = operands(case, seed)
-
-    @jax.jit
-    def gradients(arrays: Results) -> Results:
-        _, vjp = jax.vjp(lambda arrays: attend(FLASH, drawn, arrays), arrays)
-        return vjp(jnp.asarray(drawn["dout"]))[0]
-
-    arrays = jax.device_put(drawn.differentiable)
+    run = compiled(FLASH, case)
     with jattn.deterministic_gradients():
-        check(FLASH, case, seed)
-        first = jax.tree.map(np.asarray, gradients(arrays))
-        for _ in range(199):
-            again = jax.tree.map(np.asarray, gradients(arrays))
-            jax.tree.map(np.testing.assert_array_equal, again, first)
+        check(FLASH, case, seed, run)
+        check_repeats(partial(run, operands(case, seed)), 200)
 
 
 @pytest.mark.parametrize(
