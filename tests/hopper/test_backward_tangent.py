@@ -22,7 +22,6 @@ from pallas_kernels.hopper.backward_tangent import query_gradient_tangent
 from pallas_kernels.hopper.forward import forward
 from pallas_kernels.hopper.key_tangents import key_gradient_tangents
 from pallas_kernels.hopper.limits import backward_tangent_refusals, key_tangent_refusals
-from tests import formula
 from tests.backends import Results
 from tests.cases import Case, operands
 from tests.hopper.calls import LARGE, SHARED, SMALL, Half, spec_of
@@ -32,8 +31,8 @@ from tests.portable.tangents import (
     arrays_of,
     called,
     directions,
-    pulled,
-    pushed,
+    expected_pulled,
+    expected_pushed,
     tangents_of,
     with_sinks,
     within,
@@ -110,9 +109,8 @@ def check(
     given = jax.device_put((arrays, moving, gradients, t_results))
     # The interpreter's effects cannot be compiled where a call is partitioned.
     found = (run if interpret else jax.jit(run))(*given)
-    function = partial(pulled, case=case, seed=seed)
     still = {name: np.zeros_like(arrays[name]) for name in found if name not in moving}
-    expected = formula.expected(function, arrays, moving | still, gradients)
+    expected = expected_pulled(case, seed, arrays, moving | still, gradients)
     for name, got in found.items():
         within(name, got, expected, case=case, times=5)
 
@@ -133,7 +131,7 @@ def results_moved(case: Case, seed: int, arrays: Results, moving: Results) -> Re
     if not moving:
         drawn = operands(case, seed)
         return {"t_out": np.zeros_like(drawn["dout"]), "t_lse": np.zeros(drawn["dlse"].shape)}
-    exact = formula.expected(partial(pushed, case=case, seed=seed), arrays, moving).exact
+    exact = expected_pushed(case, seed, arrays, moving).exact
     dtype = arrays["q"].dtype
     return {"t_out": np.asarray(exact["t_out"], dtype), "t_lse": np.float32(exact["t_lse"])}
 

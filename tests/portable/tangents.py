@@ -25,8 +25,8 @@ from pallas_kernels.portable.tangent import tangent
 from pallas_kernels.portable.tangent_tiles import BackwardTiles
 from pallas_kernels.portable.tiles import Tiles
 from pallas_kernels.portable.triton import LN2
-from tests import formula, reference, tolerance
-from tests.backends import Backend, Results, call, quick_jit
+from tests import formula, long_reference, reference, tolerance
+from tests.backends import Backend, Results, call, kept, quick_jit
 from tests.cases import Case, operands
 from tests.portable.exact import ON_GPU
 
@@ -218,6 +218,21 @@ def pulled_by_kernel(
     return results
 
 
+def expected_pushed(case: Case, seed: int, arrays: Results, moving: Results) -> formula.Expected:
+    """What is right; on a GPU by a program for many calls."""
+    given = (arrays, moving)
+    exact = long_reference.pushed(operands(case, seed), kept(case), *given) if ON_GPU else None
+    return formula.expected(partial(pushed, case=case, seed=seed), *given, exact=exact)
+
+
+def expected_pulled(
+    case: Case, seed: int, arrays: Results, moving: Results, gradients: Results
+) -> formula.Expected:
+    given = (arrays, moving, gradients)
+    exact = long_reference.pulled(operands(case, seed), kept(case), *given) if ON_GPU else None
+    return formula.expected(partial(pulled, case=case, seed=seed), *given, exact=exact)
+
+
 def size_of_t_lse(case: Case, seed: int, arrays: Results, moving: Results) -> Any:
     """What the roundings of the log-sum-exp's tangent are relative to."""
     drawn = operands(case, seed)
@@ -281,7 +296,7 @@ def check_tangent(
 
 def check_pushed(found: Results, case: Case, seed: int, arrays: Results, moving: Results) -> None:
     """Tangents, and what else `pushed` gives, are as exact as eager's."""
-    expected = formula.expected(partial(pushed, case=case, seed=seed), arrays, moving)
+    expected = expected_pushed(case, seed, arrays, moving)
     size = partial(size_of_t_lse, case, seed, arrays, moving)
     for name, got in found.items():
         times = 2 if name in tolerance.FORWARD else 3
@@ -317,8 +332,7 @@ def check_backward_tangent(
     chosen = tuple(wanted.split() or found_names)
     run = partial(pulled_by_kernel, case=case, seed=seed, tiles=tiles, wanted=chosen)
     found: Results = quick_jit(run)(arrays, moving, gradients)
-    function = partial(pulled, case=case, seed=seed)
-    expected = formula.expected(function, arrays, moving, gradients)
+    expected = expected_pulled(case, seed, arrays, moving, gradients)
     for name, got in found.items():
         within(name, got, expected, case=case, times=5)
     return found
