@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
+import zlib
 
 # The workers are as many as the cores; to be read, this comes before NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -64,8 +67,25 @@ def pytest_configure(config: pytest.Config) -> None:
         # other processes compile alike, for the same bits.
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    elif config.option.markexpr == "gpu":  # others set where jax keeps programs
+        share_programs(config)
     # Tracing makes many objects that live on: looking through them is a twentieth of the time.
     gc.set_threshold(100_000)
+
+
+SHARED = "JATTN_TESTS_PROGRAMS"  # what workers know the folder by
+
+
+def share_programs(config: pytest.Config) -> None:
+    """On a GPU what one worker has compiled the others load: the references', and small ones."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="jattn-tests-")
+        os.environ[SHARED] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ[SHARED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Of an entry that another worker is writing yet.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
 
 
 def left_out(config: pytest.Config) -> dict[str, str]:
@@ -87,7 +107,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         case = getattr(item, "callspec", None) and item.callspec.params.get("case")
         if case is not None:
-            item.add_marker(pytest.mark.xdist_group(str(case)))
+            # Several files have one of that name, which has nothing to do with it.
+            group = f"{case}-{zlib.crc32(repr(case).encode()):08x}"
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
