@@ -49,28 +49,26 @@ def expected(function: Callable[..., Any], *arrays: Any, exact: Any = None) -> E
     )
 
 
-def compare(
-    found: Any, peer: Callable[[], Any], kinds: Any, exact: Any, *, times: float | None = None
-) -> None:
+def compare(found: Any, right: Expected, *, times: float | None = None) -> None:
     """`found`, a tree of a backend's results, is as exact as eager's.
 
     Twice its error are arrays named "out" and "lse" allowed, three times all others: gradients; or
     `times`.
     """
-    assert jax.tree.structure(found) == jax.tree.structure(exact)
+    assert jax.tree.structure(found) == jax.tree.structure(right.exact)
     named = jax.tree_util.tree_leaves_with_path(found)
     for i, ((path, got), kind, true) in enumerate(
-        zip(named, *map(jax.tree.leaves, (kinds, exact)), strict=True)
+        zip(named, *map(jax.tree.leaves, (right.kinds, right.exact)), strict=True)
     ):
         assert got.dtype == kind.dtype, path
         name = str(getattr(path[-1], "key", "")) if path else ""
-        own = partial(lambda i: jax.tree.leaves(peer())[i], i)
+        own = partial(lambda i: jax.tree.leaves(right.peer())[i], i)
         tolerance.check_against_peer(name, got, own, true, np.abs(true), got.dtype, times)
 
 
 def check(found: Any, function: Callable[..., Any], *arrays: Any) -> None:
     """`found` is function(attention, *arrays) of some attention, as exact as eager's."""
-    compare(found, *expected(function, *arrays))
+    compare(found, expected(function, *arrays))
 
 
 def _wide(x: Any) -> Any:

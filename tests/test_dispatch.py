@@ -166,7 +166,7 @@ def test_the_backend_in_force_is_part_of_the_key_of_a_jitted_function() -> None:
     np.testing.assert_array_equal(first, third)
     expected = formula.expected(lambda of, x: {"out": of(x, x, x, is_causal=True)}, X)
     for found in (first, second):
-        formula.compare({"out": found}, *expected)
+        formula.compare({"out": found}, expected)
 
 
 def test_a_forced_backend_reaches_gradients_and_forward_mode() -> None:

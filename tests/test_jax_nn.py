@@ -200,7 +200,7 @@ def test_residual_is_that_of_jax_nn(batched: bool, implementation: str) -> None:
     ours = partial(jattn.dot_product_attention, implementation=implementation)
     expected = formula.expected(results, q, k)
     for attention in (ours, jax.nn.dot_product_attention):
-        formula.compare(quick_jit(partial(results, attention))(q, k), *expected)
+        formula.compare(quick_jit(partial(results, attention))(q, k), expected)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -218,7 +218,7 @@ def test_query_lengths_are_those_of_jax_nn(implementation: str) -> None:
     ours = partial(jattn.dot_product_attention, implementation=implementation)
     expected = formula.expected(results, q, k)
     for attention in (ours, jax.nn.dot_product_attention):
-        formula.compare(quick_jit(partial(results, attention))(q, k), *expected)
+        formula.compare(quick_jit(partial(results, attention))(q, k), expected)
 
 
 def test_the_signature_begins_with_that_of_jax_nn() -> None:

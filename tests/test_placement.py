@@ -95,7 +95,7 @@ def test_arrays_on_the_cpu_of_a_machine_with_a_gpu_run_there(name: str, dtype: A
             found.append(function(x))
         for one in found:
             assert one.devices() == {cpu}
-            formula.compare(one, *expected)
+            formula.compare(one, expected)
 
 
 @pytest.mark.gpu

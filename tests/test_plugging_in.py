@@ -45,9 +45,9 @@ def test_in_the_place_of_jaxs_function_it_is_the_formula(
     expected = formula.expected(lambda of, x: {"out": of(x, x, x, is_causal=True)}, X)
     monkeypatch.setattr(jax.nn, "dot_product_attention", jattn.dot_product_attention)
     found = jax.nn.dot_product_attention(X, X, X, is_causal=True, implementation=implementation)
-    formula.compare({"out": found}, *expected)
+    formula.compare({"out": found}, expected)
     inside_flax = nnx.dot_product_attention(X, X, X, is_causal=True)
-    formula.compare({"out": inside_flax}, *expected)
+    formula.compare({"out": inside_flax}, expected)
 
 
 @pytest.mark.gpu
@@ -60,4 +60,4 @@ def test_in_the_place_of_jaxs_function_it_is_the_formula_on_a_gpu(
     expected = formula.expected(lambda of, x: {"out": of(x, x, x, is_causal=True)}, x)
     monkeypatch.setattr(jax.nn, "dot_product_attention", jattn.dot_product_attention)
     found = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation=implementation)
-    formula.compare({"out": found}, *expected)
+    formula.compare({"out": found}, expected)

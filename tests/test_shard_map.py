@@ -67,7 +67,7 @@ def check(attention, *, ways, jitted, checks=(True, False), names=tuple(arrays))
         for vma in checks:
             function = way(attention, vma, held)
             for each in ([jax.jit(function)] if jitted else [function]):
-                formula.compare(each(own), *expected)
+                formula.compare(each(own), expected)
 
 chunked = partial(jattn.memory_efficient_attention, query_chunk_size=8, key_chunk_size=8)
 """

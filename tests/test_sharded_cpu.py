@@ -43,7 +43,7 @@ def collectives(compiled):
 arrays = (q, k, v, bias, sinks, lengths)
 ALL, HELD = (0, 1, 2, 3, 4), (0, 1, 2)
 
-peer, exact = formula.expected(
+expected = formula.expected(
     lambda of, *arrays: jax.grad(partial(loss_of, of), ALL)(*arrays), *arrays
 )
 """
@@ -66,7 +66,7 @@ for name, (rows, heads, specs) in PLACES.items():
     over = [shape for shape, _ in found]
     assert len(over) <= (2 if rows > 1 else 0), (name, found)
     results = whole(*held)
-    formula.compare(results, peer, exact)
+    formula.compare(results, expected)
     for x, place in zip(results[:3], places):
         assert x.sharding.is_equivalent_to(place, x.ndim), (name, x.sharding)
 """,
@@ -79,7 +79,7 @@ with jax.set_mesh(mesh):
     whole = jax.jit(jax.grad(loss, ALL)).lower(*held).compile()
     assert {kind for _, kind in collectives(whole)} <= {"all-reduce"}, collectives(whole)
     results = whole(*held)
-formula.compare(results, peer, exact)
+formula.compare(results, expected)
 """,
     "mapped": """
 # Triangle attention: vmap over rows that are sharded, one bias for all, and one for every two.
