@@ -160,8 +160,8 @@ def backward(
         if tiles.in_fragments and not interpret:
             shape = (inputs["q"].shape[1], inputs["q"].shape[3])
             if wants_scale:
-                # Parts of float32 are wider than a tile, so in whole tiles of rows.
-                shape = (-(-shape[0] // 8) * 8, shape[1])
+                # Parts of float32 are wider than a tile, so in whole tiles.
+                shape = (-(-shape[0] // 8) * 8, padded_width(shape[1]))
                 dq = rounded(spec, dq, shape, jnp.float32, kept_factor(spec), words)
             else:
                 scale = inputs["scale"] if spec.scale is None else float(spec.scale)

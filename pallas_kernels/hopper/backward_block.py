@@ -23,7 +23,8 @@ from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dropout import Words, kept_down, marked
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import divided, quotient, remainder
-from pallas_kernels.hopper.plain import cut, parts_of, places
+from pallas_kernels.hopper.piece_widths import MOST_UNROLLED
+from pallas_kernels.hopper.plain import cut, fetch_pieces, parts_of, places
 from pallas_kernels.hopper.plan import L2_BYTES
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import scale_of
@@ -140,6 +141,27 @@ class Block:
     def copies(self, array: Ref, place: tuple[Any, ...], parts: list[Ref]) -> list[tuple[Ref, Ref]]:
         """What of an array is in which part of a matrix: (array, part), for each."""
         return places(array, place, parts, self.batch * 0)
+
+    def load(
+        self, array: Ref, place: tuple[Any, ...], matrix: Ref, full: Ref, *slot: Array
+    ) -> None:
+        """Starts the copies of an array's rows to a matrix, or to this slot of it.
+
+        Of keys, where thread blocks have lists, to the slot that these have.
+        """
+
+        def part_at(*piece: Any) -> Ref:
+            part = matrix.at[(*slot, *piece)] if slot or piece else matrix
+            in_list = self.turn is not None and not slot
+            return part.at[self.keys_at(0, self.tiles.keys)] if in_list else part
+
+        count = matrix.shape[-3] if self.tiles.pieces else 0
+        if self.tiles.listed and self.tiles.first_stores and count > MOST_UNROLLED:
+            fetch_pieces(array, place, part_at, count, full)
+            return
+        parts = [part_at(i) for i in range(count)] or [part_at()]
+        for source, part in self.copies(array, place, parts):
+            plgpu.copy_gmem_to_smem(source, part, full)
 
     def store(self, row: Array, *gradients: Gradient) -> None:
         """Gradients of the keys from this row on, or the share of them, on their way."""

@@ -344,11 +344,7 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
         before, full = block.turn.visited, refs.kv_full.at[block.turn.slot]
         plgpu.barrier_wait(refs.kv_free.at[block.turn.slot])
     for gmem, smem in ((refs.k, refs.k_rows), (refs.v, refs.v_rows)):
-        parts = block.parts(smem)
-        if block.turn is not None:
-            parts = [x.at[block.keys_at(0, tiles.keys)] for x in parts]
-        for source, part in block.copies(gmem, (batch, keys, block.kv_head), parts):
-            plgpu.copy_gmem_to_smem(source, part, full)
+        block.load(gmem, (batch, keys, block.kv_head), smem, full)
     if spec.has_segments:
         plgpu.copy_gmem_to_smem(refs.key_segments.at[batch, keys], refs.k_segments, full)
     if spec.dropout_rate > 0:
@@ -367,9 +363,7 @@ def _load(block: Block, ends: Callable[[], None]) -> None:
             plgpu.copy_gmem_to_smem(source, place.at[slot], refs.full.at[slot])
 
         def copy_matrix(source: Ref, place: Ref) -> None:
-            parts = block.parts(place, slot)
-            for own, part in block.copies(source, (batch, queries, head), parts):
-                plgpu.copy_gmem_to_smem(own, part, refs.full.at[slot])
+            block.load(source, (batch, queries, head), place, refs.full.at[slot], slot)
 
         copy_matrix(refs.q, refs.q_rows)
         vectors = refs.rows_smem.at[slot, pl.ds(0, refs.rows.shape[3])]

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from pallas_kernels.hopper.backward_tiles import dq_swizzle
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.instructions import from_fragments, load_fragment
-from pallas_kernels.hopper.plain import in_both_ways, named
+from pallas_kernels.hopper.limits import padded_width
+from pallas_kernels.hopper.plain import in_both_ways, named, parts_of, places
 from pallas_kernels.hopper.seam import Ref, transforms
 from pallas_kernels.hopper.tiles import ROWS
 from pallas_kernels.hopper.warpgroups import run
@@ -50,24 +51,26 @@ def rounded(
 
     dq: (B N blocks parts, 64 columns) float32 in fragment order: of each block of 64 queries, for
       each part of its columns.
-    shape: rows, and head; of no multiple of 8 rows only where the parts are one tile wide each.
+    shape: rows, and head. Where rows are no multiple of 8, or the head is less than a matrix's
+      columns, only if the parts are one tile wide each.
     scale: a number, or (1 or B,) float32.
     words: (B N blocks,) int32, 0 of blocks that were not stored, which are zeros.
     """
     rows, head = shape
+    padded = padded_width(head)
     columns = dq.shape[1] // ROWS
     together = 1  # parts in a row of the array
     if columns > ROWS:
-        columns = dq_swizzle(head) // 2
-        together = head // columns
-    parts = head // columns
+        columns = dq_swizzle(padded) // 2
+        together = padded // columns
+    parts = padded // columns
     blocks = dq.shape[0] * together // (spec.batch * spec.heads * parts)
     grid = Grid((("batch", spec.batch), ("block", blocks), ("head", spec.heads)))
-    ragged = rows % 8 != 0
-    staged = (parts, ROWS, columns) if ragged else (ROWS, head)
+    in_parts = rows % 8 != 0 or head != padded  # as plain rows, which are cut at both ends
+    staged = (parts, ROWS, columns) if in_parts else (ROWS, head)
     own = transforms(staged[-1], dtype)
     scratch = {"staging_smem": plgpu.SMEM(staged, dtype, transforms=own)}
-    if ragged:
+    if in_parts:
         scratch = in_both_ways(scratch, scratch, interpret=False)
     inputs = {"dq": dq} | ({} if isinstance(scale, float) else {"scale": scale})
     if words is not None:
@@ -81,15 +84,15 @@ def rounded(
             factor = refs.scale[batch if scale.shape[0] > 1 else 0]
         number = (batch * spec.heads + of_head) * blocks + block
         first = number * (parts // together)
-        out = refs.out.at[batch, pl.ds(block * ROWS, ROWS), of_head]
+        place = (batch, pl.ds(block * ROWS, ROWS), of_head)
 
         def put(made: Callable[[Array], Array]) -> None:
             loaded = []
             for part in range(parts):
-                row, place = (first, part * columns * ROWS) if together > 1 else (first + part, 0)
-                loaded.append(load_fragment(refs.dq, row, columns, place))
+                row, start = (first, part * columns * ROWS) if together > 1 else (first + part, 0)
+                loaded.append(load_fragment(refs.dq, row, columns, start))
             for part, x in enumerate(loaded):
-                own = (part,) if ragged else (slice(None), pl.ds(part * columns, columns))
+                own = (part,) if in_parts else (slice(None), pl.ds(part * columns, columns))
                 refs.staging_smem[own] = made(x).astype(dtype)
 
         if words is None:
@@ -99,11 +102,10 @@ def rounded(
             pl.when(stored)(partial(put, lambda x: x * factor))
             pl.when(jnp.logical_not(stored))(partial(put, jnp.zeros_like))
         plgpu.commit_smem()
-        if not ragged:
-            plgpu.copy_smem_to_gmem(refs.staging_rows, out)
-        for part in range(parts if ragged else 0):
-            own_columns = out.at[:, pl.ds(part * columns, columns)]
-            plgpu.copy_smem_to_gmem(refs.staging_rows.at[part], own_columns)
+        staging = refs.staging_rows
+        staged_parts = parts_of(staging) if in_parts else [staging]
+        for to, part in places(refs.out, place, staged_parts, batch * 0):
+            plgpu.copy_smem_to_gmem(part, to)
         plgpu.wait_smem_to_gmem(0)
 
     made: Array = run(

@@ -17,7 +17,11 @@ from pallas_kernels.hopper.backward_order import (
 from pallas_kernels.hopper.bias_form import form_of, lends_memory, rows_share
 from pallas_kernels.hopper.copies import swizzle_of
 from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
-from pallas_kernels.hopper.piece_widths import has_plain_pieces, needs_plain_rows
+from pallas_kernels.hopper.piece_widths import (
+    has_many_pieces,
+    has_plain_pieces,
+    needs_plain_rows,
+)
 from pallas_kernels.hopper.shares import ENOUGH, MULTIPROCESSORS, WHOLE, Shares, choose_shares
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY
 from pallas_kernels.hopper.visits import MOST_KNOWN, known_counts, visits_every_block
@@ -179,8 +183,19 @@ def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
         return False
     if _is_of_documents(spec):
         few = spec.keys <= MOST_KNOWN * tiles.keys
-        return tiles.heads_inner or (few and _most_visited(spec, tiles) <= MOST_OF_DOCUMENTS)
-    return 0 < _visited(spec, tiles) <= most_visits(spec, tiles)
+        stores = tiles.heads_inner or (few and _most_visited(spec, tiles) <= MOST_OF_DOCUMENTS)
+    else:
+        stores = 0 < _visited(spec, tiles) <= most_visits(spec, tiles)
+    # Beside claims many pieces are copied in a loop, for which long tiles wait: 104 in a window of
+    # 4095 2.122, filled 1.961 (backward alone); but 80 at 257, in lists, 0.351, filled 0.376.
+    if stores and tiles.pieces and has_many_pieces(spec):
+        return _listed(spec, replace(tiles, first_stores=True)) > 0
+    return stores
+
+
+def _is_uneven(spec: AttentionSpec) -> bool:
+    """Whether two warpgroups make less than 64 columns of dQ each."""
+    return 64 < padded_width(spec.head_dim) < 128
 
 
 def _is_of_documents(spec: AttentionSpec) -> bool:
@@ -232,7 +247,8 @@ def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     # 1k causal 0.645, 0.631, full 0.972, 0.968; 4k causal 1.676, 1.710, full 3.08, 3.16, 16k 5.70,
     # 5.9. 80 at 257 0.721, 0.662, 4k causal 1.408, 1.354; 96 1.462, 1.450. Deterministic, 128, 1k
     # causal 0.689, 0.646, 4k full 3.62, 3.55; 64 0.915, 0.853, 4.35, 4.26.
-    most = 4096 if tiles.apart else 1024 if tiles.in_fragments else 2112
+    even = tiles.in_fragments and not _is_uneven(spec)
+    most = 4096 if tiles.apart else 1024 if even else 2112
     # Where the first to visit stores, on an H100: 577 1.759, 1.724, 257 0.676, 0.645, 1k causal
     # 0.668, 0.660, but full 1.009, 1.027.
     most = 768 if tiles.first_stores else most
@@ -299,9 +315,10 @@ def _of_head_dims(
     # counted; T = 16k, 4k, 1k.
     head, value = (-(-x // 64) * 64 for x in (spec.head_dim, spec.value_dim))
     full = not hides_some(spec)
-    # Warpgroups make 64 columns of dQ each; with dropout both forms of P are in use at once.
-    in_fragments = padded_width(spec.head_dim) == 128
-    even = in_fragments and spec.dropout_rate == 0
+    # With dropout both forms of P are in use at once.
+    in_fragments = padded_width(spec.head_dim) > 64
+    first = in_fragments and spec.dropout_rate == 0  # dV's product
+    even = first and not _is_uneven(spec)
     if max(head, value) > 128:
         # 256: causal 481, 483, 357; full 495, 508, 439. dK and dV alone (four products): causal
         # 699, 651; full 682, 684; with two blocks of dO 647, 640; 666, 675. 192/128: causal 604.
@@ -344,7 +361,7 @@ def _of_head_dims(
     # before dS: causal 491.
     # On an H100 the kernel alone, in fragments and values first: causal 647, 595, 437, without 622,
     # 565, 411; full 651, 632, 562, without 617, 595, 540.
-    if even:
+    if first:
         return BackwardTiles(64, in_fragments=True, values_first=True, tiles_first=full)
     return BackwardTiles(64, shared_ds=True, in_fragments=in_fragments, tiles_first=full)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.copies import copyable, padded_width
+from pallas_kernels.hopper.copies import copyable, padded_width, swizzle_of
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
 __all__ = [
+    "MOST_UNROLLED",
+    "has_many_pieces",
     "has_plain_pieces",
     "in_pieces",
     "is_latent",
@@ -23,6 +25,9 @@ __all__ = [
 ]
 
 WIDTH = 64  # columns of 16 bits in the widest swizzle
+# Pieces of a matrix that backward copies without a loop where its loading warpgroup, which has 24
+# registers, claims blocks of dQ.
+MOST_UNROLLED = 4
 NARROW = (WIDTH + 16, WIDTH + 48)  # head dims of which one piece has 16 columns
 
 
@@ -34,9 +39,13 @@ def needs_plain_rows(spec: AttentionSpec) -> bool:
 def has_plain_pieces(spec: AttentionSpec) -> bool:
     """The same of matrices of several pieces, or of one that an array's columns need not fill."""
     dims = (spec.head_dim, spec.value_dim)
-    padded = _is_ragged(spec) or any(padded_width(x) != x for x in dims)
-    # dQ in fragments of 128 columns is written in whole tiles.
-    return padded and not 7 * 16 < spec.head_dim < 2 * WIDTH
+    return _is_ragged(spec) or any(padded_width(x) != x for x in dims)
+
+
+def has_many_pieces(spec: AttentionSpec) -> bool:
+    """Whether backward's matrices, where they are pieces, are more than that."""
+    padded = (padded_width(x) for x in (spec.head_dim, spec.value_dim))
+    return any(2 * x // swizzle_of(x, 2) > MOST_UNROLLED for x in padded)
 
 
 def _is_ragged(spec: AttentionSpec) -> bool:

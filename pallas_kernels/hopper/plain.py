@@ -15,13 +15,14 @@ two pieces of 64 there, five of 16 here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.copies import swizzle_of
@@ -30,6 +31,7 @@ from pallas_kernels.hopper.seam import Ref, transforms
 __all__ = [
     "columns_of",
     "cut",
+    "fetch_pieces",
     "in_both_ways",
     "named",
     "parts_in",
@@ -124,6 +126,23 @@ def places(
         return [(array.at[place], parts[0])]
     columns = columns_of(tuple(parts), array.shape[-1], zero)
     return [(array.at[(*place, own)], part) for own, part in zip(columns, parts, strict=True)]
+
+
+def fetch_pieces(
+    array: Ref, place: tuple[Any, ...], part_at: Callable[[Any], Ref], count: int, full: Ref
+) -> None:
+    """Starts the copies of an array's rows to a matrix in pieces, one after another in a loop.
+
+    part_at: the i-th piece.
+    """
+    width = part_at(0).shape[-1]
+
+    def one(i: Array) -> Array:
+        columns = pl.ds(i * np.int32(width), width)
+        plgpu.copy_gmem_to_smem(array.at[(*place, columns)], part_at(i), full)
+        return i + 1
+
+    lax.while_loop(lambda i: i < count, one, place[0] * 0)
 
 
 def columns_of(parts: tuple[Ref, ...], size: int, zero: Array) -> list[Any]:

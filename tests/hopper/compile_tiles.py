@@ -107,6 +107,11 @@ CASES = [
     Long("narrow", head_dim=40, causal=True),
     Long("vision", batch=8, queries=577, keys=577, head_dim=64),
     Long("vision_72", batch=8, queries=729, keys=729, head_dim=72),
+    *(
+        Long(f"{name}_{h}", queries=2304, keys=2304, head_dim=h, **options)
+        for h in (72, 104, 120)
+        for name, options in (("pieces", {}), ("pieces_window", {"window": (1023, 0)}))
+    ),
     Long("lengths_80", head_dim=80, causal=True, query_lengths=(9,), key_lengths=(9,)),
     Long("text_80", batch=8, queries=4096, keys=77, head_dim=80),
     Long("ragged", queries=1001, keys=2051),

@@ -34,6 +34,7 @@ KNOWN_SPILLS = {
         "documents_64": 64,
         "segments_128": 4,
         "vision": 32,
+        "vision_72": 28,
         "dropout_64": 148,
         "dropout_causal_64": 116,
         "dropout_128": 8,

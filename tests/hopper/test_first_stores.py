@@ -24,6 +24,9 @@ CASES = [
     Half("packed", 1, 150, 150, 2, 1, 128, segments="sorted", causal=True),
     Half("packed_unseen", 1, 400, 200, 2, 1, 128, segments="sorted", causal=True, window=(10, 0)),
     Half("unsorted", 1, 200, 270, 2, 1, 128, segments="unsorted", causal=True),
+    Half("three_pieces", 1, 67, 270, 1, 1, 88, causal=True),
+    Half("even_pieces", 1, 67, 390, 1, 1, 120),
+    Half("packed_80", 1, 150, 150, 2, 1, 80, segments="sorted", causal=True),
 ]
 LARGE = [
     Half("many_full", 8, 577, 577, 16, 16, 128),
@@ -33,7 +36,11 @@ LARGE = [
     Half("one_key_head", 2, 1024, 1024, 32, 1, 128, causal=True),
     Half("one_block", 16, 50, 700, 16, 16, 128),
     Half("documents", 2, 1024, 1024, 32, 8, 128, segments="sorted", causal=True),
+    Half("full_80", 2, 2304, 2304, 8, 8, 80),
+    Half("window_96", 1, 3001, 3001, 4, 4, 96, window=(300, 20)),
+    Half("short_80", 64, 257, 257, 8, 8, 80),
 ]
+NOT_LISTED = ("longer", "one_key_head", "documents", "full_80", "window_96")
 
 
 @pytest.mark.parametrize("case", chosen(CASES, "packed"), ids=str)
@@ -48,8 +55,7 @@ def test_interpreted_as_exact(case: Case, seed: int) -> None:
 def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
     tiles = choose_backward_tiles(spec_of(case), deterministic=False)
     assert tiles.first_stores
-    listed = case in LARGE and case.kv_heads > 1 and case.name not in ("longer", "documents")
-    assert bool(tiles.listed) == listed
+    assert bool(tiles.listed) == (case in LARGE and case.name not in NOT_LISTED)
     run = compiled(FLASH, case)
     for again in range(5):
         check(FLASH, case, seed + again, run)
@@ -66,6 +72,8 @@ def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
         Half("long", 1, 16384, 16384, 16, 16, 128, causal=True),
         Half("visited_often", 1, 4224, 4224, 16, 16, 128),
         Half("grouped", 1, 4096, 4096, 16, 8, 128),
+        Half("full_in_pieces", 1, 2560, 2560, 8, 8, 72),
+        Half("window_in_pieces", 1, 3001, 3001, 4, 4, 112, window=(300, 20)),
     ],
     ids=str,
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 import jattn
-from pallas_kernels.hopper.backward_tiles import dq_columns, dq_swizzle
+from pallas_kernels.hopper.backward_tiles import choose_backward_tiles, dq_columns, dq_swizzle
 from pallas_kernels.hopper.piece_widths import piece_columns
 from tests.cases import Case, chosen
-from tests.hopper.calls import Half
+from tests.hopper.calls import Half, spec_of
 from tests.hopper.exact import FLASH, INTERPRETED, check, hopper
 from tests.hopper.padding import pads
 
@@ -66,6 +66,16 @@ def test_interpreted_with_values_in_pieces(case: Case, seed: int) -> None:
 @pytest.mark.parametrize("length", [2049, 2055, 2176])
 def test_values_in_pieces_on_a_gpu(length: int, head_dim: int, seed: int) -> None:
     check(FLASH, Half("", 2, length, length, 2, 1, head_dim, causal=True), seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("head_dim", range(72, 128, 8))
+@pytest.mark.parametrize("causal", [False, True])
+def test_dq_from_registers_on_a_gpu(head_dim: int, seed: int, *, causal: bool) -> None:
+    case = Half("", 1, 2049, 2051, 4, 2, head_dim, causal=causal)
+    assert choose_backward_tiles(spec_of(case), deterministic=False).in_fragments
+    check(FLASH, case, seed)
 
 
 @pytest.mark.thorough
