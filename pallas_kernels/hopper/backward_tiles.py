@@ -22,7 +22,14 @@ from pallas_kernels.hopper.piece_widths import (
     has_plain_pieces,
     needs_plain_rows,
 )
-from pallas_kernels.hopper.shares import ENOUGH, MULTIPROCESSORS, WHOLE, Shares, choose_shares
+from pallas_kernels.hopper.shares import (
+    ENOUGH,
+    MULTIPROCESSORS,
+    START,
+    WHOLE,
+    Shares,
+    choose_shares,
+)
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY
 from pallas_kernels.hopper.visits import MOST_KNOWN, known_counts, visits_every_block
 
@@ -71,7 +78,12 @@ def choose_backward_tiles(
 
 
 # Thread blocks of a launch that makes all gradients; of a full call one round of the chip's, as
-# where all tiles are as long a second one would be as long as the first.
+# where all tiles are as long a second one would be as long as the first. Half as many again of
+# grouped heads up to half the longest, which would be more shares to sum. us on an H200, not
+# joined, joined, causal, 32 heads of 8, 384 thread blocks: of 128, 1k 101.9, 97.0 (of 512 111.5),
+# two rows of 512 89.5, 72.1; of 64, 1k 68.3, 67.1; full of 128, 512, of 192 53.8, 51.1 (256 54.9).
+# Heads with their own keys, 512 thread blocks: of 64, 16 heads, 2k 92.2, 105.1; of 128, 32, 1k
+# 93.2, 98.8; full 1k, 16 heads, 256: 49.6, 52.5; 67.8, 73.9.
 MOST_JOINED = 256
 MOST_JOINED_FULL = MULTIPROCESSORS
 # Queries and keys of such a call, and the most of a full one.
@@ -106,11 +118,14 @@ def _joined(spec: AttentionSpec) -> BackwardTiles | None:
     if others or spec.head_dim > 128 or min(sizes) < LEAST_JOINED or max(sizes) > longest:
         return None
     tiles = _of_head_dims(spec, apart=True)
-    tiles = replace(tiles, joined=True, values_first=False, shares=_shares(spec, tiles))
+    of_queries = spec.batch * spec.heads * -(-spec.queries // (2 * ROWS))
+    tiles = replace(tiles, joined=True, values_first=False)
+    tiles = replace(tiles, shares=_shares(spec, tiles, of_queries=of_queries))
     tiles = replace(tiles, pieces=_pieces(spec, tiles), tiles_outer=tiles.shares.count > 1)
     of_keys = spec.batch * spec.kv_heads * tiles.shares.count * -(-spec.keys // tiles.keys)
-    of_queries = spec.batch * spec.heads * -(-spec.queries // (2 * ROWS))
     most = min(MOST_JOINED, MOST_JOINED_FULL) if full else MOST_JOINED
+    if spec.group > 1 and 2 * max(sizes) <= longest:
+        most += most // 2
     return tiles if 0 < of_keys + of_queries <= most else None
 
 
@@ -290,17 +305,30 @@ def _matrices_bytes(spec: AttentionSpec, tiles: BackwardTiles, *, slots: int) ->
 SHORT_ROWS = 1024
 
 
-def _shares(spec: AttentionSpec, tiles: BackwardTiles) -> Shares:
+# Of a visit of dK and dV, the time of one of dQ in a joined launch: three products for four.
+OF_QUERIES = 0.75
+
+
+def _shares(spec: AttentionSpec, tiles: BackwardTiles, *, of_queries: int = 0) -> Shares:
+    """Those of a tile of keys.
+
+    of_queries: thread blocks of dQ's kernel, which fill the multiprocessors that these leave.
+    """
     copies = spec.batch * spec.kv_heads
     if spec.mask_shape is not None:
         return WHOLE  # a tile's visits are a list of its own
     if copies * -(-spec.keys // tiles.keys) >= ENOUGH:
         return WHOLE
     columns = spec.head_dim + spec.value_dim
+    visits = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
+    beside = 0.0
+    if of_queries:
+        beside = OF_QUERIES * float(visits.sum()) * copies * spec.group + START * of_queries
     return choose_shares(
-        known_counts(spec, queries=tiles.queries, keys=tiles.keys),
+        visits,
         copies,
         spec.group,
+        beside=beside,
         visit_operations=5.0 * tiles.queries * tiles.keys * columns,
         output_bytes=4.0 * copies * spec.keys * columns,
         # A tile of the kernel for wide heads visits one block at least.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ENOUGH", "WHOLE", "Shares", "choose_shares"]
+__all__ = ["ENOUGH", "MULTIPROCESSORS", "START", "WHOLE", "Shares", "choose_shares"]
 
 MULTIPROCESSORS = 132
 ENOUGH = 4 * MULTIPROCESSORS  # tiles, whose uneven lengths then even out
@@ -50,6 +50,7 @@ def choose_shares(
     visit_operations: float,
     output_bytes: float,
     splits_queries: bool,
+    beside: float = 0.0,
 ) -> Shares:
     """The shares with which a call is expected to end first.
 
@@ -60,6 +61,7 @@ def choose_shares(
       visit_operations: floating-point operations of one visit.
       output_bytes: bytes of dK and dV of one share of all tiles, in float32.
       splits_queries: visits in one head can be shared out too.
+      beside: visits' worth of other thread blocks of the launch.
     """
     tiles = copies * len(visits)
     if tiles >= ENOUGH or tiles == 0:
@@ -78,14 +80,17 @@ def choose_shares(
         if shares.count > 1:
             each = each + WRITE
             together = (SUM + 2 * shares.count * output_bytes / BYTES) / visit
-        costs[shares] = _makespan(np.repeat(each, copies * shares.count)) + together
+        costs[shares] = _makespan(np.repeat(each, copies * shares.count), beside) + together
     least = min(costs.values())
     return next(shares for shares, cost in costs.items() if cost <= 1.03 * least)
 
 
-def _makespan(durations: np.ndarray[Any, np.dtype[Any]]) -> float:
-    """When the last of these ends, the longest of them started first: a bound that is about met."""
+def _makespan(durations: np.ndarray[Any, np.dtype[Any]], beside: float) -> float:
+    """When the last of these ends, the longest of them started first: a bound that is about met.
+
+    beside: the sum of others, which come last.
+    """
     longest_first = np.sort(durations)[::-1]
     every = longest_first[::MULTIPROCESSORS]
     rounds = every * np.arange(1, len(every) + 1)
-    return float(max(durations.sum() / MULTIPROCESSORS, rounds.max()))
+    return float(max((durations.sum() + beside) / MULTIPROCESSORS, rounds.max()))

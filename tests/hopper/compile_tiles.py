@@ -47,6 +47,7 @@ JOINED = [
         ("ragged_64", {"head_dim": 64, "queries": 333, "keys": 333}),
         ("causal_128", {}),
         ("full_64", {"head_dim": 64, "causal": False}),
+        ("shared_128", {"queries": 1024, "keys": 1024, "heads": 32}),
         ("alone_64", {"head_dim": 64, "queries": 256, "keys": 256}),
         ("alone_causal_128", {"queries": 256, "keys": 256}),
         ("alone_ragged_96", {"head_dim": 96, "queries": 250, "keys": 333}),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
+from pallas_kernels.hopper.shares import Shares
 from tests.backends import EAGER, Backend, Results, call
 from tests.cases import Case, chosen, operands
 from tests.hopper.calls import Bottom, Half, spec_of
@@ -35,6 +36,10 @@ OTHERS = [
     Half("long_full", 1, 1100, 1100, 1, 1, 64),
     Half("many", 8, 512, 512, 8, 8, 64, causal=True),
     Half("many_full", 3, 512, 512, 8, 8, 64),
+    Half("many_heads", 1, 1024, 1024, 24, 24, 128, causal=True),
+    Half("grouped_long", 1, 2048, 2048, 16, 4, 128, causal=True),
+    Half("grouped_long_full", 1, 1024, 1024, 16, 4, 128),
+    Half("grouped_many", 3, 512, 512, 32, 8, 128, causal=True),
     Half("few_queries", 1, 60, 300, 4, 1, 64),
     Half("wide", 1, 200, 200, 2, 2, 192),
     Half("latent", 1, 200, 200, 2, 2, 64, 128),
@@ -42,17 +47,34 @@ OTHERS = [
     Half("dropout", 1, 200, 200, 2, 2, 64, dropout=0.1),
     Case("float16", 1, 300, 140, 2, 1, 128, dtype="float16", causal=True),
 ]
+# The shares of a group's heads, and of each one's visits, where dQ's thread blocks are beside.
+SHARED = [
+    (Half("two_heads", 1, 1024, 1024, 32, 8, 128, causal=True), Shares(2)),
+    (Half("two_rows", 2, 512, 512, 32, 8, 128, causal=True), Shares(2)),
+    (Half("two_heads_full", 1, 512, 512, 32, 8, 128), Shares(2)),
+    (Half("few_heads", 1, 1024, 1024, 4, 4, 64), Shares()),
+    (Half("few_groups", 1, 1024, 1024, 8, 2, 64), Shares(4)),
+    (Half("few_long", 1, 2048, 2048, 6, 6, 128, causal=True), Shares()),
+]
 LARGE = [
     *(Half(f"odd_{t}", 1, t, t, 8, 8, 64, causal=True) for t in (128, 257, 333, 511)),
     *(Half(f"odd_{t}_128", 1, t, t, 8, 8, 128, causal=True) for t in (257, 512)),
     Half("whole", 1, 512, 512, 8, 8, 64),
     Half("grouped", 1, 256, 256, 16, 4, 64, causal=True),
+    *(case for case, _ in SHARED),
 ]
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_others_are_not(case: Case) -> None:
     assert not choose_backward_tiles(spec_of(case), deterministic=False).joined
+
+
+@pytest.mark.parametrize(("case", "shares"), SHARED, ids=str)
+def test_shares_leave_room_for_the_thread_blocks_of_queries(case: Case, shares: Shares) -> None:
+    tiles = choose_backward_tiles(spec_of(case), deterministic=False)
+    assert tiles.joined
+    assert tiles.shares == shares
 
 
 @pytest.mark.parametrize("case", chosen(CASES, "short"), ids=str)
