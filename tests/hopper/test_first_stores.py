@@ -26,7 +26,7 @@ CASES = [
     Half("unsorted", 1, 200, 270, 2, 1, 128, segments="unsorted", causal=True),
     Half("three_pieces", 1, 67, 270, 1, 1, 88, causal=True),
     Half("even_pieces", 1, 67, 390, 1, 1, 120),
-    Half("packed_80", 1, 150, 150, 2, 1, 80, segments="sorted", causal=True),
+    Half("packed_96", 1, 150, 150, 2, 1, 96, segments="sorted", causal=True),
 ]
 LARGE = [
     Half("many_full", 8, 577, 577, 16, 16, 128),
