@@ -63,10 +63,15 @@ def publish(tiles: BackwardTiles, seam: Seam, refs: Ref, n: Array) -> None:
     seam.publish(refs.words_of_dq, behind(refs, CLAIMS), before)
 
 
-def put_dq(block: Block, n: Array, dq: Array, part: Array, first: int = 0) -> None:
-    """The n-th visit's part of a block's dQ is stored, or added; from this number of a row on."""
+def put_dq(
+    block: Block, n: Array, dq: Array, part: Array, first: int = 0, *, parts: int = 0
+) -> None:
+    """The n-th visit's part of a block's dQ is stored, or added; from this number of a row on.
+
+    parts: in turns, of how many of a block: the claim says of which.
+    """
     claims = behind(block.refs, CLAIMS)
     slot = remainder(n, 2 * block.tiles.stages)
     if _is_told(block):
         block.seam.await_claim(slot, block.tiles.warpgroups)
-    block.seam.put_fragment(dq, block.refs.dq, part, claims, slot, first)
+    block.seam.put_fragment(dq, block.refs.dq, part, claims, slot, first, parts=parts)

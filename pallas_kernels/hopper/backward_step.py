@@ -312,7 +312,11 @@ def _make_dq(
             first = warpgroup * before * ROWS
         else:
             part = part * tiles.warpgroups + warpgroup
-        if tiles.first_stores:
+        if tiles.in_turns:  # what the claim says need not be kept in registers, where 64 has none
+            parts = 1 if isinstance(warpgroup, int) else tiles.warpgroups
+            own_part = jnp.int32(0) if isinstance(warpgroup, int) else warpgroup
+            put_dq(block, visit.n, dq, own_part, first, parts=parts)
+        elif tiles.first_stores:
             put_dq(block, visit.n, dq, part, first)
         else:
             seam.add_fragment(dq, refs.dq, part, first)

@@ -170,7 +170,7 @@ def add_fragment(x: Array, gmem: Any, row: Array, first: int = 0) -> None:
     def emit(
         _: mgpu.LaunchContext, gmem: _Value, x: mgpu.FragmentedArray, row: mgpu.FragmentedArray
     ) -> None:
-        place = _place(gmem, row)
+        place = _place(gmem, row.registers.item())
         for i, four in enumerate(_fours(x)):
             at = 4 * first + _GROUP * i
             add = f"red.relaxed.gpu.global.add.v4.f32 [$0 + {at}], {{$1, $2, $3, $4}};"
@@ -182,10 +182,13 @@ def add_fragment(x: Array, gmem: Any, row: Array, first: int = 0) -> None:
     emit(gmem, x, row)
 
 
-def put_fragment(x: Array, gmem: Any, row: Array, smem: Any, slot: Array, first: int = 0) -> None:
+def put_fragment(
+    x: Array, gmem: Any, row: Array, smem: Any, slot: Array, first: int = 0, *, parts: int = 0
+) -> None:
     """gmem[row, first:] = x where smem[slot], 4 bytes, is not negative, else += x.
 
     x: (64, columns), there (64 columns,) float32 in fragment order.
+    parts: if not 0, the row is counted from smem[slot] times as many, or from ~smem[slot] times.
     """
 
     @plgpu.inline_mgpu(arg_types=(_REF, WGMMA, _NUMBER, _REF, _NUMBER))  # type: ignore[untyped-decorator]
@@ -205,7 +208,11 @@ def put_fragment(x: Array, gmem: Any, row: Array, smem: Any, slot: Array, first:
             "=r,r,~{memory}",
             has_side_effects=True,
         )
-        place = _place(gmem, row)
+        own = row.registers.item()
+        if parts:
+            index = arith.xori(claimed, arith.shrsi(claimed, mgpu.c(31, i32)))
+            own = arith.addi(arith.muli(index, mgpu.c(parts, i32)), own)
+        place = _place(gmem, own)
         for i, four in enumerate(_fours(x)):
             at = f"[$0 + {4 * first + _GROUP * i}], {{$1, $2, $3, $4}};"
             text = (
@@ -226,7 +233,7 @@ def store_fragment(x: Array, gmem: Any, row: Array, first: int = 0) -> None:
     def emit(
         _: mgpu.LaunchContext, gmem: _Value, x: mgpu.FragmentedArray, row: mgpu.FragmentedArray
     ) -> None:
-        place = _place(gmem, row)
+        place = _place(gmem, row.registers.item())
         for i, four in enumerate(_fours(x)):
             at = 4 * first + _GROUP * i
             store = f"st.global.v4.f32 [$0 + {at}], {{$1, $2, $3, $4}};"
@@ -523,7 +530,7 @@ def load_fragment(gmem: Any, row: Array, columns: int, first: int = 0) -> Array:
     def emit(
         _: mgpu.LaunchContext, gmem: _Value, row: mgpu.FragmentedArray
     ) -> mgpu.FragmentedArray:
-        place, number = _place(gmem, row), ir.F32Type.get()
+        place, number = _place(gmem, row.registers.item()), ir.F32Type.get()
         i32 = ir.IntegerType.get_signless(32)
         pairs = []
         for i in range(columns // 8):
@@ -633,12 +640,12 @@ def _fours(x: mgpu.FragmentedArray) -> list[list[_Value]]:
     return [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
 
 
-def _place(gmem: _Value, row: mgpu.FragmentedArray) -> _Value:
+def _place(gmem: _Value, row: _Value) -> _Value:
     """The address of a thread's first four numbers of a row."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
     row_bytes = mgpu.c(4 * ir.MemRefType(gmem.type).shape[-1], i64)
     own = arith.extui(i64, arith.muli(_thread(), mgpu.c(16, i32)))
-    offset = arith.addi(arith.muli(arith.extui(i64, row.registers.item()), row_bytes), own)
+    offset = arith.addi(arith.muli(arith.extui(i64, row), row_bytes), own)
     place: _Value = mgpu.utils.getelementptr(
         mgpu.utils.memref_ptr(gmem), [offset], ir.IntegerType.get_signless(8)
     )

@@ -23,7 +23,7 @@ __all__ = ["Ref", "Seam", "copyable", "matrix", "ring", "swizzle_of", "transform
 
 type Ref = Any
 
-_OUT_OF_TURN = -2  # where interpreting, of what was put then
+_OUT_OF_TURN = -(2**30)  # where interpreting, of what was put then
 
 
 @dataclass(frozen=True)
@@ -196,15 +196,29 @@ class Seam:
             instructions.await_all(words, index, count)
 
     def put_fragment(
-        self, x: Array, gmem: Ref, row: Array, claimed: Ref, slot: Array, first: int = 0
+        self,
+        x: Array,
+        gmem: Ref,
+        row: Array,
+        claimed: Ref,
+        slot: Array,
+        first: int = 0,
+        *,
+        parts: int = 0,
     ) -> None:
-        """gmem[row, first:] = x where this thread block claimed it, else += x; as above."""
+        """gmem[row, first:] = x where this thread block claimed it, else += x; as above.
+
+        parts: if not 0, the row is one of so many of the word that `take_turn` was given.
+        """
         if self.interpret:
+            if parts:
+                index = claimed[slot].astype(jnp.int32)
+                row = jnp.where(index < 0, ~index, index) * parts + row
             x, own = instructions.to_fragment(x), pl.ds(first, x.size)
             x = jnp.where(claimed[slot] >= 0, x, gmem[row, own] + x)
             gmem[row, own] = jnp.where(claimed[slot] == _OUT_OF_TURN, jnp.nan, x)
         else:
-            instructions.put_fragment(x, gmem, row, claimed, slot, first)
+            instructions.put_fragment(x, gmem, row, claimed, slot, first, parts=parts)
 
     def claims_none(self, claimed: Ref, count: int) -> None:
         """claimed[:count] = -1."""
@@ -250,7 +264,7 @@ class Seam:
         if self.interpret:  # where thread blocks run one after another
             ended = words[index]
             words[index] = ended + 1
-            put = jnp.where(ended == 0, index, -1)
+            put = jnp.where(ended == 0, index, ~index)
             claimed[slot] = jnp.where(ended == rank, put, _OUT_OF_TURN).astype(claimed.dtype)
         else:
             instructions.take_turn(words, index, rank, claimed, slot, before)

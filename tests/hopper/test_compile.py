@@ -56,8 +56,7 @@ KNOWN_SPILLS = {
     },
     # Gradients beside a bias that has none.
     "still": {"bias_soft_cap_sinks": 80, "bias_short_128": 8, "bias_columns_128": 8},
-    # Deterministic gradients in turns.
-    "deterministic": {"full_64": 48, "causal_64": 20},
+    "deterministic": {},
     "forward": {
         "window_64": 8,
         "bias_window_64": 8,
