@@ -39,6 +39,9 @@ KNOWN_SPILLS = {
         "dropout_causal_64": 116,
         "dropout_128": 8,
         **dict.fromkeys(("dropout_causal_128", "dropout_ragged_128"), 12),
+        "joined_dropout_64": 36,
+        "joined_dropout_full_64": 52,
+        "joined_dropout_128": 4,
         "array_scale_full_64": 8,
         # Lists whose loading warpgroup, which has 24 registers, claims blocks of dQ.
         "lists_full": 24,

@@ -30,6 +30,13 @@ CASES = [
     Half("window_96", 1, 70, 270, 2, 1, 96, causal=True, window=(150, None)),
     Half("soft_cap", 1, 130, 130, 2, 2, 64, sinks=True, soft_cap=5.0),
     Half("scaled", 1, 300, 140, 2, 1, 128, causal=True, scale=-0.2),
+    Half("packed", 1, 200, 200, 2, 1, 64, segments="sorted", causal=True),
+    Half("mixed", 2, 70, 150, 2, 2, 40, segments="unsorted"),
+    Half("offsets", 2, 70, 270, 2, 1, 64, causal=True, window=(150, None), offset=(-30, 160)),
+    Case("float16", 1, 300, 140, 2, 1, 128, dtype="float16", causal=True),
+    Half("dropout", 1, 150, 200, 2, 2, 64, dropout=0.1),
+    Case("kinds", 1, 70, 130, 1, 1, 64, dtype="float16", segments="unsorted", dropout=0.2),
+    Half("dropout_cap_96", 1, 130, 150, 4, 1, 96, dropout=0.3, soft_cap=5.0, causal=True),
 ]
 OTHERS = [
     Half("long", 1, 2100, 2100, 1, 1, 64, causal=True),
@@ -43,9 +50,9 @@ OTHERS = [
     Half("few_queries", 1, 60, 300, 4, 1, 64),
     Half("wide", 1, 200, 200, 2, 2, 192),
     Half("latent", 1, 200, 200, 2, 2, 64, 128),
-    Half("packed", 1, 200, 200, 2, 1, 64, segments="sorted", causal=True),
-    Half("dropout", 1, 200, 200, 2, 2, 64, dropout=0.1),
-    Case("float16", 1, 300, 140, 2, 1, 128, dtype="float16", causal=True),
+    Half("long_packed", 1, 1100, 1100, 1, 1, 64, causal=True, segments="sorted"),
+    Half("many_dropout", 2, 1024, 1024, 8, 8, 64, causal=True, dropout=0.1),
+    Half("few_keys_offsets", 2, 200, 60, 2, 2, 64, causal=True, offset=(0, 7)),
 ]
 # The shares of a group's heads, and of each one's visits, where dQ's thread blocks are beside.
 SHARED = [
@@ -61,6 +68,10 @@ LARGE = [
     *(Half(f"odd_{t}_128", 1, t, t, 8, 8, 128, causal=True) for t in (257, 512)),
     Half("whole", 1, 512, 512, 8, 8, 64),
     Half("grouped", 1, 256, 256, 16, 4, 64, causal=True),
+    Half("documents", 2, 777, 777, 4, 2, 128, causal=True, segments="sorted"),
+    Half("odd_offsets", 2, 333, 500, 4, 4, 128, causal=True, offset=(-100, 170)),
+    Case("whole_float16", 2, 333, 333, 8, 2, 64, dtype="float16"),
+    Half("odd_dropout", 2, 333, 333, 4, 2, 128, dropout=0.2, causal=True),
     *(case for case, _ in SHARED),
 ]
 
@@ -77,7 +88,7 @@ def test_shares_leave_room_for_the_thread_blocks_of_queries(case: Case, shares: 
     assert tiles.shares == shares
 
 
-@pytest.mark.parametrize("case", chosen(CASES, "short"), ids=str)
+@pytest.mark.parametrize("case", chosen(CASES, "kinds"), ids=str)
 def test_interpreted_as_exact(case: Case, seed: int) -> None:
     assert choose_backward_tiles(spec_of(case), deterministic=False).joined
     check(INTERPRETED, case, seed)
