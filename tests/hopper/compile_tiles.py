@@ -251,6 +251,7 @@ BIASES = [
             ("soft_cap", {"kv_heads": 4, "soft_cap": 50.0}),
         )
     ),
+    Long("bias_shared_causal_96", head_dim=96, batch=2, bias="1NTS", causal=True),
     # With what takes shared memory beside a bias that leaves little.
     *(
         Long(
