@@ -165,3 +165,15 @@ def test_every_visit_of_every_head_is_made_once(heads: int, *, turned: bool) -> 
     if heads > 1:  # those that need a mask, the first two blocks, come last
         assert [i for _, i in found] == [i for i in (4, 3, 2, 1, 0) for _ in range(heads)]
         assert found[0][0] == (2 if turned else 0)
+
+
+def test_more_heads_are_side_by_side_where_that_fills_the_chip() -> None:
+    def shared(length: int, heads: int, kv_heads: int) -> tuple[int, int]:
+        spec = spec_of(Half("", 1, length, length, heads, kv_heads, 128, causal=True))
+        tiles = choose_backward_tiles(spec, deterministic=False)
+        return tiles.shares.heads, tiles.heads_together
+
+    assert shared(16384, 32, 8) == (2, 2)
+    assert shared(12345, 32, 8) == (2, 4)  # 388 thread blocks; of two heads 194
+    assert shared(12345, 28, 4) == (7, 4)
+    assert shared(10000, 16, 4)[0] == 1
