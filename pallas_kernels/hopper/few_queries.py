@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
     from pallas_kernels.hopper.tiles import Tiles
 
-__all__ = ["shares", "tiles"]
+__all__ = ["even", "shares", "tiles"]
 
 # In visits while all multiprocessors read: what one takes that reads alone, by how much tiles end
 # apart where some have none, a round's start and end, and to join a row of a share.
@@ -21,6 +21,10 @@ ALONE, UNEVEN, ROUND, ROWS_JOINED = 0.6, 0.05, 1.2, 1e-4
 WORTH = 0.95  # of the time, for several rounds
 NEARLY_FULL, LONG_SHARE = 0.8, 16  # a last round; visits: with these, blocks of 64 keys
 INT32_MAX = 2**31 - 1
+# Where all have an even share: of multiprocessors, those that have one, a launch that joins parts,
+# in visits, and the most of the time for which it is done.
+NEARLY_ALL, JOINED, WORTH_EVEN = 0.9, 1.0, 0.99
+MOST_EVEN = 2**24  # visits in all
 
 
 class Plan(Protocol):
@@ -34,6 +38,8 @@ class Plan(Protocol):
     def pack(self) -> int: ...
     @property
     def works(self) -> int: ...
+    @property
+    def head_packs(self) -> int: ...
     @property
     def lengths_known(self) -> bool: ...
     def ranges(self) -> list[tuple[tuple[int, int], tuple[int, int]]]: ...
@@ -86,6 +92,36 @@ def tiles(plan: Plan, splits: int, multiprocessors: int) -> Tiles:
     _, last = _rounds(plan.works * splits, multiprocessors)
     long = _visited(plan) >= LONG_SHARE * splits
     return replace(own, stages=2, keys=64 if long and last >= NEARLY_FULL else own.keys)
+
+
+def even(plan: Plan, splits: int, multiprocessors: int) -> tuple[Tiles, int] | None:
+    """Tiles, and how many thread blocks share all keys evenly; None where `shares` do as well.
+
+    A share is then of one row's keys, or of the end of one's and the beginning of the next one's.
+    Thread blocks that have the heads of a share read the same rows at the same time.
+    """
+    # us on an H200, 32 heads of 8, 32,768 keys, without and with: B 6 186.9, 183.3; 9 272.8, 271.8;
+    # 12 365.0, 358.8; 14 422.7, 418.3; 17 526.7, 507.1, four queries 542.4, 511.3; 20 600.4, 595.4.
+    spec, own = plan.spec, plan.tiles
+    others = spec.bias_shape is not None or spec.dropout_rate > 0 or spec.has_sinks
+    width, packs = max(spec.head_dim, spec.value_dim), plan.head_packs
+    visited = _visited(plan)
+    if others or not plan.lengths_known or width > 128 or spec.batch * visited * packs >= MOST_EVEN:
+        return None
+    groups = multiprocessors // packs
+    share = spec.batch * visited / max(groups, 1)
+    if groups * packs < NEARLY_ALL * multiprocessors or share < LONG_SHARE:
+        return None
+
+    def cost(visits: float, rounds: int, last: float) -> float:
+        return visits * (rounds + max(ALONE, last + UNEVEN * (1 - last))) + ROUND * (rounds + 1)
+
+    now = cost(visited / splits, *_rounds(plan.works * splits, multiprocessors))
+    so = cost(share, 0, groups * packs / multiprocessors) + JOINED * (splits == 1)
+    if so > WORTH_EVEN * now:
+        return None
+    keys = own.keys if width <= 64 else 64
+    return replace(own, stages=3 if width <= 64 else 2, keys=keys, query_slots=2), groups * packs
 
 
 def _visited(plan: Plan) -> int:

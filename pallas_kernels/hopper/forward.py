@@ -141,6 +141,7 @@ def forward(
         return combine(
             spec, out, {"sums": sums}, partial(_ends, plan),
             unit=unit(spec), sinks=sinks, interpret=interpret,
+            some=partial(_there, plan) if plan.share else None,
         )  # fmt: skip
     out = out[..., : spec.queries, :, : spec.value_dim]
     if plan.heads_in_rows:
@@ -157,6 +158,12 @@ def _ends(plan: Plan, refs: Ref, at: tuple[Array, ...], there: Array | None) -> 
     top = load_at(refs.sums, (part, batch, before, 0, after), there, -jnp.inf)
     total = load_at(refs.sums, (part, batch, before, 1, after), there)
     return top, jnp.log(jnp.where(total == 0.0, 1.0, total))
+
+
+def _there(plan: Plan, at: tuple[Array, ...]) -> Array:
+    """Whether rows have this part."""
+    first, stop = plan.part(at[1], at[0])
+    return first < stop
 
 
 def takes_halves(spec: AttentionSpec) -> bool:

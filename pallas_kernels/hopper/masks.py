@@ -102,7 +102,10 @@ def steps_of(plan: Plan, refs: Ref, work: Work, ranges: list[Array] | None = Non
         clear_first, clear_stop = blocks.unmasked_key_blocks(
             intervals, work.query, stop_query, size
         )
-    if plan.splits > 1:
+    if plan.share:
+        start, stop = plan.part(work.batch, work.split)
+        first, stop = first + start, first + stop
+    elif plan.splits > 1:
         count = jnp.maximum(stop - first, 0)
         first, stop = (first + quotient(count * (work.split + k), plan.splits) for k in range(2))
     if not plan.masked:

@@ -22,6 +22,7 @@ import heapq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
@@ -71,6 +72,8 @@ class Plan:
     heads_in_rows: a tile's rows are the pack's heads of its first query, then of the next; it holds
       all queries.
     counted: a thread block's next tile is the next of all that is not yet taken (`taken.py`).
+    share: of few queries, how many blocks of keys each thread block reads, whichever rows they are
+      of; or 0. A tile is then split where that of a thread block ends.
     """
 
     spec: AttentionSpec
@@ -80,6 +83,7 @@ class Plan:
     blocks: int
     heads_in_rows: bool = False
     counted: bool = False
+    share: int = 0
 
     @property
     def rows(self) -> int:
@@ -230,7 +234,20 @@ class Plan:
     @property
     def is_scheduled(self) -> bool:
         """Whether thread blocks compute several tiles each, by a list."""
-        return self.counted or self.works > self.blocks
+        return self.counted or self.share > 0 or self.works > self.blocks
+
+    @property
+    def visits_of_row(self) -> int:
+        """Blocks of keys that a tile of few queries visits, where shapes tell."""
+        (first, stop), _ = self.ranges()[0]
+        return stop - first
+
+    def part(self, batch: Array, split: Array) -> tuple[Array, Array]:
+        """The blocks of keys of this part of a row's tiles, the first 0; none if it has fewer."""
+        row = batch * np.int32(self.visits_of_row)
+        of_block = (quotient(row, self.share) + split) * np.int32(self.share)
+        first = jnp.maximum(of_block - row, 0)
+        return first, jnp.minimum(of_block + np.int32(self.share) - row, self.visits_of_row)
 
     def schedule(self) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
         """(blocks, 2 + most): how many tiles each block computes, and which; then some tile.
@@ -240,6 +257,8 @@ class Plan:
         Each tile in the order of the list goes to the block that is free first, by a count of the
         key blocks it visits where that is known.
         """
+        if self.share:
+            return self._schedule_of_shares()
         visits = [max(stop - first, 1) + TILE_COST for (first, stop), _ in self.ranges()]
         together = self.heads_together
         free = [(0.0, block) for block in range(self.blocks)]
@@ -249,8 +268,18 @@ class Plan:
             mine[block].append(work)
             tile = work // self.splits % (self.query_tiles * together) // together
             heapq.heappush(free, (now + visits[self.query_tiles - 1 - tile], block))
-        most = max(map(len, mine))
-        return np.array([[len(x), *x, *[0] * (most + 1 - len(x))] for x in mine], np.int32)
+        return _listed(mine)
+
+    def _schedule_of_shares(self) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+        """The same where thread blocks have equal shares: all heads of one are side by side."""
+        visits, share, mine = self.visits_of_row, self.share, []
+        for block in range(self.blocks):
+            number, head = divmod(block, self.head_packs)
+            last = -(-(number + 1) * share // visits)
+            rows = range(number * share // visits, min(last, self.spec.batch))
+            parts = ((row * self.head_packs + head, number - row * visits // share) for row in rows)
+            mine.append([tile * self.splits + part for tile, part in parts])
+        return _listed(mine)
 
     def listed(self, refs: Ref, turn: Array | int) -> Array:
         """The number of this thread block's turn-th tile."""
@@ -301,6 +330,12 @@ class Plan:
         return max(n for n in range(1, min(most, count) + 1) if count % n == 0)
 
 
+def _listed(mine: list[list[int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """Tiles of each thread block, as `schedule` has them."""
+    most = max(map(len, mine))
+    return np.array([[len(x), *x, *[0] * (most + 1 - len(x))] for x in mine], np.int32)
+
+
 def make_plan(
     spec: AttentionSpec,
     tiles: Tiles | None = None,
@@ -333,6 +368,8 @@ def make_plan(
         blocks = max(1, -(-spec.keys // plan.tiles.keys))
         if waits:
             splits = few_queries.shares(plan, multiprocessors)
+            if even := few_queries.even(plan, splits, multiprocessors):
+                return _with_even_shares(plan, *even)
             plan = replace(plan, tiles=few_queries.tiles(plan, splits, multiprocessors))
         else:
             most = min(-(-blocks // 2), INT32_MAX // blocks)  # a share's first block is a quotient
@@ -359,6 +396,18 @@ def make_plan(
     listed, counted = listed and several, counted and several
     blocks = multiprocessors if listed or counted else plan.works
     return replace(plan, tiles=fitted, blocks=blocks, counted=counted)
+
+
+def _with_even_shares(plan: Plan, tiles: Tiles, blocks: int) -> Plan:
+    """The plan of few queries whose keys so many thread blocks share evenly."""
+    tiles = fit(plan.spec, tiles, listed=True, out_bytes=4)
+    plan = replace(plan, tiles=tiles)
+    visits, packs = plan.visits_of_row, plan.head_packs
+    share = -(-plan.spec.batch * visits // (blocks // packs))
+    rows = np.arange(plan.spec.batch) * visits
+    splits = int(((rows + visits - 1) // share - rows // share).max()) + 1
+    used = -(-plan.spec.batch * visits // share)  # the last may have none
+    return replace(plan, share=share, splits=splits, blocks=used * packs)
 
 
 def _is_counted(plan: Plan) -> bool:

@@ -207,6 +207,23 @@ COUNTED = [
     Long("counted_latent", batch=4, head_dim=192, value_dim=128, causal=True),
     Long("counted_latent_full", batch=4, queries=1001, keys=1001, head_dim=192, value_dim=128),
 ]
+# Few queries whose keys thread blocks share evenly.
+EVEN_SHARES = [
+    *(
+        Long(f"even_shares_{h}", batch=12, queries=1, keys=32768, heads=32, kv_heads=8, head_dim=h)
+        for h in (64, 128)
+    ),
+    Long(
+        "even_shares_odd",
+        batch=17,
+        queries=4,
+        keys=8200,
+        heads=32,
+        kv_heads=8,
+        causal=True,
+        alignment="bottom_right",
+    ),
+]
 OF_TANGENTS = (
     *(
         f"{mask}_{h}"
@@ -346,7 +363,7 @@ CALLS = [
         if case.name in OF_TANGENTS and case.soft_cap is None and case.head_dim == 64
     ),
     *((case, "backward") for case in JOINED),
-    *((case, "forward") for case in (*COUNTED, *BIASES)),
+    *((case, "forward") for case in (*COUNTED, *EVEN_SHARES, *BIASES)),
     *(
         (case, "still")
         for case in BIASES
