@@ -23,7 +23,7 @@ NEARLY_FULL, LONG_SHARE = 0.8, 16  # a last round; visits: with these, blocks of
 INT32_MAX = 2**31 - 1
 # Where all have an even share: of multiprocessors, those that have one, a launch that joins parts,
 # in visits, and the most of the time for which it is done.
-NEARLY_ALL, JOINED, WORTH_EVEN = 0.9, 1.0, 0.99
+NEARLY_ALL, JOINED, WORTH_EVEN = 0.9, 1.0, 0.995
 MOST_EVEN = 2**24  # visits in all
 
 
@@ -118,6 +118,7 @@ def even(plan: Plan, splits: int, multiprocessors: int) -> tuple[Tiles, int] | N
 
     now = cost(visited / splits, *_rounds(plan.works * splits, multiprocessors))
     so = cost(share, 0, groups * packs / multiprocessors) + JOINED * (splits == 1)
+    so += ROUND * share / visited  # rows that it goes on to
     if so > WORTH_EVEN * now:
         return None
     keys = own.keys if width <= 64 else 64

@@ -27,9 +27,9 @@ CASES = [
     Bottom("window", 3, 1, 450, 2, 2, 128, window=(200, 0)),
 ]
 LARGE = [
-    Half("seventeen", 17, 1, 8200, 32, 8, 128),
-    Half("twelve", 12, 1, 32768, 32, 8, 64),
-    Bottom("four_queries", 17, 4, 16385, 32, 8, 128),
+    Half("nine", 9, 1, 2100, 16, 16, 128),
+    Half("narrow", 9, 1, 2100, 16, 16, 64),
+    Bottom("four_queries", 17, 4, 2101, 32, 8, 128),
 ]
 
 
