@@ -334,13 +334,11 @@ def key_gradients(
 ) -> list[jax.ShapeDtypeStruct]:
     """dK and dV as a kernel writes them: (B, rows, K, columns), or (shares, ...) in float32."""
     dims = [inputs[name].shape[3] for name in "kv"]
-    if tiles.shares.count > 1:
-        dims = [padded_width(x) for x in dims]
     shape: tuple[int, ...] = (spec.batch, inputs["k"].shape[1], spec.kv_heads)
     dtype: Any = spec.dtype
-    if (
-        tiles.shares.count > 1 and not tiles.adds
-    ):  # whole tiles: what is stored from registers is not cut at an array's end
+    if tiles.shares.count > 1 and not tiles.adds:
+        # Whole tiles: what is stored from registers is not cut at an array's end.
+        dims = [padded_width(x) for x in dims]
         rows = -(-spec.keys // tiles.keys) * tiles.keys
         shape, dtype = (tiles.shares.count, spec.batch, rows, spec.kv_heads), jnp.float32
     return [jax.ShapeDtypeStruct((*shape, dim), dtype) for dim in dims]

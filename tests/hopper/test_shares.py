@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from jattn.backends.flash import hopper_gradient_bytes
 from jattn.call.spec import Operands
 from jattn.call.target import Target
 from pallas_kernels.hopper import backward
-from pallas_kernels.hopper.backward_block import grid_of, share_at
+from pallas_kernels.hopper.backward_block import grid_of, key_gradients, share_at
 from pallas_kernels.hopper.backward_sums import row_of_sums
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.shares import WHOLE, Shares, choose_shares
@@ -204,6 +205,19 @@ def test_sums_lie_where_those_of_a_tile_that_was_launched_before_were(case: Case
     assert 0 < tiles.places < len(first)
     assert len(number) == tiles.shares.count * len(first)
     assert np.all(last[: -tiles.places] < first[tiles.places :])
+
+
+def test_gradients_that_are_added_are_as_wide_as_their_operands() -> None:
+    spec = spec_of(Half("", 1, 8192, 8192, 16, 2, 72, 88, causal=True))
+    tiles = choose_backward_tiles(spec, deterministic=False)
+    assert tiles.adds
+    assert tiles.pieces
+    inputs = {
+        name: jax.ShapeDtypeStruct((1, 8192, 2, columns), spec.dtype)
+        for name, columns in (("k", 72), ("v", 88))
+    }
+    found = key_gradients(spec, tiles, inputs)  # type: ignore[arg-type]
+    assert [x.shape for x in found] == [x.shape for x in inputs.values()]
 
 
 def test_sums_are_no_more_of_a_longer_call() -> None:
