@@ -33,8 +33,8 @@ from pallas_kernels.hopper.backward_round import in_rows, rounded
 from pallas_kernels.hopper.backward_sums import sums_of_keys, words_of_sums
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
 from pallas_kernels.hopper.bias_form import writes_gradient
+from pallas_kernels.hopper.copies import backward_width, padded_width
 from pallas_kernels.hopper.dropout import kept_factor, key_words, words_by_block
-from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
 from pallas_kernels.hopper.tiles import ROWS
@@ -281,7 +281,7 @@ def _whole(matrices: dict[str, Array]) -> dict[str, Array]:
     """Each (B, rows, heads, columns), padded to what copies in tiles need."""
 
     def padded(x: Array) -> Array:
-        more = (-x.shape[1] % 8, padded_width(x.shape[3]) - x.shape[3])
+        more = (-x.shape[1] % 8, backward_width(x.shape[3]) - x.shape[3])
         return x if more == (0, 0) else jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1])))
 
     return {name: padded(x) for name, x in matrices.items()}

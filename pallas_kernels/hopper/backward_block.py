@@ -19,7 +19,7 @@ from pallas_kernels.hopper import backward_mask
 from pallas_kernels.hopper.backward_sums import Gradient, row_of_sums, store_share
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.bias_form import rows_share
-from pallas_kernels.hopper.copies import padded_width
+from pallas_kernels.hopper.copies import backward_width
 from pallas_kernels.hopper.dropout import Words, kept_down, marked
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import divided, quotient, remainder
@@ -338,7 +338,7 @@ def key_gradients(
     dtype: Any = spec.dtype
     if tiles.shares.count > 1 and not tiles.adds:
         # Whole tiles: what is stored from registers is not cut at an array's end.
-        dims = [padded_width(x) for x in dims]
+        dims = [backward_width(x) for x in dims]
         rows = -(-spec.keys // tiles.keys) * tiles.keys
         shape, dtype = (tiles.shares.count, spec.batch, rows, spec.kv_heads), jnp.float32
     return [jax.ShapeDtypeStruct((*shape, dim), dtype) for dim in dims]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
 from pallas_kernels.hopper.bias_form import form_of
-from pallas_kernels.hopper.copies import padded_width
+from pallas_kernels.hopper.copies import backward_width
 from pallas_kernels.hopper.tiles import ROWS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def backward_bytes(spec: AttentionSpec, *, deterministic: bool, wants_bias: bool
     # forward and as backward has it, and the row term.
     block = tiles.queries if tiles.in_fragments else 2 * ROWS
     whole = -(-spec.queries // block) * block
-    columns = 0 if tiles.apart or tiles.once else padded_width(spec.head_dim)
+    columns = 0 if tiles.apart or tiles.once else backward_width(spec.head_dim)
     words = 2 * (spec.dropout_rate > 0)  # of a row's dropout mask
     of_bias = int(form_of(spec) == "rows")
     # The gradient of a scale is made of dQ in float32 too, in the order of rows.
@@ -45,7 +45,7 @@ def _shares_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     arrays = 1 if tiles.adds else tiles.shares.count
     count = arrays * spec.batch * spec.kv_heads * -(-spec.keys // tiles.keys)
     rows = (tiles.places or count) * tiles.keys
-    return rows * (padded_width(spec.head_dim) + padded_width(spec.value_dim)) * 4
+    return rows * (backward_width(spec.head_dim) + backward_width(spec.value_dim)) * 4
 
 
 def _copied_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:
@@ -60,7 +60,7 @@ def _copied_bytes(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     )
     found = 0
     for rows, heads, columns, zeroed, has_gradient in matrices:
-        shape = (-(-rows // 8) * 8, padded_width(columns))
+        shape = (-(-rows // 8) * 8, backward_width(columns))
         pads = shape != (rows, columns) and not by_rows(spec, tiles)
         held = shape if pads else (rows, columns)
         count = (pads or zeroed) + (pads and has_gradient)

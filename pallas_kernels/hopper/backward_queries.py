@@ -44,7 +44,7 @@ from pallas_kernels.hopper import bias, dropout
 from pallas_kernels.hopper.backward_block import LOW, ROW_BIAS, ROW_TERM
 from pallas_kernels.hopper.bias_form import form_of, has_ring
 from pallas_kernels.hopper.constant import constant
-from pallas_kernels.hopper.copies import padded_width
+from pallas_kernels.hopper.copies import backward_width
 from pallas_kernels.hopper.dense_mask import mask_arrays, words_of
 from pallas_kernels.hopper.dropout import (
     Words,
@@ -95,7 +95,7 @@ def launch(
       infinite and 0 where a row sees nothing, and the row term. Rows are a multiple of 128. What
       is left multiplies all weights of a row by one factor, and so its dQ.
     """
-    head, value = (padded_width(inputs[name].shape[3]) for name in "qv")
+    head, value = (backward_width(inputs[name].shape[3]) for name in "qv")
     tiles = replace(tiles or choose_query_tiles(spec, head, value), pieces=in_pieces)
     part, blocks = part_of(
         spec, operands, inputs, tiles, unscaled=unscaled, wants_bias=wants_bias, interpret=interpret
@@ -132,7 +132,7 @@ def part_of(
 ) -> tuple[Part, int]:
     """The kernel as `launch` says, and how many thread blocks it has, which are given a number."""
     seam = Seam(interpret)
-    head, value = (padded_width(inputs[name].shape[3]) for name in "qv")
+    head, value = (backward_width(inputs[name].shape[3]) for name in "qv")
     plan = plan_of(spec, tiles)
     names = ("q", "k", "v", "do", "rows", *(["out"] if "out" in inputs else []))
     inputs = {name: inputs[name] for name in names}
@@ -353,7 +353,7 @@ class Rows:
         if "out_smem" in vars(refs):
             both = (tiles.parts(x, number) for x in (refs.out_smem, refs.do_smem))
             refs.rows_smem.at[number, ROW_TERM][...] = row_sums(self.seam, *both)
-        dq = self.accumulator(self.visit_all, "dq", padded_width(refs.q.shape[3]))
+        dq = self.accumulator(self.visit_all, "dq", backward_width(refs.q.shape[3]))
         if self.writes_bias:
             self.end_bias()
         scale = self.scale if unscaled is None else unscaled

@@ -44,7 +44,7 @@ from pallas_kernels.hopper.backward_block import (
 from pallas_kernels.hopper.backward_sums import Gradient, sums_of_keys
 from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.constant import numbers
-from pallas_kernels.hopper.copies import padded_width
+from pallas_kernels.hopper.copies import backward_width
 from pallas_kernels.hopper.dropout import kept, kept_factor, words_head
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient, remainder
@@ -74,7 +74,7 @@ def launch(
 ) -> tuple[Array, ...]:
     """dK and dV, as `key_gradients` says; and sums if `tiles.adds`, with words for them."""
     seam = Seam(interpret)
-    head, value = (padded_width(inputs[name].shape[3]) for name in "kv")
+    head, value = (backward_width(inputs[name].shape[3]) for name in "kv")
     if banded(spec):
         inputs = inputs | {"index": numbers(ROWS)}
     widths = {"s": ROWS, "dp": ROWS, "dk": head, "dv": value}
@@ -313,7 +313,7 @@ def _value_role(block: WideBlock) -> None:
     dv = block.accumulator(
         lambda dv_acc: block.accumulator(partial(over_tile, dv_acc), "s", ROWS),
         "dv",
-        padded_width(refs.v.shape[3]),
+        backward_width(refs.v.shape[3]),
     )
     _finish(block, dv, "v")
     for slot in range(RING):
@@ -367,7 +367,7 @@ def _key_role(block: WideBlock) -> None:
     _start(block)
     for slot in range(RING):
         plgpu.barrier_arrive(refs.p_free.at[slot])
-    dk = block.accumulator(over_tile, "dk", padded_width(refs.k.shape[3]))
+    dk = block.accumulator(over_tile, "dk", backward_width(refs.k.shape[3]))
     _finish(block, dk * block.scale, "k")
 
 

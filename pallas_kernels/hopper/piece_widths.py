@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.copies import copyable, padded_width, swizzle_of
+from pallas_kernels.hopper.copies import backward_width, copyable, padded_width, swizzle_of
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -37,14 +37,14 @@ def needs_plain_rows(spec: AttentionSpec) -> bool:
 
 
 def has_plain_pieces(spec: AttentionSpec) -> bool:
-    """The same of matrices of several pieces, or of one that an array's columns need not fill."""
+    """The same of backward's of several pieces, or of one that an array's columns need not fill."""
     dims = (spec.head_dim, spec.value_dim)
-    return _is_ragged(spec) or any(padded_width(x) != x for x in dims)
+    return _is_ragged(spec) or any(backward_width(x) != x for x in dims)
 
 
 def has_many_pieces(spec: AttentionSpec) -> bool:
     """Whether backward's matrices, where they are pieces, are more than that."""
-    padded = (padded_width(x) for x in (spec.head_dim, spec.value_dim))
+    padded = (backward_width(x) for x in (spec.head_dim, spec.value_dim))
     return any(2 * x // swizzle_of(x, 2) > MOST_UNROLLED for x in padded)
 
 

@@ -69,6 +69,8 @@ CASES = [
     *(Long(f"full_{h}", head_dim=h) for h in HEAD_DIMS),
     *(Long(f"causal_{h}", head_dim=h, causal=True) for h in HEAD_DIMS),
     Long("partly_whole", head_dim=176, causal=True),
+    Long("eighths_136", head_dim=136, causal=True),
+    Long("eighths_232", head_dim=232),
     Long("latent", head_dim=192, value_dim=128),
     Long("latent_causal", head_dim=192, value_dim=128, causal=True),
     Long("short_causal_64", batch=8, queries=1024, keys=1024, head_dim=64, causal=True),

@@ -21,7 +21,7 @@ from pallas_kernels.hopper import (
     forward,
 )
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
-from pallas_kernels.hopper.limits import padded_width
+from pallas_kernels.hopper.copies import backward_width, padded_width
 from pallas_kernels.hopper.plan import make_plan
 from tests.cases import Case, thorough
 from tests.hopper.calls import Half, spec_of
@@ -103,7 +103,7 @@ def every_scratch(spec: AttentionSpec) -> dict[str, dict[str, Any]]:
     found = {"forward": forward._scratch(plan, out_dtype, padded_width(spec.value_dim))}
     for deterministic in (False, True):
         tiles = choose_backward_tiles(spec, deterministic=deterministic)
-        dims = [padded_width(dim) for dim in (spec.head_dim, spec.value_dim)]
+        dims = [backward_width(dim) for dim in (spec.head_dim, spec.value_dim)]
         if tiles.warpgroups == 1:
             found["wide"] = backward_wide._scratch(spec, tiles, *dims)
         else:
