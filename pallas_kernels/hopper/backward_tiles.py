@@ -200,6 +200,9 @@ def _first_stores(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     # Beside a bias, whose gradient lends dQ its room, it was not tried.
     if spec.bias_shape is not None or not tiles.in_fragments or tiles.queries > ROWS:
         return False
+    # Shares that add, of head dim 96, 32 heads of 8, 8k, on an H200, backward: 3.740, filled 3.581.
+    if tiles.adds and _is_uneven(spec):
+        return False
     if _is_of_documents(spec):
         few = spec.keys <= MOST_KNOWN * tiles.keys
         stores = tiles.heads_inner or (few and _most_visited(spec, tiles) <= MOST_OF_DOCUMENTS)
@@ -232,6 +235,8 @@ def _adds_often(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     # 4k, 1.889, 1.942, not stored 1.950, and turned 1.968.
     # Of shares of two heads, 32 of 8, T 8k, dQ filled 6.269, late 6.638, late and turned 6.186,
     # stored 6.153; 16k 11.97, late 11.76.
+    if _is_uneven(spec):
+        return False  # not tried
     alone = tiles.in_fragments and tiles.values_first and (tiles.shares.count == 1 or tiles.adds)
     return tiles.heads_inner and alone and _visited(spec, tiles) > most_visits(spec, tiles)
 
@@ -385,8 +390,10 @@ def _of_head_dims(
         return BackwardTiles(64, stages=3)  # blocks of 128 queries spill
     if head + value <= 128:
         # Causal 557, 460, 290; full 536, 526, 410. dS shared: causal 516, 432, 261.
-        # On an H200 dQ from registers takes 1 to 8% less, see docs/kernels.md, 55.
-        others = spec.dropout_rate > 0 or spec.has_segments or spec.head_dim < 64
+        # On an H200 dQ from registers takes 1 to 8% less, see docs/kernels.md, 55; full calls of 24
+        # to 56 4%, causal ones 4% more (4k of 32 2.587, 2.478, 1.456, 1.522).
+        slower = spec.head_dim < 64 and not full
+        others = spec.dropout_rate > 0 or spec.has_segments or slower
         return BackwardTiles(128, in_fragments=not others, tiles_first=full)
     # Causal 615, 537, 349, dS not shared 607 and 345, tiles first 593 and 341, one loop 564, 466,
     # 301; full 591, 583, 466, heads first 584, 571, 450. Three stages: full 546 at 4k. dV's product

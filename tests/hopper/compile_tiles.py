@@ -115,6 +115,7 @@ CASES = [
     Long("mask_dropout_64", head_dim=64, mask="1NTS", dropout=0.1),
     Long("mask_ragged_64", head_dim=64, queries=1001, keys=2043, mask="11TS"),
     Long("narrow", head_dim=40, causal=True),
+    Long("narrow_full", head_dim=32),
     Long("vision", batch=8, queries=577, keys=577, head_dim=64),
     Long("vision_72", batch=8, queries=729, keys=729, head_dim=72),
     *(

@@ -23,6 +23,7 @@ KNOWN_SPILLS = {
     # and what is between the loops: the loop of clear visits has none.
     "backward": {
         "narrow": 8,
+        "narrow_full": 28,
         "window_64": 32,
         "offsets_64": 32,
         "segments_64": 32,

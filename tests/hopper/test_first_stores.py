@@ -73,6 +73,7 @@ def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
         Half("visited_often", 1, 4224, 4224, 16, 16, 128),
         Half("grouped", 1, 4096, 4096, 16, 8, 128),
         Half("full_in_pieces", 1, 2560, 2560, 8, 8, 72),
+        Half("shares", 2, 8192, 8192, 32, 8, 96, causal=True),
         Half("window_in_pieces", 1, 3001, 3001, 4, 4, 112, window=(300, 20)),
     ],
     ids=str,

@@ -70,11 +70,12 @@ def test_values_in_pieces_on_a_gpu(length: int, head_dim: int, seed: int) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("head_dim", range(72, 128, 8))
+@pytest.mark.parametrize("head_dim", [24, 32, 40, 48, 56, *range(72, 128, 8)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_dq_from_registers_on_a_gpu(head_dim: int, seed: int, *, causal: bool) -> None:
     case = Half("", 1, 2049, 2051, 4, 2, head_dim, causal=causal)
-    assert choose_backward_tiles(spec_of(case), deterministic=False).in_fragments
+    found = choose_backward_tiles(spec_of(case), deterministic=False).in_fragments
+    assert found == (head_dim > 64 or not causal)
     check(FLASH, case, seed)
 
 
