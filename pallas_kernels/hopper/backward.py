@@ -29,6 +29,7 @@ from pallas_kernels.hopper import (
     bias_sums,
 )
 from pallas_kernels.hopper.backward_block import key_gradients
+from pallas_kernels.hopper.backward_order import documents_side_by_side
 from pallas_kernels.hopper.backward_round import in_rows, rounded
 from pallas_kernels.hopper.backward_sums import sums_of_keys, words_of_sums
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, by_rows, choose_backward_tiles
@@ -38,7 +39,7 @@ from pallas_kernels.hopper.dropout import kept_factor, key_words, words_by_block
 from pallas_kernels.hopper.seam import Ref
 from pallas_kernels.hopper.softmax import LOG2E
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.hopper.visits import edge_padded, visits, visits_every_block
+from pallas_kernels.hopper.visits import edge_padded, in_order, visits, visits_every_block
 
 if TYPE_CHECKING:
     from jattn.call.row_arrays import AnyBackwardRows
@@ -100,6 +101,11 @@ def backward(
         parts=tiles.shares.queries,
         every=tiles.once,
     )
+    of_turns: dict[str, Array] = {}
+    if tiles.in_turns and spec.has_segments:
+        ranges, ends = in_order(ranges, count)
+        of_turns["tiles_before"] = ends[1 if tiles.upward else 0]
+        of_turns["heads_together"] = documents_side_by_side(spec, tiles, ranges)
     matrices = {"q": query, "k": key, "v": value, "do": rows.d_out}
     vectors = [jnp.pad(high, more, constant_values=jnp.inf), jnp.pad(low, more)]
     out = getattr(rows, "out", None)
@@ -113,6 +119,7 @@ def backward(
         **(matrices if by_rows(spec, tiles) else _whole(matrices)),
         "rows": by_block(*vectors, queries=tiles.queries),
         "ranges": ranges,
+        **of_turns,
     }
     if not tiles.joined:
         inputs["largest_low"] = _in_groups(spec, jnp.where(jnp.isnan(low), 0, jnp.abs(low)))

@@ -86,7 +86,7 @@ class Block:
         self.makes_dq = "dq" in vars(refs)
         self.turn = turn
         shares = tiles.shares
-        self.batch, self.tile, self.kv_head, part = share_at(spec, tiles, place)
+        self.batch, self.tile, self.kv_head, part = share_at(spec, tiles, place, refs)
         if tiles.upward:
             self.tile = np.int32(-(-spec.keys // tiles.keys) - 1) - self.tile
         self.heads = spec.group // shares.heads
@@ -311,10 +311,17 @@ def grid_of(spec: AttentionSpec, tiles: BackwardTiles) -> Grid:
 
 
 def share_at(
-    spec: AttentionSpec, tiles: BackwardTiles, place: dict[str, Array]
+    spec: AttentionSpec, tiles: BackwardTiles, place: dict[str, Array], refs: Ref = None
 ) -> tuple[Array, Array, Array, Array]:
     """Batch row, row of tiles, key head, and which share of its group's heads is at this place."""
     batch, head = place["batch"], place["head"]
+    if refs is not None and "heads_together" in vars(refs):  # as `heads_together`, but traced
+        together = refs.heads_together[batch]
+        number = place["tile"] * np.int32(spec.kv_heads) + head
+        of_lot = together * np.int32(-(-spec.keys // tiles.keys))
+        lot, rest = quotient(number, of_lot), remainder(number, of_lot)
+        head = lot * together + remainder(rest, together)
+        return batch, quotient(rest, together), head, head * 0
     if tiles.heads_together:
         lots = spec.kv_heads * tiles.shares.heads // tiles.heads_together
         batch, lot = divided(batch, lots)

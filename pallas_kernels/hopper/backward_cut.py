@@ -22,7 +22,8 @@ class BackwardTiles:
     shared_ds: dK's product reads dS from shared memory, not from registers.
     tiles_first: thread blocks that start together are tiles of one head, not heads of one tile.
     tiles_outer: else they are of all batch rows too.
-    heads_together: else how many heads these are, of a tile and then of the next; 0: all.
+    heads_together: else how many heads these are, of a tile and then of the next; 0: all, or of
+      documents in turns as many as the visits say.
     heads_inner: every head of the group visits a block of queries before the next, the last block
       first, so that tiles of all lengths are at one block at a time.
     heads_turned: tiles of keys that follow each other begin with different heads there.

@@ -149,9 +149,10 @@ def part_of(
     w, queries = tiles.warpgroups, tiles.queries
     head, value = (padded_width(inputs[name].shape[3]) for name in "kv")
     grid = grid_of(spec, tiles)
-    if tiles.in_turns and (tiles.upward or spec.band.lower is not None):
+    known = tiles.in_turns and "tiles_before" not in inputs
+    if known and (tiles.upward or spec.band.lower is not None):
         ends = tiles_that_visit(spec, queries=queries, keys=tiles.keys)
-        inputs = inputs | {"tiles_before": constant(ends[1 if tiles.upward else 0])}
+        inputs = inputs | {"tiles_before": constant(ends[1 if tiles.upward else 0][None])}
     takes_output = "out" in inputs
     scratch = _scratch(
         spec, tiles, head, value, makes_dq=not tiles.apart, takes_output=takes_output
@@ -481,13 +482,15 @@ def _visit_all(
 
     if block.tiles.in_turns and not block.masked:
         all_clear(over_blocks)
-    elif block.tiles.in_turns and block.spec.band.lower is not None:
+    elif block.tiles.in_turns and (block.spec.band.lower is not None or block.spec.has_segments):
         # Those at both ends need a mask.
-        right = jnp.where(block.in_two, visit.count, visit.count - visit.clear_to)
-        left = jnp.where(block.in_two, visit.count, visit.count - visit.clear_from)
-        over_blocks(0, right, masked=True, folds=True)
-        over_blocks(right, left, masked=False, folds=False)
-        over_blocks(left, visit.count, masked=True, folds=True)
+        ends = visit.clear_from, visit.clear_to
+        if not block.tiles.upward:
+            ends = visit.count - visit.clear_to, visit.count - visit.clear_from
+        start, stop = (jnp.where(block.in_two, visit.count, x) for x in ends)
+        over_blocks(0, start, masked=True, folds=True)
+        over_blocks(start, stop, masked=False, folds=False)
+        over_blocks(stop, visit.count, masked=True, folds=True)
     elif block.tiles.upward:
         over_blocks(0, masked(), masked=True, folds=True)
         over_blocks(masked(), visit.count, masked=False, folds=False)

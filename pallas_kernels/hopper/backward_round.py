@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.hopper.backward_tiles import dq_swizzle
 from pallas_kernels.hopper.grid import Grid
+from pallas_kernels.hopper.indices import quotient
 from pallas_kernels.hopper.instructions import from_fragments, load_fragment
 from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.plain import in_both_ways, named, parts_of, places
@@ -54,7 +55,8 @@ def rounded(
     shape: rows, and head. Where rows are no multiple of 8, or the head is less than a matrix's
       columns, only if the parts are one tile wide each.
     scale: a number, or (1 or B,) float32.
-    words: (B N blocks,) int32, 0 of blocks that were not stored, which are zeros.
+    words: int32, one for each block of each head that the kernel had, of 64 queries or more; 0 of
+      those that were not stored, which are zeros.
     """
     rows, head = shape
     padded = padded_width(head)
@@ -98,7 +100,8 @@ def rounded(
         if words is None:
             put(lambda x: x * factor)
         else:
-            stored = refs.words[number] != 0
+            of_word = spec.batch * spec.heads * blocks // words.shape[0]
+            stored = refs.words[quotient(number, of_word)] != 0
             pl.when(stored)(partial(put, lambda x: x * factor))
             pl.when(jnp.logical_not(stored))(partial(put, jnp.zeros_like))
         plgpu.commit_smem()

@@ -15,6 +15,10 @@ Causal tiles start from the last keys on, and visits go up: then a tile is by it
 the one before it as it has to be. Else visits go down, tiles from the first keys on: so it is in
 windows too; where all see all, a tile waits once, for the first visit of the one before. Tiles of
 several heads run at a time, so that few wait for each other.
+
+Of documents it is not known before which tiles visit a block, but from their visits, made so that
+neither end of them falls (`visits.in_order`); nor how many heads are best at a time, which is the
+more the shorter they are.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ def take_turn(block: Block, n: Array, head: Array, at: Array) -> None:
     word = (block.batch * block.spec.heads + head) * refs.rows.shape[2] + at
     rank = block.tile
     if "tiles_before" in vars(refs):  # the tile's number in the block's order, less the rank
-        rank = refs.tiles_before[at] - rank if block.tiles.upward else rank - refs.tiles_before[at]
+        of = block.batch if refs.tiles_before.shape[0] > 1 else 0
+        number = refs.tiles_before[of, at]
+        rank = number - rank if block.tiles.upward else rank - number
     # Claims are kept twice as long as slots. None is made before that three visits ago has ended,
     # so that the second warp stays beside the first.
     slot, before = (remainder(n + np.int32(more), 2 * stages) for more in (0, 1))

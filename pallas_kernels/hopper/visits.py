@@ -31,6 +31,7 @@ __all__ = [
     "MOST_KNOWN",
     "Visits",
     "edge_padded",
+    "in_order",
     "known_counts",
     "tiles_that_visit",
     "visits",
@@ -136,6 +137,32 @@ def tiles_that_visit(
         for tile, (first, count, *_) in order:
             own[first : first + count] = tile
     return found
+
+
+def in_order(visits: Array, blocks: int) -> tuple[Array, Array]:
+    """`Visits` that neither begin nor end before those of the tile before do; and who makes them.
+
+    Returns them, and (2, B, blocks) the first and the last tile that visit a block: all between do
+    too. Of sorted ids these are the visits that there were; what others visit besides is hidden by
+    an element mask.
+    """
+    given = Visits(*jnp.moveaxis(visits, -1, 0))
+    some = given.count > 0
+    start = jnp.where(some, given.first, blocks)
+    stop = jnp.where(some, given.first + given.count, 0)
+    tile = jnp.arange(visits.shape[1])
+    behind = tile[None, :, None] <= tile[None, None]
+    # As matrices: of a running minimum XLA makes several kernels.
+    start = jnp.where(behind, start[:, None], blocks).min(axis=2)
+    stop = jnp.where(behind.swapaxes(1, 2), stop[:, None], 0).max(axis=2)
+    count = jnp.maximum(stop - start, 0)
+    clear = (
+        jnp.clip(x + given.first - start, 0, count) for x in (given.clear_from, given.clear_to)
+    )
+    block = jnp.arange(blocks)[None, :, None]
+    first = (stop[:, None] <= block).sum(axis=2, dtype=jnp.int32)
+    last = (start[:, None] <= block).sum(axis=2, dtype=jnp.int32) - 1
+    return jnp.stack([start, count, *clear], axis=-1), jnp.stack([first, last])
 
 
 def visits_every_block(spec: AttentionSpec, *, queries: int, keys: int) -> bool:
