@@ -78,12 +78,13 @@ def choose_backward_tiles(
 
 
 # Thread blocks of a launch that makes all gradients; of a full call one round of the chip's, as
-# where all tiles are as long a second one would be as long as the first. Half as many again of
-# grouped heads up to half the longest, which would be more shares to sum. us on an H200, not
-# joined, joined, causal, 32 heads of 8, 384 thread blocks: of 128, 1k 101.9, 97.0 (of 512 111.5),
-# two rows of 512 89.5, 72.1; of 64, 1k 68.3, 67.1; full of 128, 512, of 192 53.8, 51.1 (256 54.9).
-# Heads with their own keys, 512 thread blocks: of 64, 16 heads, 2k 92.2, 105.1; of 128, 32, 1k
-# 93.2, 98.8; full 1k, 16 heads, 256: 49.6, 52.5; 67.8, 73.9.
+# where all tiles are as long a second one would be as long as the first. Half as many again up to
+# half the longest where shares are of two heads or more. us on an H200, not joined, joined, causal
+# 1k of 128, 32 heads of 16, 384 thread blocks, 123.6, 91.9, of 8 101.9, 97.0 (of 512 111.5), of one
+# 115.5, 95.6; of 64, 8 68.3, 67.1; two rows of 512 of 128 89.5, 72.1; full 512, 192, of 8 53.8,
+# 51.1 (256 54.9), of 64 40.1, 37.3. As many with shares of one head, of 128, 24 of 8 83.8, 87.7, of
+# 64 57.5, 59.8, 24 of 24 77.8, 76.2; 52.2, 55.7; of 64, 2k, 12 of 12 81.9, 88.1, full 1k 48.7,
+# 52.0; or longer: 16 of 4, 2k 145.9, 150.8; 98.9, 106.6, full 1k 75.4, 83.1; 56.0, 56.6.
 MOST_JOINED = 256
 MOST_JOINED_FULL = MULTIPROCESSORS
 # Queries and keys of such a call, and the most of a full one.
@@ -114,9 +115,9 @@ def _joined(spec: AttentionSpec) -> BackwardTiles | None:
     others = spec.mask_shape is not None or spec.bias_shape is not None
     others |= spec.scale is None  # whose gradient is made of dQ in float32
     others |= spec.head_dim != spec.value_dim
-    # These were not timed beyond one round.
-    short = spec.has_segments or spec.has_query_offset or spec.dropout_rate > 0
-    full = short or not hides_some(spec)
+    # Documents gain in one round alone: us, not joined, joined, 2k of 8 heads, of 64, four of them,
+    # 60.2, 64.0, of 128, 16 of them, 49.1, 50.3, 512, B 4, 41.7, 42.7.
+    full = spec.has_segments or not hides_some(spec)
     longest = LONGEST_JOINED_FULL if full else LONGEST_JOINED
     sizes = (spec.queries, spec.keys)
     if others or spec.head_dim > 128 or min(sizes) < LEAST_JOINED or max(sizes) > longest:
@@ -128,7 +129,7 @@ def _joined(spec: AttentionSpec) -> BackwardTiles | None:
     tiles = replace(tiles, pieces=_pieces(spec, tiles), tiles_outer=tiles.shares.count > 1)
     of_keys = spec.batch * spec.kv_heads * tiles.shares.count * -(-spec.keys // tiles.keys)
     most = min(MOST_JOINED, MOST_JOINED_FULL) if full else MOST_JOINED
-    if spec.group > 1 and 2 * max(sizes) <= longest:
+    if spec.group > tiles.shares.heads and 2 * max(sizes) <= longest:
         most += most // 2
     return tiles if 0 < of_keys + of_queries <= most else None
 
