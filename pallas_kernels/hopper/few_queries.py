@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from pallas_kernels.hopper.copies import copyable, padded_width
+from pallas_kernels.hopper.piece_widths import in_pieces
+
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
     from pallas_kernels.hopper.tiles import Tiles
@@ -55,6 +58,7 @@ def shares(plan: Plan, multiprocessors: int) -> int:
     3 157, 5 163, 13 158; B 6, 2 185, 5 188.
     """
     visited, rows = _visited(plan), plan.spec.queries * plan.pack
+    padding = _padding(plan, multiprocessors)
 
     def cost(splits: int) -> float:
         """In visits while all read."""
@@ -62,14 +66,15 @@ def shares(plan: Plan, multiprocessors: int) -> int:
         rounds, last = _rounds(tiles, multiprocessors)
         visits = visited / splits if rounds else -(-visited // splits)
         last = max(ALONE, last + UNEVEN * (1 - last))
-        joined = tiles * rows * ROWS_JOINED if splits > 1 else 0.0
+        joined = tiles * rows * ROWS_JOINED + padding if splits > 1 else 0.0
         return visits * (rounds + last) + ROUND * (rounds + 1) + joined
 
     # A share's first block is a quotient.
     most = max(1, min(visited, multiprocessors, INT32_MAX // (2 * visited)))
     in_one = max(1, min(multiprocessors // plan.works, most))
     best = min(range(in_one, most + 1), key=cost, default=in_one)
-    return best if cost(best) < WORTH * cost(in_one) else in_one
+    best = best if cost(best) < WORTH * cost(in_one) else in_one
+    return 1 if padding and cost(1) < cost(best) else best
 
 
 def tiles(plan: Plan, splits: int, multiprocessors: int) -> Tiles:
@@ -117,12 +122,26 @@ def even(plan: Plan, splits: int, multiprocessors: int) -> tuple[Tiles, int] | N
         return visits * (rounds + max(ALONE, last + UNEVEN * (1 - last))) + ROUND * (rounds + 1)
 
     now = cost(visited / splits, *_rounds(plan.works * splits, multiprocessors))
-    so = cost(share, 0, groups * packs / multiprocessors) + JOINED * (splits == 1)
+    so = cost(share, 0, groups * packs / multiprocessors)
     so += ROUND * share / visited  # rows that it goes on to
+    if splits == 1:
+        so += JOINED + _padding(plan, multiprocessors)
     if so > WORTH_EVEN * now:
         return None
     keys = own.keys if width <= 64 else 64
     return replace(own, stages=3 if width <= 64 else 2, keys=keys, query_slots=2), groups * packs
+
+
+def _padding(plan: Plan, multiprocessors: int) -> float:
+    """What it takes to pad keys and values where they are split and else are not, in visits."""
+    spec = plan.spec
+    dims = (spec.head_dim, spec.value_dim)
+    padded = copyable(spec.keys, 8) != spec.keys or any(padded_width(x) != x for x in dims)
+    joined = spec.has_sinks and plan.pack > 1  # as parts are, which are not read as plain rows
+    if not padded or joined or not in_pieces(spec):
+        return 0.0
+    blocks = -(-spec.keys // plan.tiles.keys)
+    return 2 * spec.batch * spec.kv_heads * blocks / multiprocessors  # read, and written
 
 
 def _visited(plan: Plan) -> int:

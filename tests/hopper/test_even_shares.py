@@ -27,9 +27,9 @@ CASES = [
     Bottom("window", 3, 1, 450, 2, 2, 128, window=(200, 0)),
 ]
 LARGE = [
-    Half("nine", 9, 1, 2100, 16, 16, 128),
-    Half("narrow", 9, 1, 2100, 16, 16, 64),
-    Bottom("four_queries", 17, 4, 2101, 32, 8, 128),
+    Half("nine", 9, 1, 2104, 16, 16, 128),
+    Half("narrow", 9, 1, 2104, 16, 16, 64),
+    Bottom("four_queries", 17, 4, 2104, 32, 8, 128),
 ]
 
 
