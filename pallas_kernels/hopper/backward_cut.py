@@ -38,6 +38,7 @@ class BackwardTiles:
     upward: tiles start from the last keys on, and visits go up.
     pieces: matrices are pieces of some columns, each one tile wide and copied as plain rows.
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
+    in_parts: then a part of it starts as soon as its powers are made.
     shares: the thread blocks that share a tile's work.
     adds: they add their dK and dV to sums, in whichever order they end.
     places: tiles that have sums at a time, each the place of one that is done; 0: all.
@@ -63,6 +64,7 @@ class BackwardTiles:
     upward: bool = False
     pieces: bool = False
     values_first: bool = False
+    in_parts: bool = False
     shares: Shares = WHOLE
     adds: bool = False
     places: int = 0

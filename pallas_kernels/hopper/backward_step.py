@@ -162,6 +162,7 @@ def _weights(
         _make_row_terms(block, own, slot)
     capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
     early: Array | None = None
+    started = 0
     if block.tiles.late:
         seam.drain(2)
         release(block, visit.n - 1, visit.n > 0)
@@ -180,7 +181,10 @@ def _weights(
             exponent -= block.row(refs.rows_smem.at[slot, LOW])
         if masked:  # a choice made of P would keep both, P and what it was made of, in registers
             exponent = block.hide(exponent, own * ROWS, visit.first_query, slot, -np.inf)
-        p = jnp.exp2(exponent)
+        if block.tiles.in_parts:
+            p, started = seam.powers_into(dv_acc, exponent, visit.do)  # dV += Pᵀ dO
+        else:
+            p = jnp.exp2(exponent)
     if masked and has_bias:
         p = block.hide(p, own * ROWS, visit.first_query, slot)
     drops, keys = spec.dropout_rate > 0, (own + visit.hidden) * ROWS
@@ -190,11 +194,12 @@ def _weights(
     if capped:
         slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
         p = (kept(p) if drops else p).astype(spec.dtype)
-    elif first or masked:
+    elif (first or masked) and not started:  # else its products hold it
         seam.hold(p, visit.hidden)
-    if first:
-        seam.matmul_into(dv_acc, p.astype(spec.dtype), visit.do)  # dV += Pᵀ dO
-    dp = seam.wait(dp_acc, in_flight=1 if first else 0)
+    if first and not started:
+        seam.matmul_into(dv_acc, p.astype(spec.dtype), visit.do)
+        started = 1
+    dp = seam.wait(dp_acc, in_flight=started)
     row_term = block.row(refs.rows_smem.at[slot, ROW_TERM])
     if drops and capped:
         ds = kept(slope) * dp - jnp.abs(slope) * row_term

@@ -69,6 +69,7 @@ def choose_backward_tiles(
     tiles = replace(tiles, **order(spec, tiles))
     tiles = replace(tiles, places=places(spec, tiles))
     tiles = replace(tiles, first_stores=_first_stores(spec, tiles))
+    tiles = replace(tiles, in_parts=_in_parts(spec, tiles))
     for stages in sorted({2, tiles.stages if form_of(spec) == "whole" else 2}, reverse=True):
         if listed := _listed(spec, replace(tiles, stages=stages)):
             return replace(tiles, listed=listed, stages=stages)
@@ -258,6 +259,20 @@ def _most_visited(spec: AttentionSpec, tiles: BackwardTiles) -> float:
     """The same, where it is known, else the most that it may be."""
     counts = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
     return float(counts.sum()) / -(-spec.queries // tiles.queries)
+
+
+def _in_parts(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether dV's product starts in parts."""
+    # us of the kernel on an H200, without and with: causal 12,345 2443, 2348, 4k 1131, 1124, 5,000
+    # 851, 841, 16k 4167, 4152, 1k 374, 367; full 4k 2173, 2138, 1k 601, 591, 16k 8507, 8401. In
+    # clear visits alone: 32 heads of 8, 8k, 4266, 4239; window 1023 648, 639; packed 2331, 2313.
+    # Others were not tried. Of one row a full call would spill 4 bytes by jax 0.12's ptxas.
+    others = spec.bias_shape or spec.mask_shape or spec.logits_soft_cap or spec.has_segments
+    others = others or spec.has_query_lengths or spec.has_key_lengths or spec.has_query_offset
+    others = others or spec.group > 1 or spec.band.lower is not None
+    others = others or (spec.batch == 1 and tiles.first_stores and not hides_some(spec))
+    wide = spec.head_dim == spec.value_dim == 128
+    return wide and tiles.values_first and not (tiles.apart or others)
 
 
 def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:

@@ -100,6 +100,16 @@ class Seam:
             before = plgpu.wgmma_accumulator_load(acc, wait_n=None)
             acc[...] = wide_products.multiply_values(before, p, v)
 
+    def powers_into(self, acc: Ref, x: Array, v: Ref) -> tuple[Array, int]:
+        """P = 2^x (64, keys), and how many products were started: acc += P V, a part for each."""
+        if self.interpret:
+            p = jnp.exp2(x)
+            self.values_into(acc, p.astype(v.dtype), v)
+            return p, 1
+        before = plgpu.wgmma_accumulator_load(acc, wait_n=None)
+        acc[...], p = wide_products.multiply_powers(before, x, v)
+        return p, v.shape[-2] // wide_products.STEP
+
     def padded(self, x: Array, columns: int) -> Array:
         """x (64, n) with zeros behind."""
         if not self.interpret:

@@ -27,7 +27,7 @@ from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.hopper.copies import swizzle_of
 
-__all__ = ["STEP", "is_whole", "multiply_keys", "multiply_values", "padded"]
+__all__ = ["STEP", "is_whole", "multiply_keys", "multiply_powers", "multiply_values", "padded"]
 
 WGMMA = plgpu.Layout.WGMMA
 STEP = 16  # what a wgmma of 16-bit numbers sums over
@@ -74,6 +74,48 @@ def multiply_values(acc: Array, p: Array, v: Any) -> Array:
         return _summed(acc, product, keys // STEP)
 
     found: Array = emit(acc, p, v)
+    return found
+
+
+def multiply_powers(acc: Array, x: Array, v: Any) -> tuple[Array, Array]:
+    """acc (64, n) + P V[:, :n], started, and P = 2^x (64, keys), float32; V as above.
+
+    A product for each `STEP` of keys, started once their powers are made.
+    """
+    keys, width = v.shape[-2], _width(v)
+    swizzle = width * jnp.dtype(v.dtype).itemsize
+    across, down = keys * swizzle, TILE * swizzle
+    if len(v.shape) == 2:
+        across, down = down, down * (v.shape[1] // width)
+
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(WGMMA, WGMMA, _form(v)), return_type=(_like(acc), _like(x))
+    )
+    def emit(
+        _: mgpu.LaunchContext, acc: mgpu.FragmentedArray, x: mgpu.FragmentedArray, v: _Value
+    ) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:
+        start = _descriptor(v, swizzle, leading=across, stride=down)
+        step_bytes = STEP // TILE * down
+        sizes = _sizes(acc, v)
+        made = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
+        registers, powers = made._value.registers, []
+        for step in range(keys // STEP):
+            p = _power(x[:, step * STEP : (step + 1) * STEP])
+            powers.append(p.registers)
+            registers = wgmma_m64(
+                registers, wgmma_fence(p.astype(sizes["b_element_type"])),
+                _past(start, step * step_bytes),
+                a_transpose=None, b_transpose=True, a_k_stride=None, b_k_stride=step_bytes,
+                **sizes,
+            )  # fmt: skip
+            _commit()
+        whole = np.concatenate(powers, axis=1)
+        return (
+            _like_that(made._value, registers).to_layout(acc.layout),
+            _like_that(x, whole.reshape(x.registers.shape)),
+        )
+
+    found: tuple[Array, Array] = emit(acc, x, v)
     return found
 
 
@@ -181,11 +223,32 @@ def _summed(acc: mgpu.FragmentedArray, product: Any, steps: int) -> mgpu.Fragmen
     registers = made._value.registers
     for step in range(steps):
         registers = product(registers, step)
-    own = made._value
-    summed = mgpu.FragmentedArray(
-        _registers=registers, _layout=own.layout, _is_signed=own.is_signed
-    )
+    _commit()
+    return _like_that(made._value, registers).to_layout(acc.layout)
+
+
+def _commit() -> None:
+    """What was started since the last one is a group."""
     void = ir.Type.parse("!llvm.void")
     commit = "wgmma.commit_group.sync.aligned;"
     llvm.inline_asm(void, [], commit, "~{memory}", has_side_effects=True)
-    return summed.to_layout(acc.layout)
+
+
+def _power(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """2^x, by instructions that stay in this order."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    registers = np.empty_like(x.registers)
+    for place in np.ndindex(registers.shape):
+        pair: Any = x.registers[place]
+        made = llvm.mlir_undef(pair.type)
+        for i in range(2):
+            number = llvm.extractelement(pair, mgpu.c(i, i32))
+            power = "ex2.approx.ftz.f32 $0, $1;"
+            number = llvm.inline_asm(f32, [number], power, "=f,f", has_side_effects=True)
+            made = llvm.insertelement(made, number, mgpu.c(i, i32))
+        registers[place] = made
+    return _like_that(x, registers)
+
+
+def _like_that(x: mgpu.FragmentedArray, registers: Any) -> mgpu.FragmentedArray:
+    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
