@@ -33,7 +33,7 @@ WARPS = 4
 PROGRAMS = 128  # that there should be, before any has several rows
 
 type Ends = Callable[[SimpleNamespace, Index, Mask], tuple[Array, Array]]
-type Some = Callable[[Index], Array]
+type Written = Callable[[Index], Array]
 
 
 def combine(
@@ -44,7 +44,7 @@ def combine(
     *,
     unit: float,
     sinks: Array | None,
-    some: Some | None = None,
+    written: Written | None = None,
     interpret: bool,
 ) -> tuple[Array, Array, Array]:
     """Output (B, T, N, D), and `top` and `rest` (B, T, N) of all parts together, the sink left out.
@@ -58,8 +58,7 @@ def combine(
         part's log-sum-exp is top unit + rest, natural.
       unit: see ends.
       sinks: (B or 1, N) float32 or None.
-      some: given (split, batch row, query, head) of some rows, which of them were written; if not
-        all were.
+      written: given (split, batch row, query, head) of some rows, which of them were; None if all.
       interpret: run on a CPU.
     """
     splits, total = out.shape[0], spec.batch * spec.queries * spec.heads
@@ -89,8 +88,8 @@ def combine(
             there = None if exists is None else exists[None]
             if splits % count:
                 there = both(part < splits, there)
-            if some is not None:
-                there = both(some((part, *(x[None] for x in at))), there)
+            if written is not None:
+                there = both(written((part, *(x[None] for x in at))), there)
             if there is not None:
                 there = jnp.broadcast_to(there, (count, rows))
             return part, *ends(refs, (part, *(x[None] for x in at)), there), there

@@ -49,9 +49,9 @@ LEAST_ODD = 7
 # about one where they share tiles.
 SIDE_BY_SIDE = 250
 SHARES_SIDE_BY_SIDE = 112
-# Of what the chip could run in as many rounds, where tiles are long.
-LONG, LEAST_FILLED = 8192, 0.85
-MOST_SHARES_OF_LONG = 4
+# Of what the chip could run in as many rounds, where tiles are long; and how many heads are side by
+# side at the most for its sake.
+LONG, LEAST_FILLED, MOST_TO_FILL = 8192, 0.85, 4
 # Visits of a tile in a window, times the heads side by side: what they go on to besides what the
 # chip's tiles are at.
 WINDOWS_SIDE_BY_SIDE = 312
@@ -174,9 +174,11 @@ def side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
 
 
 def documents_side_by_side(spec: AttentionSpec, tiles: BackwardTiles, visits: Array) -> Array:
-    """The same of documents, (B,): for the longest of a row, by its tiles' visits.
+    """The heads of a tile that are side by side in each row of documents, (B,) int32.
 
-    visits: (B, tiles, 4).
+    By its longest document, whose tiles have the most visits.
+
+    visits: (B, tiles, 4), see `Visits`.
     """
     # Two kernels' time over that in turns on an H200, backward, causal, by heads side by side, of
     # 16 of 128: one of 16k 16 0.736, 4 1.067, 2 1.181; up to 4k 16 1.053, 8 1.146; 2k 16 1.132, 8
@@ -213,7 +215,7 @@ def _shares_side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
         # H200, forward and backward, 12,345 keys, 32 heads of 8 6.78, so 6.72, 28 of 4 6.50, 6.07;
         # 20k 18.54, 18.46.
         more = _divisor(spec.kv_heads * shares, 2 * least, of_tile=of_tile)
-        if 0 < more <= MOST_SHARES_OF_LONG and _fills_rounds(spec, tiles, more):
+        if 0 < more <= MOST_TO_FILL and _fills_rounds(spec, tiles, more):
             return more
     return found
 

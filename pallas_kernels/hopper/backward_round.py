@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from pallas_kernels.hopper.backward_tiles import dq_swizzle
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.grid import Grid
 from pallas_kernels.hopper.indices import quotient
 from pallas_kernels.hopper.instructions import from_fragments, load_fragment
-from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.plain import in_both_ways, named, parts_of, places
 from pallas_kernels.hopper.seam import Ref, transforms
 from pallas_kernels.hopper.tiles import ROWS

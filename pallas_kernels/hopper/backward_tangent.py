@@ -39,8 +39,8 @@ from pallas_kernels.hopper.backward_tangent_tiles import (
     BackwardTangentTiles,
     choose_backward_tangent_tiles,
 )
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.indices import for_each, remainder
-from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.masks import Steps, Warpgroup, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.seam import Ref, Seam

@@ -15,8 +15,8 @@ from pallas_kernels.hopper.backward_order import (
     side_by_side,
 )
 from pallas_kernels.hopper.bias_form import form_of, lends_memory, rows_share
-from pallas_kernels.hopper.copies import swizzle_of
-from pallas_kernels.hopper.limits import has_dq_apart, padded_width, writes_dq_once
+from pallas_kernels.hopper.copies import padded_width, swizzle_of
+from pallas_kernels.hopper.limits import has_dq_apart, writes_dq_once
 from pallas_kernels.hopper.piece_widths import (
     has_many_pieces,
     has_plain_pieces,
@@ -331,11 +331,6 @@ def _matrices_bytes(spec: AttentionSpec, tiles: BackwardTiles, *, slots: int) ->
     return found
 
 
-# Keys up to which rows that share a whole bias have dQ in float32, as rows without one have. Longer
-# rows have it only where it has room: their bias is most of what there is.
-SHORT_ROWS = 1024
-
-
 # Of a visit of dK and dV, the time of one of dQ in a joined launch: three products for four.
 OF_QUERIES = 0.75
 
@@ -365,6 +360,11 @@ def _shares(spec: AttentionSpec, tiles: BackwardTiles, *, of_queries: int = 0) -
         # A tile of the kernel for wide heads visits one block at least.
         splits_queries=tiles.warpgroups > 1 and not tiles.in_turns,
     )
+
+
+# Keys up to which rows that share a whole bias have dQ in float32, as rows without one have. Longer
+# rows have it only where it has room: their bias is most of what there is.
+SHORT_ROWS = 1024
 
 
 def _of_head_dims(

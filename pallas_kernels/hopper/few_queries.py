@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
     from pallas_kernels.hopper.tiles import Tiles
 
-__all__ = ["even", "shares", "tiles"]
+__all__ = ["even_shares", "shares", "tiles"]
 
 # In visits while all multiprocessors read: what one takes that reads alone, by how much tiles end
 # apart where some have none, a round's start and end, and to join a row of a share.
@@ -27,7 +27,7 @@ INT32_MAX = 2**31 - 1
 # Where all have an even share: of multiprocessors, those that have one, a launch that joins parts,
 # in visits, and the most of the time for which it is done.
 NEARLY_ALL, JOINED, WORTH_EVEN = 0.9, 1.0, 0.995
-MOST_EVEN = 2**24  # visits in all
+MOST_EVEN = 2**24  # visits in all, which are counted in int32
 
 
 class Plan(Protocol):
@@ -57,7 +57,7 @@ def shares(plan: Plan, multiprocessors: int) -> int:
     799, 2 703, 4 707, 8 709; one row, 8 40.0, 16 33.7, 32 36.8; 1,024 keys, 4 6.2, 8 5.4. But B 5,
     3 157, 5 163, 13 158; B 6, 2 185, 5 188.
     """
-    visited, rows = _visited(plan), plan.spec.queries * plan.pack
+    visited, rows_of_tile = _visited(plan), plan.spec.queries * plan.pack
     padding = _padding(plan, multiprocessors)
 
     def cost(splits: int) -> float:
@@ -65,9 +65,8 @@ def shares(plan: Plan, multiprocessors: int) -> int:
         tiles = plan.works * splits
         rounds, last = _rounds(tiles, multiprocessors)
         visits = visited / splits if rounds else -(-visited // splits)
-        last = max(ALONE, last + UNEVEN * (1 - last))
-        joined = tiles * rows * ROWS_JOINED + padding if splits > 1 else 0.0
-        return visits * (rounds + last) + ROUND * (rounds + 1) + joined
+        joined = tiles * rows_of_tile * ROWS_JOINED + padding if splits > 1 else 0.0
+        return _time(visits, rounds, last) + joined
 
     # A share's first block is a quotient.
     most = max(1, min(visited, multiprocessors, INT32_MAX // (2 * visited)))
@@ -99,7 +98,7 @@ def tiles(plan: Plan, splits: int, multiprocessors: int) -> Tiles:
     return replace(own, stages=2, keys=64 if long and last >= NEARLY_FULL else own.keys)
 
 
-def even(plan: Plan, splits: int, multiprocessors: int) -> tuple[Tiles, int] | None:
+def even_shares(plan: Plan, splits: int, multiprocessors: int) -> tuple[Tiles, int] | None:
     """Tiles, and how many thread blocks share all keys evenly; None where `shares` do as well.
 
     A share is then of one row's keys, or of the end of one's and the beginning of the next one's.
@@ -118,11 +117,8 @@ def even(plan: Plan, splits: int, multiprocessors: int) -> tuple[Tiles, int] | N
     if groups * packs < NEARLY_ALL * multiprocessors or share < LONG_SHARE:
         return None
 
-    def cost(visits: float, rounds: int, last: float) -> float:
-        return visits * (rounds + max(ALONE, last + UNEVEN * (1 - last))) + ROUND * (rounds + 1)
-
-    now = cost(visited / splits, *_rounds(plan.works * splits, multiprocessors))
-    so = cost(share, 0, groups * packs / multiprocessors)
+    now = _time(visited / splits, *_rounds(plan.works * splits, multiprocessors))
+    so = _time(share, 0, groups * packs / multiprocessors)
     so += ROUND * share / visited  # rows that it goes on to
     if splits == 1:
         so += JOINED + _padding(plan, multiprocessors)
@@ -154,6 +150,11 @@ def _visited(plan: Plan) -> int:
         return blocks
     reach = spec.band.upper - spec.band.lower + spec.queries
     return min(blocks, -(-reach // size) + 1)
+
+
+def _time(visits: float, rounds: int, last: float) -> float:
+    """What shares of so many visits each take, in visits while all read; see `_rounds`."""
+    return visits * (rounds + max(ALONE, last + UNEVEN * (1 - last))) + ROUND * (rounds + 1)
 
 
 def _rounds(tiles: int, multiprocessors: int) -> tuple[int, float]:

@@ -49,8 +49,8 @@ from pallas_kernels.hopper import bias, dropout, folded_bias
 from pallas_kernels.hopper.bias_form import form_of
 from pallas_kernels.hopper.compute import compute, value_columns
 from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dense_mask import mask_arrays
-from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.load import copies, load
 from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.piece_widths import (
@@ -141,7 +141,7 @@ def forward(
         return combine(
             spec, out, {"sums": sums}, partial(_ends, plan),
             unit=unit(spec), sinks=sinks, interpret=interpret,
-            some=partial(_there, plan) if plan.share else None,
+            written=partial(_is_written, plan) if plan.share else None,
         )  # fmt: skip
     out = out[..., : spec.queries, :, : spec.value_dim]
     if plan.heads_in_rows:
@@ -160,8 +160,8 @@ def _ends(plan: Plan, refs: Ref, at: tuple[Array, ...], there: Array | None) -> 
     return top, jnp.log(jnp.where(total == 0.0, 1.0, total))
 
 
-def _there(plan: Plan, at: tuple[Array, ...]) -> Array:
-    """Whether rows have this part."""
+def _is_written(plan: Plan, at: tuple[Array, ...]) -> Array:
+    """Whether rows have this part, where shares are even."""
     first, stop = plan.part(at[1], at[0])
     return first < stop
 

@@ -188,7 +188,8 @@ def put_fragment(
     """gmem[row, first:] = x where smem[slot], 4 bytes, is not negative, else += x.
 
     x: (64, columns), there (64 columns,) float32 in fragment order.
-    parts: if not 0, the row is counted from smem[slot] times as many, or from ~smem[slot] times.
+    parts: if not 0, the row is the row-th of so many behind parts i, where i is smem[slot], or
+      ~smem[slot] if that is negative.
     """
 
     @plgpu.inline_mgpu(arg_types=(_REF, WGMMA, _NUMBER, _REF, _NUMBER))  # type: ignore[untyped-decorator]

@@ -15,7 +15,6 @@ __all__ = [
     "has_dq_apart",
     "key_tangent_refusals",
     "leaves_backward",
-    "padded_width",
     "portable_part",
     "refusals",
     "tangent_refusals",

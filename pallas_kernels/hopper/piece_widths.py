@@ -43,7 +43,7 @@ def has_plain_pieces(spec: AttentionSpec) -> bool:
 
 
 def has_many_pieces(spec: AttentionSpec) -> bool:
-    """Whether backward's matrices, where they are pieces, are more than that."""
+    """Whether a matrix of backward's, where they are in pieces, has more than `MOST_UNROLLED`."""
     padded = (backward_width(x) for x in (spec.head_dim, spec.value_dim))
     return any(2 * x // swizzle_of(x, 2) > MOST_UNROLLED for x in padded)
 

@@ -133,7 +133,8 @@ def fetch_pieces(
 ) -> None:
     """Starts the copies of an array's rows to a matrix in pieces, one after another in a loop.
 
-    part_at: the i-th piece.
+    part_at: given i, the i-th piece.
+    full: the barrier at which they arrive.
     """
     width = part_at(0).shape[-1]
 

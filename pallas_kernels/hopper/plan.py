@@ -368,7 +368,7 @@ def make_plan(
         blocks = max(1, -(-spec.keys // plan.tiles.keys))
         if waits:
             splits = few_queries.shares(plan, multiprocessors)
-            if even := few_queries.even(plan, splits, multiprocessors):
+            if even := few_queries.even_shares(plan, splits, multiprocessors):
                 return _with_even_shares(plan, *even)
             plan = replace(plan, tiles=few_queries.tiles(plan, splits, multiprocessors))
         else:

@@ -67,7 +67,7 @@ def choose_sum_tiles(spec: AttentionSpec) -> SumTiles:
         most = MOST_PARTIAL // (blocks * QUERIES * keys * 4)
         parts = max(1, min(MULTIPROCESSORS // blocks, most, sharers // 4))
     sizes = ((2, 4), (2, 3), (1, 4), (1, 3), (2, 2), (1, 2))
-    # Of 256 keys, some of them hidden, four stages would spill 276 bytes.
+    # Of 256 keys, some of them hidden, four stages spill, see docs/kernels.md, 61.
     most = 3 if keys > 192 and hides_some(spec) else 4
     tiles = [SumTiles(keys, own, stages, parts) for own, stages in sizes if stages <= most]
     return next(x for x in tiles if x.shared_memory(spec) <= SHARED_MEMORY)

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.hopper.backward import in_two
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.indices import for_each, remainder
-from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.masks import Warpgroup, steps_of
 from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring

@@ -25,8 +25,8 @@ from jax.experimental import pallas as pl
 
 from jattn.call.masking import past_zeroed
 from pallas_kernels.hopper.constant import constant
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.forward import in_tiles
-from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.seam import Ref, matrix, ring
 from pallas_kernels.hopper.segments import segment_arrays

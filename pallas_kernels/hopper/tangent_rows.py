@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.indices import for_each, remainder
-from pallas_kernels.hopper.limits import padded_width
 from pallas_kernels.hopper.masks import Warpgroup, hide
 from pallas_kernels.hopper.seam import Ref, Seam
 from pallas_kernels.hopper.softmax import across, logits

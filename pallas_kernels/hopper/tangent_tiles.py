@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from pallas_kernels.hopper.limits import padded_width
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY, Tiles
 
 if TYPE_CHECKING:

@@ -80,12 +80,12 @@ LARGE = [
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)
-def test_others_are_not(case: Case) -> None:
+def test_others_are_not_joined(case: Case) -> None:
     assert not choose_backward_tiles(spec_of(case), deterministic=False).joined
 
 
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
-def test_these_are(case: Case) -> None:
+def test_these_are_joined(case: Case) -> None:
     assert choose_backward_tiles(spec_of(case), deterministic=False).joined
 
 
