@@ -80,12 +80,9 @@ def choose_backward_tiles(
 
 # Thread blocks of a launch that makes all gradients; of a full call one round of the chip's, as
 # where all tiles are as long a second one would be as long as the first. Half as many again up to
-# half the longest where shares are of two heads or more. us on an H200, not joined, joined, causal
-# 1k of 128, 32 heads of 16, 384 thread blocks, 123.6, 91.9, of 8 101.9, 97.0 (of 512 111.5), of one
-# 115.5, 95.6; of 64, 8 68.3, 67.1; two rows of 512 of 128 89.5, 72.1; full 512, 192, of 8 53.8,
-# 51.1 (256 54.9), of 64 40.1, 37.3. As many with shares of one head, of 128, 24 of 8 83.8, 87.7, of
-# 64 57.5, 59.8, 24 of 24 77.8, 76.2; 52.2, 55.7; of 64, 2k, 12 of 12 81.9, 88.1, full 1k 48.7,
-# 52.0; or longer: 16 of 4, 2k 145.9, 150.8; 98.9, 106.6, full 1k 75.4, 83.1; 56.0, 56.6.
+# half the longest where shares are of two heads or more: us on an H200, not joined, joined, 384
+# thread blocks of causal 1k of 128, 32 heads of 8 101.9, 97.0, but of shares of one head, 24 of 8,
+# 83.8, 87.7, and at twice the length, 16 of 4, 145.9, 150.8. Others are in docs/kernels.md, 57.
 MOST_JOINED = 256
 MOST_JOINED_FULL = MULTIPROCESSORS
 # Queries and keys of such a call, and the most of a full one.
@@ -374,10 +371,10 @@ def _of_head_dims(
     # counted; T = 16k, 4k, 1k.
     head, value = (-(-x // 64) * 64 for x in (spec.head_dim, spec.value_dim))
     full = not hides_some(spec)
-    # With dropout both forms of P are in use at once.
     in_fragments = padded_width(spec.head_dim) > 64
-    first = in_fragments and spec.dropout_rate == 0  # dV's product
-    even = first and not _is_uneven(spec)
+    # With dropout both forms of P are in use at once.
+    values_first = in_fragments and spec.dropout_rate == 0
+    even = values_first and not _is_uneven(spec)
     if max(head, value) > 128:
         # 256: causal 481, 483, 357; full 495, 508, 439. dK and dV alone (four products): causal
         # 699, 651; full 682, 684; with two blocks of dO 647, 640; 666, 675. 192/128: causal 604.
@@ -422,7 +419,7 @@ def _of_head_dims(
     # before dS: causal 491.
     # On an H100 the kernel alone, in fragments and values first: causal 647, 595, 437, without 622,
     # 565, 411; full 651, 632, 562, without 617, 595, 540.
-    if first:
+    if values_first:
         return BackwardTiles(64, in_fragments=True, values_first=True, tiles_first=full)
     return BackwardTiles(64, shared_ds=True, in_fragments=in_fragments, tiles_first=full)
 

@@ -7,6 +7,7 @@ tiles of both:
 
     O += P V    176 columns of three pieces of 64: N = 176; V's rows by 16
     S += Q Kᵀ   of the last piece 48 columns: three steps, not four
+    O += 2^x V  a product for each 16 of V's rows, started once their powers are made
 
 So a block may be of any multiple of 16 keys in the widest swizzle, also of V in tiles.
 """
@@ -111,8 +112,8 @@ def multiply_powers(acc: Array, x: Array, v: Any) -> tuple[Array, Array]:
             _commit()
         whole = np.concatenate(powers, axis=1)
         return (
-            _like_that(made._value, registers).to_layout(acc.layout),
-            _like_that(x, whole.reshape(x.registers.shape)),
+            _with_registers(made._value, registers).to_layout(acc.layout),
+            _with_registers(x, whole.reshape(x.registers.shape)),
         )
 
     found: tuple[Array, Array] = emit(acc, x, v)
@@ -224,7 +225,7 @@ def _summed(acc: mgpu.FragmentedArray, product: Any, steps: int) -> mgpu.Fragmen
     for step in range(steps):
         registers = product(registers, step)
     _commit()
-    return _like_that(made._value, registers).to_layout(acc.layout)
+    return _with_registers(made._value, registers).to_layout(acc.layout)
 
 
 def _commit() -> None:
@@ -247,8 +248,9 @@ def _power(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
             number = llvm.inline_asm(f32, [number], power, "=f,f", has_side_effects=True)
             made = llvm.insertelement(made, number, mgpu.c(i, i32))
         registers[place] = made
-    return _like_that(x, registers)
+    return _with_registers(x, registers)
 
 
-def _like_that(x: mgpu.FragmentedArray, registers: Any) -> mgpu.FragmentedArray:
+def _with_registers(x: mgpu.FragmentedArray, registers: Any) -> mgpu.FragmentedArray:
+    """An array as x is, of these registers."""
     return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
