@@ -369,7 +369,9 @@ def make_plan(
         if waits:
             splits = few_queries.shares(plan, multiprocessors)
             if even := few_queries.even_shares(plan, splits, multiprocessors):
-                return _with_even_shares(plan, *even)
+                shared = _with_even_shares(plan, *even)
+                if shared.splits > 1:  # else none ends within a row: whole tiles, not tried
+                    return shared
             plan = replace(plan, tiles=few_queries.tiles(plan, splits, multiprocessors))
         else:
             most = min(-(-blocks // 2), INT32_MAX // blocks)  # a share's first block is a quotient
