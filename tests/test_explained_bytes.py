@@ -127,3 +127,9 @@ def test_parts_of_split_keys_are_said_and_counted(
         assert str(report.kernel).endswith(f", keys in {parts} parts, joined by a kernel")
         assert report.gradient_bytes is not None
         assert 0.98 <= report.gradient_bytes / (mib * 2**20) <= 1.01
+
+
+def test_parts_of_even_shares_are_said_as_the_most_of_a_row() -> None:
+    x, y = (jax.ShapeDtypeStruct((6, *rest, 128), jnp.bfloat16) for rest in ((1, 32), (32768, 8)))
+    found = jattn.explain(x, y, y, implementation="flash", device="H200")
+    assert str(found.kernel).endswith(", keys in up to 4 parts, joined by a kernel")

@@ -73,8 +73,10 @@ def _in_parts(spec: AttentionSpec, family: Family) -> str:
     """Into how many parts forward cuts the keys, where tiles of queries are few, in words."""
     if spec.is_empty or spec.context is not None:
         return ""
-    parts = _forward_plan(spec, family).splits
-    return f", keys in {parts} parts, joined by a kernel" if parts > 1 else ""
+    plan = _forward_plan(spec, family)
+    # Where thread blocks read equal shares of all keys, some rows have fewer.
+    parts = f"up to {plan.splits}" if getattr(plan, "share", 0) else plan.splits
+    return f", keys in {parts} parts, joined by a kernel" if plan.splits > 1 else ""
 
 
 def _by_counter(spec: AttentionSpec) -> str:
