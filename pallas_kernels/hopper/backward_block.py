@@ -168,11 +168,16 @@ class Block:
         if self.tiles.adds:
             number = row_of_sums(self.spec, self.tiles, self.batch, self.kv_head, row)
             whole = partial(self.store_whole, row)
-            options = {
-                "shares": self.tiles.shares.count,
-                "places": self.tiles.places * (self.tiles.keys // ROWS),
-            }
-            store_share(self.seam, self.refs, number, gradients, store_whole=whole, **options)
+            store_share(
+                self.seam,
+                self.refs,
+                number,
+                gradients,
+                shares=self.tiles.shares.count,
+                turn=self.share if self.tiles.in_turns else None,
+                places=self.tiles.places * (self.tiles.keys // ROWS),
+                store_whole=whole,
+            )
             return
         if self.tiles.shares.count == 1:
             self.store_whole(row, gradients)

@@ -40,7 +40,7 @@ class BackwardTiles:
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     in_parts: then a part of it starts as soon as its powers are made.
     shares: the thread blocks that share a tile's work.
-    adds: they add their dK and dV to sums, in whichever order they end.
+    adds: they add their dK and dV to sums, in whichever order they end, or in turns.
     places: tiles that have sums at a time, each the place of one that is done; 0: all.
     joined: dQ's kernel is one launch with this one (`backward_joined.py`).
     """

@@ -3,7 +3,8 @@
 A visit reads Q and dO of a block of queries and adds to its dQ, 64 KiB at head dim 128: of heads
 that run at a time these should stay in L2. Of grouped heads a tile's thread block goes through all
 heads of a group, which are too many; so that each visits two, or in a window one, thread blocks
-share a tile, and add their dK and dV (`backward_sums.py`): sums of some tiles, in float32.
+share a tile, and add their dK and dV (`backward_sums.py`): sums of some tiles, in float32. In turns
+(`backward_turns.py`) each visits one.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ LEAST_ODD = 7
 # about one where they share tiles.
 SIDE_BY_SIDE = 250
 SHARES_SIDE_BY_SIDE = 112
+# Where shares take turns, the most rows of heads that are side by side; and heads of a window, with
+# keys of their own or not.
+MOST_ROWS_OF_SHARES = 40_960
+MOST_IN_WINDOW, MOST_SHARES_IN_WINDOW = 16, 8
 # Of what the chip could run in as many rounds, where tiles are long; and how many heads are side by
 # side at the most for its sake.
 LONG, LEAST_FILLED, MOST_TO_FILL = 8192, 0.85, 4
@@ -167,10 +172,36 @@ def places(spec: AttentionSpec, tiles: BackwardTiles) -> int:
 
 def side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     """The heads of a tile that are side by side where tiles add in turns; 0: all of them."""
-    if tiles.shares.count > 1 or _is_window(spec) or spec.has_segments:
+    if tiles.adds:
+        return _shares_in_turns(spec, tiles)
+    if tiles.shares.count > 1 or spec.has_segments:
         return 0
+    if _is_window(spec):
+        return _largest_divisor(spec.kv_heads, MOST_IN_WINDOW)
     many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
     return _divisor(spec.kv_heads, many if tiles.upward else max(8, many))
+
+
+def _shares_in_turns(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """The same where each thread block has a query head, and its key head's dK and dV are added.
+
+    Fewer than of heads with their own keys, as those of a group wait for each other to add.
+    """
+    # Free backward's time over this one's, by heads side by side (two kernels in brackets), on an
+    # H200: 32 heads of 8, B 2, 8k, 2 0.942, 4 0.925, 8 0.810 (0.818), 16k 1 0.899, 2 0.958, 4 0.867
+    # (0.808), of one, B 2, 4k, 4 0.882, 8 0.828, 16 0.671 (0.815), 28 of 4, 12,345, 2 0.952, 4
+    # 0.916, 7 0.761 (0.791). On an H100: 32 of 8, B 4, 4k, 4 0.915, 8 0.880 (0.874), 2k 8 0.863, 16
+    # 0.845 (0.915); 8 of 2, 32k, 1 0.907, 2 0.777 (0.809); of 96, 8k, 2 0.910, 4 0.906 (0.794), of
+    # 64 4 0.942, 8 0.950 (0.795); window 4095 of 16k, 2 0.898, 4 0.949, 8 0.949, 32 0.496 (0.850).
+    heads = spec.kv_heads * tiles.shares.heads
+    if _is_window(spec):
+        return _largest_divisor(heads, MOST_SHARES_IN_WINDOW)
+    rows = tiles.queries // 64  # of half as many bytes at head dim 64
+    least = max(2, -(-SHARES_SIDE_BY_SIDE * rows * tiles.keys // spec.keys))
+    found = _divisor(heads, least) or heads
+    if found * spec.keys > MOST_ROWS_OF_SHARES * rows:
+        return 1
+    return found if found < heads else 0
 
 
 def documents_side_by_side(spec: AttentionSpec, tiles: BackwardTiles, visits: Array) -> Array:
@@ -236,6 +267,12 @@ def _heads_of_window(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     if most >= spec.kv_heads:
         return 0
     return max(n for n in range(1, most + 1) if spec.kv_heads % n == 0)
+
+
+def _largest_divisor(count: int, most: int) -> int:
+    """The largest divisor of a count up to that; 0 if it is all."""
+    found = max(n for n in range(1, most + 1) if count % n == 0)
+    return found if found < count else 0
 
 
 def _divisor(count: int, least: int, *, of_tile: int = 1) -> int:

@@ -14,8 +14,9 @@ first to end waits until the tile whose place it takes is done, and the last say
 all thread blocks were launched before.
 
 Nobody waits for one that has not ended, but the first, for ones that run since before it did; so
-what is waited for always comes. In which order thread blocks end is not known, so gradients that
-must be the same each time have shares of their own.
+what is waited for always comes. In which order thread blocks end is not known, so where gradients
+must be the same each time they add in the order in which they start, and each waits for one that
+runs since before it did; or they have arrays of their own, which XLA sums.
 """
 
 from __future__ import annotations
@@ -89,9 +90,12 @@ def row_of_sums(
     side_by_side = _key_heads_side_by_side(spec, tiles)
     _, own = divided(head, side_by_side)
     number = (batch * spec.kv_heads + head - own) * np.int32(_blocks(spec, tiles))
+    block = _shifted(key, ROWS)
+    if tiles.upward:
+        block = np.int32(_blocks(spec, tiles) - 1) - block
     if side_by_side == 1:
-        return number + _shifted(key, ROWS)
-    tile, within = divided(_shifted(key, ROWS), tiles.keys // ROWS)
+        return number + block
+    tile, within = divided(block, tiles.keys // ROWS)
     return number + (tile * np.int32(side_by_side) + own) * np.int32(tiles.keys // ROWS) + within
 
 
@@ -115,20 +119,25 @@ def store_share(
     gradients: tuple[Gradient, ...],
     *,
     shares: int,
+    turn: Array | None,
     places: int,
     store_whole: Callable[[tuple[Gradient, ...]], None],
 ) -> None:
     """This thread block's share of gradients, of 64 keys with this number.
 
     shares: how many there are.
+    turn: how many are added before this one, if they are in an order.
     places: of sums, in a ring; 0: one for each number.
     store_whole: called by the last one, with what all of them make.
     """
     last = shares - 1
     word = number * np.int32(2) + np.int32(gradients[0].name == "dv")
-    own = lax.axis_index("warpgroup")
-    seam.arrive(refs.words_of_sums, word, refs.arrived_smem, own)
-    before = refs.arrived_smem[own]
+    if turn is None:
+        own = lax.axis_index("warpgroup")
+        seam.arrive(refs.words_of_sums, word, refs.arrived_smem, own)
+        before = refs.arrived_smem[own]
+    else:
+        before = turn
     at = remainder(number, places) if places else number
 
     def place(gradient: Gradient) -> int:
@@ -148,7 +157,10 @@ def store_share(
 
     @pl.when((before > 0) & (before < last))
     def _() -> None:
-        seam.await_first(refs.words_of_sums, word)
+        if turn is None:
+            seam.await_first(refs.words_of_sums, word)
+        else:
+            seam.await_all(refs.words_of_sums, word, turn)
         for gradient in gradients:
             seam.add_fragment(gradient.x, refs.sums, at, place(gradient))
         seam.leave(refs.words_of_sums, word, first=False)
@@ -158,6 +170,8 @@ def store_share(
         seam.await_all(refs.words_of_sums, word, last)
         whole = []
         for gradient in gradients:
+            if turn is not None:
+                seam.together()  # or all are loaded before any is added, and spill
             columns = gradient.x.shape[1]
             others = seam.load_fragment(refs.sums, at, columns, place(gradient))
             whole.append(gradient._replace(x=gradient.x + others))

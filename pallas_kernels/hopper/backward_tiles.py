@@ -135,6 +135,7 @@ def _joined(spec: AttentionSpec) -> BackwardTiles | None:
 # Queries that a tile visits in the mean from which one kernel in turns is faster than two: at head
 # dim 64, and at more.
 LEAST_IN_TURNS = 512, 1024
+LEAST_OF_SHARES = 1536  # where each head of a group has a thread block of its own
 
 
 def adds_in_turns(spec: AttentionSpec) -> bool:
@@ -145,19 +146,20 @@ def adds_in_turns(spec: AttentionSpec) -> bool:
     tried = head in (80, 96, 112, 128) or head == value == 64
     if others or not tried or value > 128:
         return False
-    # Causal grouped ones, two kernels and in turns, ms on an H200: 32 heads of 8, B 2, T 8k, 5.345,
-    # 6.997, head by head 6.574; of one, 4k, 1.489, 2.160; of 8, 16 documents of 1k, 1.032, 1.160,
-    # head by head 1.053. Visits of one block are two times the group's apart, too many for L2.
-    if spec.group > 1 and hides_some(spec):
-        return False
-    if spec.band.lower is not None and spec.has_segments:
+    # Of grouped documents it is not known whether they are long enough, two kernels and a share for
+    # each head, ms on an H100: 32 heads of 8, 16 of 1k, 1.056, 1.272, 8 of 2, up to 4k, 1.390,
+    # 1.200. A tile that visits all heads loses: on an H200 32 of 8, B 2, T 8k, 5.345, 6.997.
+    if spec.has_segments and (spec.band.lower is not None or (spec.group > 1 and hides_some(spec))):
         return False
     tiles = _in_turns(spec)
     known = visits_every_block(spec, queries=tiles.queries, keys=tiles.keys)
     if not known and not (_is_of_documents(spec) and spec.keys <= MOST_KNOWN * tiles.keys):
         return False
     visits = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
-    return float(visits.mean()) * tiles.queries * spec.group >= LEAST_IN_TURNS[head > 64]
+    visited = float(visits.mean()) * tiles.queries
+    if tiles.adds:
+        return visited >= LEAST_OF_SHARES
+    return visited * spec.group >= LEAST_IN_TURNS[head > 64]
 
 
 def _in_turns(spec: AttentionSpec) -> BackwardTiles:
@@ -176,10 +178,14 @@ def _in_turns(spec: AttentionSpec) -> BackwardTiles:
         tiles = replace(tiles, values_first=True, shared_ds=False)
     upward = spec.band.upper is not None and spec.band.lower is None
     tiles = replace(tiles, upward=upward, tiles_first=False)
-    tiles = replace(tiles, shares=_shares(spec, tiles))
-    tiles = replace(tiles, tiles_outer=tiles.shares.count > 1)
+    if spec.group > 1 and hides_some(spec):
+        tiles = replace(tiles, shares=Shares(spec.group), adds=True)
+    else:
+        tiles = replace(tiles, shares=_shares(spec, tiles))
+    tiles = replace(tiles, tiles_outer=tiles.shares.count > 1 and not tiles.adds)
     tiles = replace(tiles, pieces=_pieces(spec, tiles))
-    return replace(tiles, heads_together=side_by_side(spec, tiles))
+    tiles = replace(tiles, heads_together=side_by_side(spec, tiles))
+    return replace(tiles, places=places(spec, tiles))
 
 
 def _pieces(spec: AttentionSpec, tiles: BackwardTiles) -> bool:

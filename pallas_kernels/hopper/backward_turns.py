@@ -14,7 +14,8 @@ is waited for always comes, whatever else runs there.
 Causal tiles start from the last keys on, and visits go up: then a tile is by itself as far behind
 the one before it as it has to be. Else visits go down, tiles from the first keys on: so it is in
 windows too; where all see all, a tile waits once, for the first visit of the one before. Tiles of
-several heads run at a time, so that few wait for each other.
+several heads run at a time, so that few wait for each other. Of grouped heads that a mask hides
+keys from each has a thread block, whose dK and dV are added in the order of heads.
 
 Of documents it is not known before which tiles visit a block, but from their visits, made so that
 neither end of them falls (`visits.in_order`); nor how many heads are best at a time, which is the

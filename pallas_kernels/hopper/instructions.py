@@ -296,16 +296,19 @@ def await_first(gmem: Any, index: Array) -> None:
     _await(gmem, index, FIRST_THERE, FIRST_THERE)
 
 
-def await_all(gmem: Any, index: Array, count: int) -> None:
+def await_all(gmem: Any, index: Array, count: Array | int) -> None:
     """The same for so many to leave."""
-    _await(gmem, index, -ONE_THERE % 2**32, ONE_THERE * count)
+    least = ONE_THERE * count if isinstance(count, int) else count * np.int32(ONE_THERE)
+    _await(gmem, index, -ONE_THERE % 2**32, least)
 
 
-def _await(gmem: Any, index: Array, mask: int, least: int) -> None:
+def _await(gmem: Any, index: Array, mask: int, least: Array | int) -> None:
     """Waits until the word gmem[index], masked, is as much; the warpgroup meets."""
+    known = None if isinstance(least, Array) else str(least)
+    numbers = (index,) if known else (index, least)
 
-    @plgpu.inline_mgpu(arg_types=(_REF, _NUMBER))  # type: ignore[untyped-decorator]
-    def emit(_: mgpu.LaunchContext, gmem: _Value, index: mgpu.FragmentedArray) -> None:
+    @plgpu.inline_mgpu(arg_types=(_REF, *[_NUMBER] * len(numbers)))  # type: ignore[untyped-decorator]
+    def emit(_: mgpu.LaunchContext, gmem: _Value, *numbers: mgpu.FragmentedArray) -> None:
         text = (
             "{ .reg .pred p; .reg .u32 word; .reg .u64 place;\n"
             f"{_THREAD}"
@@ -315,15 +318,16 @@ def _await(gmem: Any, index: Array, mask: int, least: int) -> None:
             "WAITING:\n"
             "ld.acquire.gpu.global.u32 word, [place];\n"
             f"and.b32 word, word, {mask};\n"
-            f"setp.lt.u32 p, word, {least};\n"
+            f"setp.lt.u32 p, word, {known or '$2'};\n"
             "@p bra WAITING;\n"
             "THERE: }"
         )
-        words = mgpu.utils.memref_ptr(gmem)
-        _asm(text, words, index.registers.item(), constraints="l,r")
+        given = (x.registers.item() for x in numbers)
+        constraints = ",".join(["l", *["r"] * len(numbers)])
+        _asm(text, mgpu.utils.memref_ptr(gmem), *given, constraints=constraints)
         mgpu.warpgroup_barrier()
 
-    emit(gmem, index)
+    emit(gmem, *numbers)
 
 
 def claims_none(smem: Any, count: int, none: int = -1) -> None:

@@ -200,7 +200,7 @@ class Seam:
         if not self.interpret:
             instructions.await_first(words, index)
 
-    def await_all(self, words: Ref, index: Array, count: int) -> None:
+    def await_all(self, words: Ref, index: Array, count: Array | int) -> None:
         """Waits for what so many put."""
         if not self.interpret:
             instructions.await_all(words, index, count)

@@ -354,6 +354,11 @@ CALLS = [
         for mask in ("full", "causal", "segments", "offsets")
         if case.name in (f"{mask}_64", f"{mask}_128")
     ),
+    *(
+        (case, "deterministic")
+        for case in CASES
+        if case.name in ("grouped_long", "shared_64", "shared_window")
+    ),
     *((case, "tangent") for case in CASES if case.name in OF_TANGENTS),
     *(
         (case, "query_tangent")

@@ -158,7 +158,9 @@ def shares_of(case: Case) -> Shares:
 def test_few_tiles_are_shared_and_many_are_not() -> None:
     one_key_head = Half("", 2, 4096, 4096, 32, 1, 128, causal=True)
     assert shares_of(one_key_head) == Shares(16)
-    assert not choose_backward_tiles(spec_of(one_key_head), deterministic=True).adds
+    assert choose_backward_tiles(spec_of(one_key_head), deterministic=True).shares == Shares(32)
+    full = spec_of(replace(one_key_head, causal=False))
+    assert not choose_backward_tiles(full, deterministic=True).adds
     assert shares_of(replace(one_key_head, head_dim=256)).heads >= 2
     grouped = Half("", 2, 8192, 8192, 32, 8, 128, causal=True)
     assert shares_of(grouped) == Shares(2)
@@ -192,13 +194,18 @@ def test_few_tiles_are_shared_and_many_are_not() -> None:
     ],
     ids=str,
 )
-def test_sums_lie_where_those_of_a_tile_that_was_launched_before_were(case: Case) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sums_lie_where_those_of_a_tile_that_was_launched_before_were(
+    case: Case, *, deterministic: bool
+) -> None:
     spec = spec_of(case)
-    tiles = choose_backward_tiles(spec, deterministic=False)
+    tiles = choose_backward_tiles(spec, deterministic=deterministic)
     sizes = dict(grid_of(spec, tiles).axes)
     at = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
     place = {name: jnp.asarray(x, jnp.int32) for name, x in zip(sizes, at, strict=True)}
     batch, tile, head, _ = share_at(spec, tiles, place)
+    if tiles.upward:
+        tile = sizes["tile"] - 1 - tile
     number = np.asarray(row_of_sums(spec, tiles, batch, head, tile * tiles.keys))
     _, first = np.unique(number, return_index=True)
     last = len(number) - 1 - np.unique(number[::-1], return_index=True)[1]

@@ -28,6 +28,10 @@ CASES = [
     Half("full", 1, 130, 390, 2, 2, 96),
     Half("pieces", 1, 67, 390, 1, 1, 128),
     Half("grouped", 1, 130, 270, 4, 2, 80, sinks=True),
+    Half("shares", 1, 130, 200, 4, 2, 128, causal=True),
+    Half("one_key_head", 2, 270, 270, 3, 1, 96, causal=True),
+    Half("window_of_heads", 1, 500, 400, 4, 2, 128, causal=True, window=(100, 0)),
+    Half("shares_64", 1, 300, 270, 4, 2, 64, causal=True),
     Half("window", 1, 450, 400, 2, 2, 128, causal=True, window=(100, 0)),
     Half("both_ends", 1, 500, 400, 2, 2, 64, window=(100, 30)),
     Bottom("bottom_right", 1, 65, 264, 2, 2, 128),
@@ -49,6 +53,11 @@ LARGE = [
     Half("full_80", 2, 2001, 1999, 8, 2, 80),
     Half("causal_64", 2, 4096, 4096, 8, 8, 64, causal=True),
     Half("full_64", 2, 2047, 2047, 8, 8, 64),
+    Half("shares", 2, 3000, 3000, 32, 8, 128, causal=True),
+    Half("of_seven", 1, 4097, 4097, 14, 2, 128, causal=True),
+    Half("one_key_head_causal", 2, 3001, 3001, 16, 1, 128, causal=True),
+    Half("window_of_heads", 2, 4099, 4099, 12, 4, 128, causal=True, window=(2047, 0)),
+    Half("shares_64", 2, 3001, 3001, 8, 2, 64, causal=True),
     Half("documents", 2, 3000, 3000, 8, 8, 128, causal=True, segments="sorted"),
     Half("documents_64", 1, 4001, 4001, 8, 8, 64, causal=True, segments="sorted"),
     Half("documents_full", 2, 2048, 2048, 8, 8, 96, segments="sorted"),
@@ -59,11 +68,14 @@ LARGE = [
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has short calls take turns, head by head."""
     monkeypatch.setattr(backward_tiles, "LEAST_IN_TURNS", (0, 0))
+    monkeypatch.setattr(backward_tiles, "LEAST_OF_SHARES", 0)
     monkeypatch.setattr(backward_order, "SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(backward_order, "SHARES_SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(backward_order, "PLACES", 1)
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("case", chosen(CASES, "causal both_ends full documents"), ids=str)
+@pytest.mark.parametrize("case", chosen(CASES, "shares both_ends full documents"), ids=str)
 def test_interpreted_as_exact(case: Case, seed: int) -> None:
     with jattn.deterministic_gradients():
         assert choose_backward_tiles(spec_of(case), deterministic=True).in_turns
@@ -72,7 +84,10 @@ def test_interpreted_as_exact(case: Case, seed: int) -> None:
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_turns_come_in_the_order_of_launch(case: Case, seed: int) -> None:
-    """Before each tile of a head those are launched whose turns at a block are before its own."""
+    """Before each tile of a head those are launched whose turns at a block are before its own.
+
+    And of shares of a tile those whose dK and dV are added before.
+    """
     spec = spec_of(case)
     tiles = choose_backward_tiles(spec, deterministic=True)
     sizes = dict(grid_of(spec, tiles).axes)
@@ -95,7 +110,11 @@ def test_turns_come_in_the_order_of_launch(case: Case, seed: int) -> None:
     found = np.broadcast_to(found, shape)
     first, last = np.broadcast_to(ends, (2, spec.batch, ends.shape[-1]))
     before = np.zeros((spec.batch, spec.kv_heads, tiles.shares.count, first.shape[1]), np.int32)
+    shares = np.zeros((spec.batch, shape[1], spec.kv_heads), np.int32)
     for batch, tile, head, part in launched:
+        if tiles.adds:
+            assert shares[batch, tile, head] == part
+            shares[batch, tile, head] += 1
         own = shape[1] - 1 - tile if tiles.upward else tile
         start, count = found[batch, own, :2]
         blocks = slice(start, start + count)
@@ -129,8 +148,9 @@ def test_two_hundred_gradients_are_as_exact_and_bitwise_equal(case: Case, seed: 
     "case",
     [
         Half("short", 16, 512, 512, 16, 16, 128, causal=True),
-        Half("grouped", 1, 8192, 8192, 8, 2, 128, causal=True),
-        Half("packed", 1, 8192, 8192, 8, 2, 128, segments="sorted", causal=True),
+        Half("grouped_short", 4, 2048, 2048, 32, 8, 128, causal=True),
+        Half("grouped_window", 1, 8192, 8192, 8, 2, 128, causal=True, window=(1023, 0)),
+        Half("grouped_packed", 1, 8192, 8192, 8, 2, 128, segments="sorted", causal=True),
         Half("packed_in_a_window", 1, 8192, 8192, 8, 8, 128, segments="sorted", window=(4999, 0)),
         Half("lengths", 1, 8192, 8192, 8, 8, 128, query_lengths=(9,), key_lengths=(9,)),
         Half("unseen", 1, 8192, 4096, 8, 8, 128, causal=True, window=(2048, 0)),
