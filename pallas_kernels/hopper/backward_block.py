@@ -304,9 +304,11 @@ def grid_of(spec: AttentionSpec, tiles: BackwardTiles) -> Grid:
     heads = spec.kv_heads * shares.heads
     batch, head = ("batch", spec.batch), ("head", heads)
     tile = ("tile", shares.queries * -(-spec.keys // tiles.keys))
-    if tiles.heads_together:
-        lots = heads // tiles.heads_together
-        batch, head = ("batch", spec.batch * lots), ("head", tiles.heads_together)
+    if (together := tiles.heads_together) > heads:  # of some rows
+        rows = together // heads
+        return Grid((("lot", spec.batch // rows), tile, ("batch", rows), head))
+    if together:
+        batch, head = ("batch", spec.batch * heads // together), ("head", together)
     if tiles.tiles_outer:  # few: the longest of all batch rows first
         return Grid((tile, batch, head))
     if rows_share(spec) and _outgrows_l2(spec):
@@ -327,10 +329,12 @@ def share_at(
         lot, rest = quotient(number, of_lot), remainder(number, of_lot)
         head = lot * together + remainder(rest, together)
         return batch, quotient(rest, together), head, head * 0
-    if tiles.heads_together:
-        lots = spec.kv_heads * tiles.shares.heads // tiles.heads_together
-        batch, lot = divided(batch, lots)
-        head = head + lot * tiles.heads_together
+    heads, together = spec.kv_heads * tiles.shares.heads, tiles.heads_together
+    if together > heads:
+        batch = place["lot"] * np.int32(together // heads) + batch
+    elif together:
+        batch, lot = divided(batch, heads // together)
+        head = head + lot * together
     return batch, place["tile"], *divided(head, tiles.shares.heads)
 
 

@@ -2,9 +2,10 @@
 
 A visit reads Q and dO of a block of queries and adds to its dQ, 64 KiB at head dim 128: of heads
 that run at a time these should stay in L2. Of grouped heads a tile's thread block goes through all
-heads of a group, which are too many; so that each visits two, or in a window one, thread blocks
-share a tile, and add their dK and dV (`backward_sums.py`): sums of some tiles, in float32. In turns
-(`backward_turns.py`) each visits one.
+heads of a group, which are too many; so that each visits one or two, thread blocks share a tile,
+and add their dK and dV (`backward_sums.py`): sums of some tiles, in float32. Whether they do, and
+how many heads' are side by side, follows from when the launch would end (`backward_rounds.py`). In
+turns (`backward_turns.py`) each visits one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.hopper.shares import ENOUGH, MULTIPROCESSORS, Shares
+from pallas_kernels.hopper.backward_rounds import (
+    EVENER,
+    heads_of_shares,
+    last_end,
+    rows_together,
+)
+from pallas_kernels.hopper.copies import padded_width
+from pallas_kernels.hopper.shares import ENOUGH, WHOLE, Shares
 from pallas_kernels.hopper.visits import MOST_KNOWN, known_counts
 
 if TYPE_CHECKING:
@@ -37,26 +45,23 @@ __all__ = [
 MOST_VISITS = 24
 MOST_VISITS_OF_FULL = 32  # where each tile begins with a block of its own
 MOST_VISITS_OF_SHARES = 40  # or in windows
-MOST_VISITS_OF_ONE_HEAD = 65  # of a share
+MOST_VISITS_OF_ONE_HEAD = 65  # of a tile or its share
 # Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
 LEAST_VISITED = 1536
-LEAST_OF_MANY = 1024  # where there are thread blocks enough to even out
+LEAST_OF_MANY, LEAST_MANY = 1024, 768  # where there are so many tiles of query heads
 # Tiles that have sums at a time: about two rounds of the chip's thread blocks, two of a tile; and
 # where the shares of a tile are not launched together.
 PLACES, PLACES_APART = 128, 256
-# Heads of an odd group that have thread blocks of their own.
-LEAST_ODD = 7
-# Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends;
-# about one where they share tiles.
+# Thread blocks of heads that are side by side: two rounds of the chip's, for the sake of even ends.
 SIDE_BY_SIDE = 250
-SHARES_SIDE_BY_SIDE = 112
+SHARES_SIDE_BY_SIDE = 112  # about one round, where shares take turns
 # Where shares take turns, the most rows of heads that are side by side; and heads of a window, with
 # keys of their own or not.
 MOST_ROWS_OF_SHARES = 40_960
 MOST_IN_WINDOW, MOST_SHARES_IN_WINDOW = 16, 8
-# Of what the chip could run in as many rounds, where tiles are long; and how many heads are side by
-# side at the most for its sake.
-LONG, LEAST_FILLED, MOST_TO_FILL = 8192, 0.85, 4
+# Of the time, what is lost with each head of a group beyond two, whose tiles are at one block at a
+# time; what it takes to fill dQ; and what sharing is to gain. See docs/kernels.md, 65.
+INNER, FILL, SHARED = 0.04, 0.02, 0.03
 # Visits of a tile in a window, times the heads side by side: what they go on to besides what the
 # chip's tiles are at.
 WINDOWS_SIDE_BY_SIDE = 312
@@ -67,9 +72,14 @@ def most_visits(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     # ms on an H100, filled and stored, visited 33 times: 32 heads of 8, T 8k 6.269, 6.153, window
     # 4095 5.719, 5.648. On an H200, window 4095 of 16 heads, four side by side, 2.734, 2.717; 4k
     # full of 16 heads, visited 32 times, 3.042, 3.010; 3.054, 3.022; 3.039, 3.008. 28 heads of 4,
-    # 16k, a head a share, visited 64 times, 10.75 (late), 10.33.
+    # 16k, a head a share, visited 64 times, 10.75 (late), 10.33. us of backward, heads with their
+    # own keys: 32, 8k, on an H200 2263, 2210; 16, 16k, on an H100 4320, 4254, but 12,345 in pieces,
+    # 2481, 2591.
     if _is_window(spec):
         return MOST_VISITS_OF_SHARES
+    one_way = _is_one_way(spec) and tiles.values_first and padded_width(spec.head_dim) == 128
+    if spec.group == 1 and one_way and not tiles.pieces:
+        return MOST_VISITS_OF_ONE_HEAD
     if tiles.adds:
         alone = tiles.shares.heads == spec.group
         return MOST_VISITS_OF_ONE_HEAD if alone else MOST_VISITS_OF_SHARES
@@ -88,10 +98,10 @@ def added_shares(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     # Of head dim 96, 32 of one 1.633, 1.452; of 64, with four heads a share, 1.069, 1.024 (two
     # 1.044), but 32 of 8, 8k, 3.621, 3.638. Wide heads: 8 of one of 256 0.942, 0.945.
     # Full calls: 32 of one 3.010, 3.086; of 8 3.061, 3.199.
-    # On an H200: 16k 12.18, 11.65, 32 of 4 12.75, 11.61; 12,345, whose 194 thread blocks of two
-    # heads are one and a half rounds of the chip's, 6.87, 6.94. 2k, B 4, 32 of 8 0.948, 0.922, of
-    # one 0.972, 0.927. A head a share: 28 of 4, 2k 0.989, 0.893, 4k 1.565, 1.469, 8k 2.803, 2.667,
-    # 16k 10.80, 10.33; but 40 of 8, 4k, 1.048, 1.062, 24 of 8 1.203, 1.278, 8k 2.302, 2.318.
+    # On an H200: 16k 12.18, 11.65, 32 of 4 12.75, 11.61. 2k, B 4, 32 of 8 0.948, 0.922, of one
+    # 0.972, 0.927. A head a share: 28 of 4, 2k 0.989, 0.893, 4k 1.565, 1.469, 8k 2.803, 2.667, 16k
+    # 10.80, 10.33; but 40 of 8, 4k, 1.048, 1.062, 24 of 8 1.203, 1.278. By time, us of backward:
+    # 10,000, 28 of 4 3403, 2936, 40 of 8 4487, 4208, 32 of 8 3564, 3368. See docs/kernels.md, 65.
     others = spec.has_segments or spec.dropout_rate > 0
     others |= spec.mask_shape is not None or spec.bias_shape is not None
     count = -(-spec.keys // tiles.keys)
@@ -106,22 +116,25 @@ def added_shares(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
         if not tiles.values_first or visited <= MOST_VISITS:
             return {}
         return {"shares": Shares(spec.group), "adds": True}
-    heads = 4 if tiles.queries > 64 else 2
-    if tiles.values_first and spec.group % 2 and spec.group >= LEAST_ODD:
-        heads = 1
-    if not _is_one_way(spec) or spec.group % heads or spec.group == heads:
+    if not _is_one_way(spec):
         return {}
     if not tiles.values_first and spec.batch * spec.kv_heads * count >= ENOUGH:
         return {}
-    shares = Shares(spec.group // heads)
-    blocks = spec.batch * spec.kv_heads * count * shares.count
-    is_many = tiles.values_first and blocks >= ENOUGH
+    heads = (2, 1) if tiles.values_first else (4 if tiles.queries > 64 else 2,)
+    if count > PLACES_APART and spec.group % 2 == 0:
+        heads = heads[:1]  # a head's sums would grow with the keys
+    found, least = WHOLE, _time(spec, tiles) / (1 + SHARED)
+    is_many = tiles.values_first and spec.batch * spec.heads * count >= LEAST_MANY
     if visits < (LEAST_OF_MANY if is_many else LEAST_VISITED):
         return {}
-    together = _shares_side_by_side(spec, replace(tiles, shares=shares))
-    if not _fills_rounds(spec, tiles, together or spec.kv_heads * shares.heads):
-        return {}
-    return {"shares": shares, "adds": True}
+    for own in heads:
+        if spec.group % own or own == spec.group:
+            continue
+        shares = Shares(spec.group // own)
+        time = _time(spec, replace(tiles, shares=shares, adds=True))
+        if time < least:
+            found, least = shares, time / EVENER
+    return {"shares": found, "adds": True} if found != WHOLE else {}
 
 
 def order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
@@ -137,8 +150,10 @@ def order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     # 7.24, 7.20, 16 of 16 7.04, 7.08. Documents on an H100, 8 heads of 2: 10 in 32k 3.646, 3.419, 6
     # in 131k 62.74, 58.27; 32 of 8, 16 of 1024 tokens, 1.471, 1.407.
     added = spec.mask_shape is not None or spec.bias_shape is not None
-    if added or tiles.apart or tiles.once:
+    if added or tiles.once:
         return {}
+    if tiles.apart:
+        return {"heads_together": _rows_side_by_side(spec, tiles)}
     if _is_window(spec):
         if spec.has_segments or not tiles.values_first or not _is_long(spec, tiles):
             return {}
@@ -151,12 +166,14 @@ def order(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
         return {}  # not tried
     heads = spec.kv_heads * tiles.shares.heads
     if tiles.adds:
-        together = _shares_side_by_side(spec, tiles)
+        together = _or_all_of_a_row(heads_of_shares(spec, tiles), heads)
         return {"heads_inner": spec.group > tiles.shares.heads, "heads_together": together}
+    rows = _rows_side_by_side(spec, tiles)
     if spec.group > 1:
-        return {"heads_inner": spec.group > tiles.shares.heads}
+        return {"heads_inner": spec.group > tiles.shares.heads, "heads_together": rows}
     many = -(-SIDE_BY_SIDE * tiles.keys // spec.keys)
-    return {"heads_together": _divisor(heads, many) if tiles.shares.count == 1 else 0}
+    some = _divisor(heads, many) if tiles.shares.count == 1 else 0
+    return {"heads_together": some or rows}
 
 
 def places(spec: AttentionSpec, tiles: BackwardTiles) -> int:
@@ -234,28 +251,29 @@ def _is_long(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     return float(counts.mean()) * tiles.queries * spec.group >= LEAST_VISITED
 
 
-def _shares_side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
-    """Thread blocks that are at tiles with one number at a time; 0: all."""
-    shares = tiles.shares.heads
-    least = max(2, -(-SHARES_SIDE_BY_SIDE * tiles.keys // spec.keys))
-    # A head a thread block is as heads are that have their own keys.
-    of_tile = shares if shares < spec.group else 1
-    found = _divisor(spec.kv_heads * shares, least, of_tile=of_tile)
-    if not _fills_rounds(spec, tiles, found):
-        # Twice as many end more evenly; of more the blocks of queries do not stay in L2. ms on an
-        # H200, forward and backward, 12,345 keys, 32 heads of 8 6.78, so 6.72, 28 of 4 6.50, 6.07;
-        # 20k 18.54, 18.46.
-        more = _divisor(spec.kv_heads * shares, 2 * least, of_tile=of_tile)
-        if 0 < more <= MOST_TO_FILL and _fills_rounds(spec, tiles, more):
-            return more
-    return found
+def _time(spec: AttentionSpec, tiles: BackwardTiles) -> float:
+    """When the last thread block of a call ends, in visits to a block of queries of one head."""
+    if tiles.adds:
+        return last_end(spec, tiles, heads_of_shares(spec, tiles))
+    visited = float(known_counts(spec, queries=tiles.queries, keys=tiles.keys).sum())
+    visited /= -(-spec.queries // tiles.queries)
+    filled = visited > most_visits(spec, tiles)
+    rows = _rows_side_by_side(spec, tiles)
+    inner = 1 + INNER * max(0, spec.group - 2)
+    return inner * (1 + FILL * filled) * last_end(spec, tiles, rows or spec.kv_heads)
 
 
-def _fills_rounds(spec: AttentionSpec, tiles: BackwardTiles, together: int) -> bool:
-    """Whether so many heads' tiles, side by side, leave few multiprocessors idle at their end."""
-    blocks = together * -(-spec.keys // tiles.keys)
-    room = -(-blocks // MULTIPROCESSORS) * MULTIPROCESSORS
-    return spec.keys <= LONG or blocks >= LEAST_FILLED * room
+def _rows_side_by_side(spec: AttentionSpec, tiles: BackwardTiles) -> int:
+    """The heads of some rows, where those of one row at a time end unevenly; 0: those of one."""
+    heads, count = spec.kv_heads * tiles.shares.heads, -(-spec.keys // tiles.keys)
+    alone = not _is_one_way(spec) or spec.has_segments or tiles.tiles_outer
+    if alone or spec.batch == 1 or not 0 < count <= MOST_KNOWN or heads * count >= SIDE_BY_SIDE:
+        return 0
+    return _or_all_of_a_row(rows_together(spec, tiles), heads)
+
+
+def _or_all_of_a_row(together: int, heads: int) -> int:
+    return 0 if together == heads else together
 
 
 def _heads_of_window(spec: AttentionSpec, tiles: BackwardTiles) -> int:
@@ -275,13 +293,9 @@ def _largest_divisor(count: int, most: int) -> int:
     return found if found < count else 0
 
 
-def _divisor(count: int, least: int, *, of_tile: int = 1) -> int:
-    """The least divisor of a count that is as much, but less than all; else 0.
-
-    Of so many heads of a tile it is some that divide them, or all of some tiles.
-    """
-    found = (n for n in range(least, count) if count % n == 0)
-    return next((n for n in found if n % of_tile == 0 or of_tile % n == 0), 0)
+def _divisor(count: int, least: int) -> int:
+    """The least divisor of a count that is as much, but less than all; else 0."""
+    return next((n for n in range(least, count) if count % n == 0), 0)
 
 
 def _is_one_way(spec: AttentionSpec) -> bool:

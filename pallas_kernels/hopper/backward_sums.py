@@ -88,8 +88,9 @@ def row_of_sums(
 ) -> Array:
     """The number of 64 keys from this one on: of tiles that are launched later it is higher."""
     side_by_side = _key_heads_side_by_side(spec, tiles)
-    _, own = divided(head, side_by_side)
-    number = (batch * spec.kv_heads + head - own) * np.int32(_blocks(spec, tiles))
+    of_all = batch * np.int32(spec.kv_heads) + head
+    _, own = divided(of_all, side_by_side)
+    number = (of_all - own) * np.int32(_blocks(spec, tiles))
     block = _shifted(key, ROWS)
     if tiles.upward:
         block = np.int32(_blocks(spec, tiles) - 1) - block

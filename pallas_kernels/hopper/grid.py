@@ -2,7 +2,8 @@
 
 The last axis changes fastest. CUDA lets that one alone grow over 65,535; where another would, all
 are launched as one, in the same order, and each thread block divides its number by their sizes.
-Else it does not, as what is divided takes registers.
+Else it does not, as what is divided takes registers; but of four, the first two are launched as
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Grid:
     @property
     def is_flat(self) -> bool:
         """Whether it is launched as one axis."""
-        return any(size > MOST_OF_AN_AXIS for _, size in self.axes[:-1])
+        sizes = [size for _, size in self.axes]
+        return any(size > MOST_OF_AN_AXIS for size in (prod(sizes[:-2]), *sizes[-2:-1]))
 
     @property
     def count(self) -> int:

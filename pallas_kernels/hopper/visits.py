@@ -14,6 +14,7 @@ kernel.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -115,12 +116,15 @@ def visits(
     return jnp.stack(list(_in_parts(jnp, whole, parts)), axis=-1)
 
 
+@functools.lru_cache(maxsize=64)
 def known_counts(
     spec: AttentionSpec, *, queries: int, keys: int
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
     """(tiles,): how many visits each tile has, as far as shapes tell: the most with lengths."""
     tiles = -(-spec.keys // keys)
-    return _known(spec, tiles, queries=queries, keys=keys, every=False)[:, 1]
+    counts = _known(spec, tiles, queries=queries, keys=keys, every=False)[:, 1]
+    counts.setflags(write=False)
+    return counts
 
 
 def tiles_that_visit(

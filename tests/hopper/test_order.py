@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 import jattn
-from pallas_kernels.hopper import backward
+from pallas_kernels.hopper import backward, backward_rounds
 from pallas_kernels.hopper.backward_block import grid_of
-from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
+from pallas_kernels.hopper.backward_tiles import BackwardTiles, choose_backward_tiles
 from pallas_kernels.hopper.shares import Shares
 from tests.cases import Case, chosen
 from tests.hopper.calls import Bottom, Half, spec_of
@@ -25,6 +25,7 @@ ORDERS = {
     Half("grouped", 1, 200, 200, 4, 2, 64, causal=True): 1,
     Half("in_fragments", 2, 70, 150, 4, 4, 128, causal=True): 2,
     Half("three_of_a_group", 1, 140, 270, 6, 2, 80, causal=True): 1,
+    Half("two_rows", 4, 70, 130, 1, 1, 64, causal=True): 2,
     Half("lengths", 2, 150, 300, 4, 2, 64, causal=True, query_lengths=(150, 70),
          key_lengths=(0, 290)): 1,
     Half("offsets", 2, 170, 270, 4, 2, 128, causal=True, offset=(-30, 160)): 1,
@@ -86,7 +87,7 @@ def test_late_and_turned_on_a_gpu_as_exact(case: Case, seed: int) -> None:
     check(FLASH, case, seed)
 
 
-@pytest.mark.parametrize("case", chosen(list(ORDERS), "grouped"), ids=str)
+@pytest.mark.parametrize("case", chosen(list(ORDERS), "grouped two_rows"), ids=str)
 def test_interpreted_as_exact(case: Case, ordering: Callable[[int], None], seed: int) -> None:
     ordering(ORDERS[case])
     check(INTERPRETED, case, seed)
@@ -117,7 +118,8 @@ def test_on_a_gpu_as_exact(
         (Half("one_key_head", 2, 4096, 4096, 32, 1, 128, causal=True), 4, True),
         (Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True), 2, True),
         (Half("grouped_long", 1, 16384, 16384, 32, 8, 128, causal=True), 2, True),
-        (Half("of_three", 2, 8192, 8192, 24, 8, 128, causal=True), 0, True),
+        (Half("of_two", 2, 8192, 8192, 16, 8, 128, causal=True), 0, True),
+        (Half("of_three", 2, 8192, 8192, 24, 8, 128, causal=True), 2, False),
         (Half("long", 1, 16384, 16384, 16, 16, 128, causal=True), 2, False),
         (Half("odd", 1, 12345, 12345, 16, 16, 128, causal=True), 4, False),
         (Half("middle", 4, 4096, 4096, 16, 16, 128, causal=True), 8, False),
@@ -142,7 +144,7 @@ def test_what_is_chosen(case: Case, together: int, inner: bool) -> None:
     spec = spec_of(case)
     tiles = choose_backward_tiles(spec, deterministic=False)
     assert (tiles.heads_together, tiles.heads_inner) == (together, inner)
-    added_often = case.name in ("grouped_long", "of_three")
+    added_often = case.name in ("grouped_long", "of_two")
     assert (tiles.late, tiles.heads_turned) == (added_often, added_often)
     assert tiles.tiles_first == (case.name in ("full", "window"))
     sizes = dict(grid_of(spec, tiles).axes)
@@ -167,13 +169,34 @@ def test_every_visit_of_every_head_is_made_once(heads: int, *, turned: bool) -> 
         assert found[0][0] == (2 if turned else 0)
 
 
-def test_more_heads_are_side_by_side_where_that_fills_the_chip() -> None:
-    def shared(length: int, heads: int, kv_heads: int) -> tuple[int, int]:
-        spec = spec_of(Half("", 1, length, length, heads, kv_heads, 128, causal=True))
+def test_as_many_heads_are_side_by_side_as_end_evenly() -> None:
+    def chosen_of(batch: int, length: int, heads: int, kv_heads: int) -> tuple[int, int]:
+        spec = spec_of(Half("", batch, length, length, heads, kv_heads, 128, causal=True))
         tiles = choose_backward_tiles(spec, deterministic=False)
         return tiles.shares.heads, tiles.heads_together
 
-    assert shared(16384, 32, 8) == (2, 2)
-    assert shared(12345, 32, 8) == (2, 4)  # 388 thread blocks; of two heads 194
-    assert shared(12345, 28, 4) == (7, 4)
-    assert shared(10000, 16, 4)[0] == 1
+    assert chosen_of(1, 16384, 32, 8) == (2, 2)
+    assert chosen_of(1, 12345, 28, 4) == (7, 2)
+    # Two heads' 158 thread blocks are little more than one round, four heads' two and a half.
+    assert chosen_of(1, 10000, 28, 4) == (7, 4)
+    assert chosen_of(1, 10000, 16, 4) == (4, 4)
+    # The eight heads of a row have 64 thread blocks, half a round.
+    assert chosen_of(4, 1024, 32, 8) == (1, 16)
+    assert chosen_of(4, 2048, 12, 4) == (1, 8)
+    assert chosen_of(16, 1024, 16, 16) == (1, 0)
+
+
+def test_a_launch_ends_as_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three multiprocessors, tiles of 8, 6, 4 and 2 visits, each with two more to start and end."""
+    monkeypatch.setattr(backward_rounds, "MULTIPROCESSORS", 3)
+    for batch, followed, end in (
+        (1, 100, 10),  # 10 | 8 | 6 + 4
+        (2, 100, 20),  # 10 + 8 | 8 + 10 | 6 + 4 + 6 + 4
+        (2, 4, 10 + 28 / 3),  # of the second row the mean
+    ):
+        monkeypatch.setattr(backward_rounds, "MOST_FOLLOWED", followed)
+        backward_rounds.end_of.cache_clear()
+        spec = spec_of(Half("", batch, 512, 512, 1, 1, 128, causal=True))
+        tiles = BackwardTiles(64)
+        assert backward_rounds.last_end(spec, tiles, 1) == pytest.approx(end)
+    backward_rounds.end_of.cache_clear()

@@ -31,7 +31,7 @@ __all__ = ["hopper"]
 H100 = Target("gpu", "NVIDIA H100", (9, 0))
 # Sizes that fit no tile, each with the shares that it is computed in.
 SHARED = {
-    Half("one_key_head", 1, 70, 150, 4, 1, 64, causal=True): Shares(2),
+    Half("one_key_head", 2, 70, 150, 2, 1, 64, causal=True): Shares(2),
     Half("window", 2, 300, 140, 2, 1, 64, window=(70, 20)): Shares(2, 3),
     Half("lengths", 2, 300, 270, 1, 1, 72, query_lengths=(290, 70), key_lengths=(0, 200)): Shares(
         1, 3
@@ -70,7 +70,8 @@ def sharing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shares], None]:
             if not adds or shares.heads == 1 or shares.queries > 1:
                 return tiles
             in_turn = {"tiles_outer": False, "tiles_first": spec.band.lower is not None}
-            together = 0 if in_turn["tiles_first"] else shares.heads
+            rows = spec.batch if spec.kv_heads == 1 else 1  # side by side
+            together = 0 if in_turn["tiles_first"] else shares.heads * rows
             places = -(-spec.keys // tiles.keys) if in_turn["tiles_first"] else 1
             return replace(tiles, **in_turn, heads_together=together, places=places)
 
@@ -168,14 +169,15 @@ def test_few_tiles_are_shared_and_many_are_not() -> None:
     assert shares_of(replace(grouped, window=(1023, 0))) == WHOLE
     assert shares_of(replace(grouped, causal=False)) == WHOLE
     assert shares_of(replace(grouped, heads=56)) == Shares(7)
-    assert shares_of(replace(grouped, heads=24)) == WHOLE
+    assert shares_of(replace(grouped, heads=24)) == Shares(3)
+    assert shares_of(replace(grouped, heads=24, queries=4096, keys=4096)) == WHOLE
+    assert shares_of(replace(grouped, heads=16)) == WHOLE
     short = replace(grouped, batch=4, queries=2048, keys=2048)
     for batch in (4, 1):
         spec = spec_of(replace(short, batch=batch))
         assert choose_backward_tiles(spec, deterministic=False).adds == (batch == 4)
-    # Two heads of 97 tiles would be one and a half rounds, but four are nearly three.
     assert shares_of(replace(grouped, queries=12345, keys=12345)) == Shares(2)
-    assert shares_of(replace(grouped, queries=10000, keys=10000)) == WHOLE
+    assert shares_of(replace(grouped, queries=10000, keys=10000)).heads >= 2
     assert shares_of(Half("", 8, 4096, 77, 10, 10, 64)).queries > 1
     assert shares_of(Half("", 1, 128, 128, 8, 8, 64)) == WHOLE
 
