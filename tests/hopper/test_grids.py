@@ -76,6 +76,16 @@ def test_a_flat_grid_visits_every_tile(
     exact.check(exact.INTERPRETED, case, seed)
 
 
+def test_the_first_two_of_four_axes_are_launched_as_one() -> None:
+    def of(*sizes: int) -> grid.Grid:
+        return grid.Grid(tuple(zip("abcd", sizes, strict=False)))
+
+    assert not of(65_535, 65_535, 100_000).is_flat
+    assert of(65_536, 1, 1).is_flat
+    assert not of(3, 21_845, 65_535, 100_000).is_flat
+    assert of(3, 21_846, 1, 1).is_flat
+
+
 def test_more_tiles_than_a_launch_may_have_are_refused() -> None:
     case = Half("", 2**26, 1, 1, 32, 32, 8)
     assert "2147483648 tiles" in limits.refusals(spec_of(case))[0]

@@ -182,21 +182,24 @@ def test_few_tiles_are_shared_and_many_are_not() -> None:
     assert shares_of(Half("", 1, 128, 128, 8, 8, 64)) == WHOLE
 
 
+LAUNCHED = [
+    Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True),
+    Half("grouped_long", 1, 32768, 32768, 8, 2, 128, causal=True),
+    Half("two_key_heads_together", 4, 4096, 4096, 32, 8, 128, causal=True),
+    Half("of_six", 2, 8192, 8192, 48, 8, 128, causal=True),
+    Half("of_seven", 1, 16384, 16384, 28, 4, 128, causal=True),
+    Half("large_groups", 1, 16384, 16384, 32, 4, 128, causal=True),
+    Half("window", 1, 16384, 16384, 32, 8, 128, causal=True, window=(4095, 0)),
+    Half("long_window", 2, 40960, 40960, 8, 2, 128, causal=True, window=(4095, 0)),
+]
+TWO_ROWS = Half("two_rows_together", 4, 4096, 4096, 12, 2, 128, causal=True)
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        Half("grouped", 2, 8192, 8192, 32, 8, 128, causal=True),
-        Half("grouped_long", 1, 32768, 32768, 8, 2, 128, causal=True),
-        Half("two_key_heads_together", 4, 4096, 4096, 32, 8, 128, causal=True),
-        Half("of_six", 2, 8192, 8192, 48, 8, 128, causal=True),
-        Half("of_seven", 1, 16384, 16384, 28, 4, 128, causal=True),
-        Half("large_groups", 1, 16384, 16384, 32, 4, 128, causal=True),
-        Half("window", 1, 16384, 16384, 32, 8, 128, causal=True, window=(4095, 0)),
-        Half("long_window", 2, 40960, 40960, 8, 2, 128, causal=True, window=(4095, 0)),
-    ],
+    ("case", "deterministic"),
+    [*((case, same) for case in LAUNCHED for same in (False, True)), (TWO_ROWS, False)],
     ids=str,
 )
-@pytest.mark.parametrize("deterministic", [False, True])
 def test_sums_lie_where_those_of_a_tile_that_was_launched_before_were(
     case: Case, *, deterministic: bool
 ) -> None:
