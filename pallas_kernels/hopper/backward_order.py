@@ -73,8 +73,8 @@ def most_visits(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     # 4095 5.719, 5.648. On an H200, window 4095 of 16 heads, four side by side, 2.734, 2.717; 4k
     # full of 16 heads, visited 32 times, 3.042, 3.010; 3.054, 3.022; 3.039, 3.008. 28 heads of 4,
     # 16k, a head a share, visited 64 times, 10.75 (late), 10.33. us of backward, heads with their
-    # own keys: 32, 8k, on an H200 2263, 2210; 16, 16k, on an H100 4320, 4254, but 12,345 in pieces,
-    # 2481, 2591.
+    # own keys: 32, 8k, 2242, 2182; 16, 10,000 1665, 1633, 16k 4239, 4157, but in pieces, on an
+    # H100, 12,345 2481, 2591.
     if _is_window(spec):
         return MOST_VISITS_OF_SHARES
     one_way = _is_one_way(spec) and tiles.values_first and padded_width(spec.head_dim) == 128
