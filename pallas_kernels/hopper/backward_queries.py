@@ -59,7 +59,7 @@ from pallas_kernels.hopper.plan import Plan, Work
 from pallas_kernels.hopper.row_terms import row_sums
 from pallas_kernels.hopper.seam import Ref, Seam, matrix, ring
 from pallas_kernels.hopper.segments import segment_arrays
-from pallas_kernels.hopper.softmax import LN2, LOG2E, across, logits, scale_of
+from pallas_kernels.hopper.softmax import LN2, LOG2E, across, cap_slope, logits, scale_of
 from pallas_kernels.hopper.tiles import ROWS, SHARED_MEMORY, Tiles
 from pallas_kernels.hopper.warpgroups import Part, run
 
@@ -424,8 +424,8 @@ class Rows:
                 seam.made_before(kept, refs.zero[0])
             s = seam.layout(seam.wait(s_acc, in_flight=1 + late), WGMMA)
             x, c = logits(spec, self.scale, s)
-            slope = None if spec.logits_soft_cap is None else 1 - x * x
-            has_bias = spec.bias_shape is not None
+            capped, has_bias = spec.logits_soft_cap is not None, spec.bias_shape is not None
+            slope = cap_slope(x, masked=False) if capped and has_bias else None
             if has_bias:
                 x, c = self.with_bias(i, x, c), LOG2E
             if masked:
@@ -438,9 +438,11 @@ class Rows:
             if self.writes_bias:
                 exponent -= self.row(refs.rows_smem.at[self.warpgroup.number, LOW])
             p = jnp.exp2(exponent)
-            hidden = p == 0
+            if capped and not has_bias:
+                slope = cap_slope(x, masked=masked)
             if slope is not None and not self.writes_bias:
-                p = p * slope  # d tanh(y) = 1 - tanh² y
+                p = p * slope
+            hidden = p == 0
             dp = seam.wait(dp_acc, in_flight=late)
             row_term = self.row(refs.rows_smem.at[self.warpgroup.number, ROW_TERM])
             dp = seam.layout(dp, WGMMA)

@@ -193,6 +193,9 @@ def _weights(
     unseen, slope = p == 0, p
     if capped:
         slope = p * (1 - x * x)  # d tanh(y) = 1 - tanh² y
+        if masked and block.tiles.joined and not drops:  # where what is unseen would spill
+            slope = jnp.where(unseen, 0.0, slope)
+            unseen = slope == 0
         p = (kept(p) if drops else p).astype(spec.dtype)
     elif (first or masked) and not started:  # else its products hold it
         seam.hold(p, visit.hidden)

@@ -116,7 +116,9 @@ def _joined(spec: AttentionSpec) -> BackwardTiles | None:
     # Documents gain in one round alone: us, not joined, joined, 2k of 8 heads, of 64, four of them,
     # 60.2, 64.0, of 128, 16 of them, 49.1, 50.3, 512, B 4, 41.7, 42.7.
     full = spec.has_segments or not hides_some(spec)
-    longest = LONGEST_JOINED_FULL if full else LONGEST_JOINED
+    # Nor do lengths alone beyond 1k, 8 heads of 64 102.4, 111.3; but 1k, B 2, 62.6, 62.3.
+    banded = spec.band.lower is not None or spec.band.upper is not None
+    longest = LONGEST_JOINED if banded and not full else LONGEST_JOINED_FULL
     sizes = (spec.queries, spec.keys)
     if others or spec.head_dim > 128 or min(sizes) < LEAST_JOINED or max(sizes) > longest:
         return None

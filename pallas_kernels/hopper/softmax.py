@@ -31,7 +31,7 @@ from pallas_kernels.hopper.tiles import ROWS
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["LN2", "LOG2E", "Softmax", "across", "logits", "scale_of", "unit"]
+__all__ = ["LN2", "LOG2E", "Softmax", "across", "cap_slope", "logits", "scale_of", "unit"]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -69,6 +69,16 @@ def logits(spec: AttentionSpec, scale: Array | float, s: Array) -> tuple[Array, 
     if spec.scale is not None and spec.scale > 0:
         return s, spec.scale * LOG2E
     return s * scale, LOG2E
+
+
+def cap_slope(x: Array, *, masked: bool) -> Array:
+    """d tanh(y) = 1 - tanh² y, of what `logits` gives.
+
+    masked: some of it was hidden, as -inf, and is zero. So it is made of what P is made of: x from
+      before a mask would be kept beside, in registers that there are not.
+    """
+    x = jnp.maximum(x, -1.0) if masked else x
+    return 1 - x * x
 
 
 def unit(spec: AttentionSpec) -> float:

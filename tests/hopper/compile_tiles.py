@@ -55,6 +55,7 @@ JOINED = [
         ("dropout_64", {"head_dim": 64, "dropout": 0.1}),
         ("dropout_full_64", {"head_dim": 64, "dropout": 0.1, "causal": False}),
         ("dropout_128", {"dropout": 0.1}),
+        ("cap_segments_64", {"head_dim": 64, "segments": "sorted", "soft_cap": 30.0}),
         ("alone_64", {"head_dim": 64, "queries": 256, "keys": 256}),
         ("alone_causal_128", {"queries": 256, "keys": 256}),
         ("alone_ragged_96", {"head_dim": 96, "queries": 250, "keys": 333}),

@@ -28,7 +28,6 @@ KNOWN_SPILLS = {
         "offsets_64": 32,
         "segments_64": 32,
         "segments_256": 8,
-        "soft_cap_sinks_256": 20,
         "one_query_64": 36,
         "segments_ragged": 12,
         "short_documents": 16,
@@ -59,7 +58,7 @@ KNOWN_SPILLS = {
         "bias_shared_lengths_64": 8,
     },
     # Gradients beside a bias that has none.
-    "still": {"bias_soft_cap_sinks": 80, "bias_short_128": 8, "bias_columns_128": 8},
+    "still": {"bias_short_128": 8, "bias_columns_128": 8},
     "deterministic": {},
     "forward": {
         "window_64": 8,

@@ -36,6 +36,7 @@ CASES = [
     Case("float16", 1, 300, 140, 2, 1, 128, dtype="float16", causal=True),
     Half("dropout", 1, 150, 200, 2, 2, 64, dropout=0.1),
     Case("kinds", 1, 70, 130, 1, 1, 64, dtype="float16", segments="unsorted", dropout=0.2),
+    Half("packed_cap", 1, 150, 200, 2, 1, 64, segments="sorted", causal=True, soft_cap=5.0),
     Half("dropout_cap_96", 1, 130, 150, 4, 1, 96, dropout=0.3, soft_cap=5.0, causal=True),
 ]
 OTHERS = [
@@ -53,6 +54,7 @@ OTHERS = [
     Half("long_packed", 1, 1100, 1100, 1, 1, 64, causal=True, segments="sorted"),
     Half("many_packed", 4, 512, 512, 8, 8, 64, causal=True, segments="sorted"),
     Half("shares_of_one", 1, 1024, 1024, 24, 8, 128, causal=True),
+    Half("long_lengths", 1, 1100, 1100, 1, 1, 64, key_lengths=(900,)),
     Half("few_keys_offsets", 2, 200, 60, 2, 2, 64, causal=True, offset=(0, 7)),
 ]
 # The shares of a group's heads, and of each one's visits, where dQ's thread blocks are beside.
