@@ -9,9 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from pallas_kernels.hopper.copies import copyable, padded_width
-from pallas_kernels.hopper.piece_widths import in_pieces
-
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
     from pallas_kernels.hopper.tiles import Tiles
@@ -27,6 +24,7 @@ INT32_MAX = 2**31 - 1
 # Where all have an even share: of multiprocessors, those that have one, a launch that joins parts,
 # in visits, and the most of the time for which it is done.
 NEARLY_ALL, JOINED, WORTH_EVEN = 0.9, 1.0, 0.995
+LONG_EVEN = 32  # visits: with fewer, 0.95 of the time of tiles that are not split
 MOST_EVEN = 2**24  # visits in all, which are counted in int32
 
 
@@ -58,22 +56,20 @@ def shares(plan: Plan, multiprocessors: int) -> int:
     3 157, 5 163, 13 158; B 6, 2 185, 5 188.
     """
     visited, rows_of_tile = _visited(plan), plan.spec.queries * plan.pack
-    padding = _padding(plan, multiprocessors)
 
     def cost(splits: int) -> float:
         """In visits while all read."""
         tiles = plan.works * splits
         rounds, last = _rounds(tiles, multiprocessors)
         visits = visited / splits if rounds else -(-visited // splits)
-        joined = tiles * rows_of_tile * ROWS_JOINED + padding if splits > 1 else 0.0
+        joined = tiles * rows_of_tile * ROWS_JOINED if splits > 1 else 0.0
         return _time(visits, rounds, last) + joined
 
     # A share's first block is a quotient.
     most = max(1, min(visited, multiprocessors, INT32_MAX // (2 * visited)))
     in_one = max(1, min(multiprocessors // plan.works, most))
     best = min(range(in_one, most + 1), key=cost, default=in_one)
-    best = best if cost(best) < WORTH * cost(in_one) else in_one
-    return 1 if padding and cost(1) < cost(best) else best
+    return best if cost(best) < WORTH * cost(in_one) else in_one
 
 
 def tiles(plan: Plan, splits: int, multiprocessors: int) -> Tiles:
@@ -106,6 +102,9 @@ def even_shares(plan: Plan, splits: int, multiprocessors: int) -> tuple[Tiles, i
     """
     # us on an H200, 32 heads of 8, 32,768 keys, without and with: B 6 186.9, 183.3; 9 272.8, 271.8;
     # 12 365.0, 358.8; 14 422.7, 418.3; 17 526.7, 507.1, four queries 542.4, 511.3; 20 600.4, 595.4.
+    # B 17 of 8,192 141.2, 131.8, 4,096 77.4, 69.0, 2,048 43.6, 38.0, of head dim 64, 4,096 47.9,
+    # 37.7; B 20 84.8, 80.4; not split, B 9 37.9, 39.1, of 8,192 72.5, 71.0. On an H100 these 99.7,
+    # 102.1, B 24 of 2,048 69.1, 70.7, B 40 115.1, 114.2, B 24 of 4,096, in two, 137.1, 133.9.
     spec, own = plan.spec, plan.tiles
     others = spec.bias_shape is not None or spec.dropout_rate > 0 or spec.has_sinks
     width, packs = max(spec.head_dim, spec.value_dim), plan.head_packs
@@ -121,23 +120,12 @@ def even_shares(plan: Plan, splits: int, multiprocessors: int) -> tuple[Tiles, i
     so = _time(share, 0, groups * packs / multiprocessors)
     so += ROUND * share / visited  # rows that it goes on to
     if splits == 1:
-        so += JOINED + _padding(plan, multiprocessors)
-    if so > WORTH_EVEN * now:
+        so += JOINED
+    short = splits == 1 and share < LONG_EVEN
+    if so > (WORTH if short else WORTH_EVEN) * now:
         return None
     keys = own.keys if width <= 64 else 64
     return replace(own, stages=3 if width <= 64 else 2, keys=keys, query_slots=2), groups * packs
-
-
-def _padding(plan: Plan, multiprocessors: int) -> float:
-    """What it takes to pad keys and values where they are split and else are not, in visits."""
-    spec = plan.spec
-    dims = (spec.head_dim, spec.value_dim)
-    padded = copyable(spec.keys, 8) != spec.keys or any(padded_width(x) != x for x in dims)
-    joined = spec.has_sinks and plan.pack > 1  # as parts are, which are not read as plain rows
-    if not padded or joined or not in_pieces(spec):
-        return 0.0
-    blocks = -(-spec.keys // plan.tiles.keys)
-    return 2 * spec.batch * spec.kv_heads * blocks / multiprocessors  # read, and written
 
 
 def _visited(plan: Plan) -> int:

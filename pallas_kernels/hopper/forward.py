@@ -56,6 +56,7 @@ from pallas_kernels.hopper.masks import Warpgroup
 from pallas_kernels.hopper.piece_widths import (
     in_pieces,
     is_latent,
+    parts_in_pieces,
     value_pieces,
     whole_or_pieces,
 )
@@ -184,8 +185,8 @@ def _takes_halves(plan: Plan) -> bool:
 
 
 def _by_rows(plan: Plan) -> bool:
-    """Whether matrices are copied as plain rows; pieces of float32 outputs are two tiles wide."""
-    return not plan.in_parts and in_pieces(plan.spec)
+    """Whether matrices are copied as plain rows, but for outputs that are parts."""
+    return parts_in_pieces(plan.spec) if plan.in_parts else in_pieces(plan.spec)
 
 
 def in_tiles(x: Array) -> Array:
@@ -226,7 +227,8 @@ def _results(plan: Plan, inputs: dict[str, Array]) -> list[jax.ShapeDtypeStruct]
     if plan.heads_in_rows:
         row_shape = (spec.batch, spec.queries, 2, spec.heads)
     out_dtype = spec.dtype
-    if plan.in_parts:
+    if plan.in_parts:  # in tiles, whose pieces in float32 would be two
+        out_shape = (spec.batch, copyable(rows, 8), spec.heads, padded_width(columns))
         out_shape, row_shape = (plan.splits, *out_shape), (plan.splits, *row_shape)
         out_dtype = jnp.float32
     return [
@@ -238,14 +240,15 @@ def _results(plan: Plan, inputs: dict[str, Array]) -> list[jax.ShapeDtypeStruct]
 def _launch(plan: Plan, inputs: dict[str, Array], *, interpret: bool) -> tuple[Array, Array]:
     tiles, seam = plan.tiles, Seam(interpret)
     out_type = _results(plan, inputs)
-    out_dtype, columns = out_type[0].dtype, inputs["v"].shape[3]
+    out_dtype, columns = out_type[0].dtype, out_type[0].shape[-1]
     if plan.is_scheduled and not plan.counted:
         inputs = inputs | {"schedule": constant(plan.schedule())}
     names = [*inputs, "out", "sums"]
     by_rows = _by_rows(plan)
     scratch = _scratch(plan, out_dtype, columns, interpret=interpret)
     if by_rows:
-        matrices = [name for name in scratch if name.endswith("_smem") and name != "b_smem"]
+        tiled = ("b_smem", *(["o_smem"] if plan.in_parts else []))
+        matrices = [name for name in scratch if name.endswith("_smem") and name not in tiled]
         scratch = in_both_ways(scratch, matrices, interpret=interpret)
     if interpret:
         o_columns = value_columns(plan, scratch["v_smem"])
@@ -337,11 +340,11 @@ def _scratch(
         scratch |= folded_bias.scratch(plan)
     scratch |= bias.scratch(plan) | dropout.scratch(plan)
     staged = tiles.own_staging or (tiles.from_registers and interpret)
-    if staged and by_rows:
+    if staged and by_rows and not plan.in_parts:
         scratch |= matrix("o", w, ROWS, widths=value)
     elif staged:
         own = transforms(columns, out_dtype)
-        scratch["o_smem"] = plgpu.SMEM((w, ROWS, *value), out_dtype, transforms=own)
+        scratch["o_smem"] = plgpu.SMEM((w, ROWS, columns), out_dtype, transforms=own)
     if tiles.in_turn:
         scratch["turn"] = plgpu.Barrier(num_barriers=w)
     if spec.has_segments:

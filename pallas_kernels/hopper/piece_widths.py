@@ -19,6 +19,7 @@ __all__ = [
     "in_pieces",
     "is_latent",
     "needs_plain_rows",
+    "parts_in_pieces",
     "piece_columns",
     "value_pieces",
     "whole_or_pieces",
@@ -64,6 +65,12 @@ def in_pieces(spec: AttentionSpec) -> bool:
     if _is_ragged(spec) or any(x < WIDTH or x % 32 for x in dims):
         return True
     return is_latent(spec)
+
+
+def parts_in_pieces(spec: AttentionSpec) -> bool:
+    """The same where outputs are parts, which go out in tiles: where arrays would be padded."""
+    padded = any(padded_width(x) != x for x in (spec.head_dim, spec.value_dim))
+    return in_pieces(spec) and (_is_ragged(spec) or padded)
 
 
 def is_latent(spec: AttentionSpec) -> bool:

@@ -7,9 +7,11 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from pallas_kernels.hopper.bias_form import FOLDED, folds, form_of
+from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.piece_widths import (
     in_pieces,
     is_latent,
+    parts_in_pieces,
     value_pieces,
     whole_or_pieces,
 )
@@ -190,9 +192,12 @@ def _by_length(spec: AttentionSpec, tiles: Tiles) -> Tiles:
 
 def _widths(spec: AttentionSpec, out_bytes: int) -> tuple[int, int, int]:
     """Columns in shared memory of keys, values and outputs, these having `out_bytes` an element."""
-    pieces = out_bytes == 2 and in_pieces(spec)
+    in_parts = out_bytes > 2
+    pieces = parts_in_pieces(spec) if in_parts else in_pieces(spec)
     head, out = (sum(whole_or_pieces(x, pieces=pieces)) for x in (spec.head_dim, spec.value_dim))
     count, width = value_pieces(spec)
+    if in_parts:
+        out = padded_width(spec.value_dim)
     return head, count * width if pieces else out, out
 
 

@@ -221,7 +221,7 @@ EVEN_SHARES = [
         "even_shares_odd",
         batch=17,
         queries=4,
-        keys=8200,
+        keys=8201,
         heads=32,
         kv_heads=8,
         causal=True,

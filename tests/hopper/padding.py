@@ -20,10 +20,10 @@ def pads(case: Case, *, gradient: bool) -> list[str]:
     """Operands in bfloat16 that are padded in what is traced of a call; no vectors of float32."""
     floats, rest, static = arguments(case)
 
-    def total(floats: Any) -> Any:
+    def total(floats: Any, rest: Any) -> Any:
         with interpreted():
             out = jattn.flash_attention(**floats, **rest, **static)
         return out.astype(jnp.float32).sum()
 
-    text = str(jax.make_jaxpr(jax.grad(total) if gradient else total)(floats))
+    text = str(jax.make_jaxpr(jax.grad(total) if gradient else total)(floats, rest))
     return re.findall(r"bf16\[[\d,]*\] = pad\[", text)

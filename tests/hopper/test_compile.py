@@ -69,12 +69,10 @@ KNOWN_SPILLS = {
     "tangent": {"window_64": 16},
     "query_tangent": {"offsets_128": 16},
 }
-# In forward operands are padded to lengths of a multiple of 8 where keys are split. One query is
-# padded to eight in backward. Dense masks are padded to whole words of bits, and their words to
-# tiles of 192 queries.
-# The gradient of a scale needs dQ unscaled, which is copied once.
+# One query is padded to eight in backward. Dense masks are padded to whole words of bits, and their
+# words to tiles of 192 queries. The gradient of a scale needs dQ unscaled, which is copied once.
 PADDED = {
-    "forward": ("packed_heads", "mask_ragged_64", "mask_dropout_64"),
+    "forward": ("mask_ragged_64", "mask_dropout_64"),
     "tangent": (),
     "query_tangent": (),
     "key_tangents": (),

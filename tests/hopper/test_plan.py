@@ -154,15 +154,13 @@ def test_few_queries_leave_few_multiprocessors_idle_whatever_the_batch() -> None
         assert plan.tiles.stages == 2
 
 
-def test_many_keys_are_not_padded_to_be_split() -> None:
+def test_keys_are_split_whatever_their_number() -> None:
     def splits(batch: int, keys: int, head_dim: int = 128) -> int:
         return make_plan(spec_of(Half("", batch, 1, keys, 32, 8, head_dim))).splits
 
-    assert splits(1, 32767) == splits(1, 32768) > 1
-    for batch in (5, 12, 17):
-        assert splits(batch, 32767) == splits(batch, 32768, 72) == 1
-        assert splits(batch, 32768) > 1
-        assert splits(batch, 32768, 80) > 1  # in pieces, but not padded
+    for batch in (1, 5, 12, 17):
+        assert splits(batch, 32767) == splits(batch, 32768) > 1
+        assert splits(batch, 32768, 72) == splits(batch, 32768, 80) > 1
 
 
 def test_few_queries_in_a_window_are_not_split_for_keys_that_they_do_not_see() -> None:
