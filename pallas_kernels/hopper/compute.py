@@ -23,7 +23,7 @@ from pallas_kernels.hopper.dense_mask import words_of
 from pallas_kernels.hopper.dropout import Words, dropped, words_of_rows
 from pallas_kernels.hopper.indices import for_each, quotient, remainder
 from pallas_kernels.hopper.load import query_slot
-from pallas_kernels.hopper.masks import Steps, Warpgroup, hide, steps_of
+from pallas_kernels.hopper.masks import End, Steps, Warpgroup, hide, steps_of
 from pallas_kernels.hopper.plain import parts_in
 from pallas_kernels.hopper.plan import MOST_LISTED
 from pallas_kernels.hopper.seam import Ref, Seam
@@ -187,7 +187,9 @@ class Rows:
             words = self.mask_words(tile, 0, masked=self.plan.masked)
             kept = self.kept(tile, 0)
             s = self.seam.wait(s_acc, in_flight=0)
-            p, softmax, _ = self.weigh(tile, s, 0, None, words, masked=self.plan.masked)
+            p, softmax, _ = self.weigh(
+                tile, s, 0, None, words, masked=self.plan.masked, end="right"
+            )
             plgpu.barrier_arrive(refs.k_free.at[slot])
             self.await_first_values(tile)
             return Weights(self.rounded(tile, 0, p, kept), softmax)
@@ -200,20 +202,24 @@ class Rows:
         """All blocks of keys but the first, and the values of all but the last."""
         plan, steps = self.plan, tile.steps
 
-        def loop(start: Any, stop: Any, weights: Weights, masked: bool | None) -> Weights:
-            body = partial(self.step, tile, masked=masked)
+        def loop(
+            start: Any, stop: Any, weights: Weights, masked: bool | None, end: End | None = None
+        ) -> Weights:
+            body = partial(self.step, tile, masked=masked, end=end)
             return for_each(start, stop, body, weights)
 
         if plan.one_loop:
             return loop(1, steps.visits, weights, None if plan.masked_later else False)
         if plan.masked:
-            weights = loop(1, steps.clear_from, weights, True)
+            weights = loop(1, steps.clear_from, weights, True, "right")
         weights = loop(steps.clear_from, steps.clear_to, weights, False)
         if plan.masked_left:
-            weights = loop(steps.clear_to, steps.visits, weights, True)
+            weights = loop(steps.clear_to, steps.visits, weights, True, "left")
         return weights
 
-    def step(self, tile: Tile, i: Array, weights: Weights, *, masked: bool | None) -> Weights:
+    def step(
+        self, tile: Tile, i: Array, weights: Weights, *, masked: bool | None, end: End | None
+    ) -> Weights:
         """S_i = Q K_iᵀ with O += P_{i-1} V_{i-1}."""
 
         def correct(o: Array, correction: Array) -> Array:
@@ -221,7 +227,8 @@ class Rows:
                 self.await_values(tile.visited + i)
             return o * across(correction, o.shape[1])
 
-        return self.two_products(tile, i, weights, weights.softmax, correct, masked=masked)
+        before = weights.softmax
+        return self.two_products(tile, i, weights, before, correct, masked=masked, end=end)
 
     def last_and_first_step(self, tile: Tile, after: Tile, weights: Weights) -> Weights:
         """S_0 of the tile after this with O += P_n V_n of this one, which is then done."""
@@ -240,7 +247,8 @@ class Rows:
         self.await_queries(after)
         if tiles.own_staging:
             plgpu.barrier_arrive(q_free)
-        return self.two_products(after, 0, weights, None, store, masked=self.plan.masked)
+        masked = self.plan.masked
+        return self.two_products(after, 0, weights, None, store, masked=masked, end="right")
 
     def last_step(self, tile: Tile, weights: Weights) -> None:
         """O += P_n V_n, with no product to run beside it."""
@@ -262,6 +270,7 @@ class Rows:
         next_o: Callable[[Array, Any], Array],
         *,
         masked: bool | None,
+        end: End | None,
     ) -> Weights:
         """S = Q Kᵀ of a tile's i-th block with the O += P V of the block before, and S's softmax.
 
@@ -287,7 +296,7 @@ class Rows:
             later = spec.has_segments and masked is not False and not plan.counted
             if not later:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
-            p, now, correction = self.weigh(tile, s, i, softmax, words, masked=masked)
+            p, now, correction = self.weigh(tile, s, i, softmax, words, masked=masked, end=end)
             if later:
                 plgpu.barrier_arrive(refs.k_free.at[slot])
             if plan.holds_maxima(masked=masked is None) and softmax is not None:
@@ -326,10 +335,12 @@ class Rows:
         words: list[Array] | None,
         *,
         masked: bool | None,
+        end: End | None,
     ) -> tuple[Array, Softmax, Array]:
         """P of a tile's i-th block, the softmax that includes it, and the correction of O.
 
         masked: whether the block needs an element mask; None if only i tells.
+        end: at which end of the blocks visited it then is; None if only i tells.
         """
         plan = self.plan
         x, c = logits(plan.spec, tile.scale, self.seam.layout(s, plgpu.Layout.WGMMA))
@@ -342,19 +353,25 @@ class Rows:
             number, count = self.warpgroup.number, tile.visited + i
             x = bias.added(plan, self.seam, self.refs, number, count, x, c, widens=plan.one_power)
 
-        def hidden(x: Array) -> Array:
+        def hidden(x: Array, end: End | None = None) -> Array:
             return hide(
                 plan, self.seam, self.refs, tile.work, tile.steps, self.warpgroup, x, i, slot,
-                words, q_slot,
+                words, q_slot, end if plan.ends_apart else None,
             )  # fmt: skip
 
+        def hidden_at_its_end(x: Array) -> Array:
+            of_ends = (partial(hidden, end="right"), partial(hidden, end="left"))
+            found: Array = lax.cond(i < tile.steps.clear_from, *of_ends, x)
+            return found
+
         if masked:
-            x = hidden(x)
+            x = hidden(x, end)
         elif masked is None:
             some = i < tile.steps.clear_from
             if plan.masked_left:
                 some |= i >= tile.steps.clear_to
-            x = lax.cond(some, hidden, lambda x: x, x)
+            of_end = hidden_at_its_end if plan.ends_apart else hidden
+            x = lax.cond(some, of_end, lambda x: x, x)
         if has_bias:
             softmax = softmax or Softmax.start_beside_bias(self.seam, one_power=plan.one_power)
             p, softmax, correction = softmax.update_natural(x)

@@ -11,7 +11,7 @@ an element mask; those between do not, and their loop has none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ from pallas_kernels.hopper.tiles import ROWS
 if TYPE_CHECKING:
     from pallas_kernels.hopper.plan import Plan, Work
 
-__all__ = ["Steps", "Warpgroup", "hide", "steps_of"]
+__all__ = ["End", "Steps", "Warpgroup", "hide", "steps_of"]
+
+type End = Literal["left", "right"]
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a row
@@ -130,12 +132,14 @@ def hide(
     slot: Array,
     words: list[Array] | None = None,
     q_slot: Array | None = None,
+    end: End | None = None,
 ) -> Array:
     """s (64, keys) of the i-th block visited, with -inf where a row does not see a key.
 
     slot: where the keys' segments are.
     words: of a dense mask, from `words_of`.
     q_slot: where the queries' segments are, if not by the warpgroup's number.
+    end: at which end of the blocks visited this one is, if `Plan.ends_apart`.
     """
     spec, shape = plan.spec, s.shape
     # Of a power of two of columns: of others a thread's would be found by divisions.
@@ -160,13 +164,16 @@ def hide(
         return seam.layout(jnp.full((ROWS,), x), ROW) if x.ndim == 0 else x
 
     start = steps.block(i) * plan.tiles.keys
+    if end == "left":
+        low = of_rows(intervals.start(query)) - start
+        return jnp.where(key >= lax.broadcast_in_dim(low, shape, [0]) - own, s, -jnp.inf)
     high = of_rows(intervals.end(query))
     if spec.has_query_lengths:
         high = jnp.where(query < of_rows(intervals.query_length), high, of_rows(0))
     if plan.splits > 1 or spec.has_segments or spec.has_query_lengths or spec.has_key_lengths:
         high = jnp.minimum(high, of_rows(jnp.where(steps.empty, np.int32(0), np.int32(spec.keys))))
     seen = key < lax.broadcast_in_dim(high - start, shape, [0]) - own
-    if spec.band.lower is not None:
+    if spec.band.lower is not None and end is None:
         low = of_rows(intervals.start(query)) - start
         seen &= key >= lax.broadcast_in_dim(low, shape, [0]) - own
     if spec.has_segments:

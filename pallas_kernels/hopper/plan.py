@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
@@ -161,6 +162,21 @@ class Plan:
             stop - first > 1 and (clear_stop < stop - 1 or clear_first > first)
             for (first, stop), (clear_first, clear_stop) in self.ranges()
         )
+
+    @cached_property
+    def ends_apart(self) -> bool:
+        """Whether each block that needs a mask needs that of one end of its rows' ranges.
+
+        A block that needs none is between those at the right end and those at the left. A tile that
+        has none begins, for all its rows, with the first key.
+        """
+        spec = self.spec
+        if spec.band.lower is None or not self.lengths_known or self.splits > 1:
+            return False
+        intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
+        last = (min(n * self.queries, spec.queries) - 1 for n in range(1, self.query_tiles + 1))
+        of_tiles = zip(last, self.ranges(), strict=True)
+        return all(a < b or intervals.start(row) == 0 for row, (_, (a, b)) in of_tiles)
 
     @property
     def one_loop(self) -> bool:

@@ -23,7 +23,7 @@ SMALL = [
     Bottom("bottom_right_wider_values", 1, 70, 333, 1, 1, 64, 96),
     Half("lengths", 2, 150, 300, 1, 1, 64, query_lengths=(150, 70), key_lengths=(0, 290)),
     Half("offsets", 2, 70, 270, 2, 1, 64, causal=True, window=(150, None), offset=(-30, 160)),
-    Half("window", 1, 300, 300, 1, 1, 40, window=(70, 20)),
+    Half("window", 1, 330, 330, 1, 1, 40, window=(260, 20)),
     Half("packed", 1, 200, 200, 1, 1, 64, segments="sorted", causal=True),
     Half("sinks_soft_cap", 1, 130, 130, 2, 2, 64, sinks=True, soft_cap=5.0),
     Half("one_query_split_keys", 2, 1, 300, 4, 1, 64, sinks=True, key_lengths=(3, 290)),

@@ -61,7 +61,7 @@ KNOWN_SPILLS = {
     "still": {"bias_short_128": 8, "bias_columns_128": 8},
     "deterministic": {},
     "forward": {
-        "window_64": 8,
+        "window_64": 16,
         "bias_window_64": 8,
         "bias_narrow_512_float32_64": 28,
         **dict.fromkeys(("counted_full_odd_64", "counted_latent_full"), 4),

@@ -25,8 +25,9 @@ from tests.hopper.exact import INTERPRETED
 from tests.test_semantics import check_found
 
 CASES = [  # with as many slots for queries; those of segments by a counter
-    (Half("list_causal", 1, 300, 300, 3, 3, 64, causal=True), 4),
+    (Half("list_window", 1, 330, 330, 2, 2, 64, window=(260, 0)), 4),
     (Half("counted", 1, 136, 136, 3, 1, 128, causal=True, segments="sorted"), 3),
+    (Half("list_causal", 1, 300, 300, 3, 3, 64, causal=True), 4),
     (Half("counted_loose", 2, 264, 328, 2, 2, 96, segments="unsorted", sinks=True), 3),
     (Half("counted_window", 1, 392, 392, 2, 2, 128, window=(140, 0), segments="sorted"), 3),
     (Half("counted_64", 2, 200, 200, 3, 1, 64, causal=True, segments="sorted"), 4),
@@ -42,7 +43,7 @@ KNOWN = [  # by a counter too
     (Half("latent_causal", 1, 136, 136, 2, 1, 192, 128, causal=True), 2),
     (Half("latent_sinks", 2, 150, 150, 2, 1, 192, 128, sinks=True), 2),
     (Half("full_128", 2, 256, 256, 3, 1, 128), 4),
-    (Half("window_64", 1, 300, 300, 2, 2, 64, window=(140, 0)), 4),
+    (Half("window_64", 1, 520, 520, 1, 1, 64, window=(400, 0)), 4),
     (Half("by_96", 2, 150, 264, 2, 1, 176), 2),
     (Half("by_80", 1, 150, 310, 2, 1, 240, sinks=True), 2),
     (Half("pieces_of_32", 1, 150, 233, 2, 1, 160, causal=True), 2),

@@ -23,6 +23,7 @@ from pallas_kernels.hopper import (
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.copies import backward_width, padded_width
 from pallas_kernels.hopper.plan import make_plan
+from pallas_kernels.hopper.tiles import Tiles
 from tests.cases import Case, thorough
 from tests.hopper.calls import Half, spec_of
 
@@ -54,6 +55,25 @@ def test_causal_lists_are_within_three_per_cent_of_even() -> None:
         for row in plan.schedule()
     ]
     assert max(loads) <= 1.03 * np.mean(loads)
+
+
+@pytest.mark.parametrize("keys", [64, 128])
+def test_a_block_of_a_window_needs_the_mask_of_its_end_alone(keys: int) -> None:
+    found = set()
+    for queries, length, window in product((420, 640), (333, 700), ((90, 0), (300, 0), (400, 80))):
+        spec = spec_of(Half("", 1, queries, length, 1, 1, 64, window=window))
+        plan = make_plan(spec, Tiles(2, keys, 2, query_slots=2))
+        row, key = np.arange(queries)[:, None], np.arange(length)[None]
+        cut = {"left": key < row - window[0], "right": key > row + window[1]}
+        apart = True
+        for tile, ((first, stop), (clear, clear_stop)) in enumerate(plan.ranges()):
+            rows = slice(tile * plan.queries, (tile + 1) * plan.queries)
+            middle = clear if clear < clear_stop else first
+            apart &= not cut["left"][rows, middle * keys : stop * keys].any()
+            apart &= not cut["right"][rows, first * keys : middle * keys].any()
+        assert plan.ends_apart == apart
+        found.add(apart)
+    assert found == {True, False}
 
 
 def test_few_queries_split_the_keys_and_share_a_tile() -> None:
