@@ -19,8 +19,9 @@ the list, made when the call is traced.
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from pallas_kernels.hopper import few_queries
 from pallas_kernels.hopper.bias_form import FOLDED, folds, form_of, rows_share
 from pallas_kernels.hopper.copies import copyable, padded_width
 from pallas_kernels.hopper.indices import divided, quotient
-from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles, fit
+from pallas_kernels.hopper.tiles import ROWS, Tiles, choose_tiles, cost_of, fit
 
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
@@ -47,6 +48,9 @@ LEAST_IN_ROWS = 8  # heads: so many are packed as well in the order of their que
 JOIN = 3  # visits that pass while parts of split keys are joined
 MOST_LISTED = 1 << 17  # tiles: 0.5 MiB of list, 0.2 s to make
 FEWEST_COUNTED = 3  # tiles a multiprocessor: of fewer, to set the counter to zero takes as long
+MOST_LOWERED = 2  # tiles a multiprocessor: of more, lower ones would only be more
+LISTED = 1.3  # of a list's start, in visits of one warpgroup
+BESIDE = 0.667  # of the time of two thread blocks, where they have one multiprocessor together
 FEWEST_VISITS = 4  # of a tile, else the counter may not answer in time
 SHORT, LONG = 2048, 8192  # keys; queries whose tiles a list would not gain
 MOST_SORTED = 2048  # tiles of all heads: compared with each other
@@ -376,6 +380,8 @@ def make_plan(
     chosen = tiles or choose_tiles(spec, rows=spec.queries * pack, halves=halves)
     plan = _with_tiles(spec, chosen, pack, heads_in_rows=in_rows > 0)
     waits = spec.queries * pack <= ROWS  # for memory
+    if tiles is None and not halves and not waits:
+        plan = _soonest(plan, multiprocessors)
     may_split = tiles is None and not masked
     if may_split and (waits or 2 * plan.works <= multiprocessors or plan.in_parts):
         # Too few tiles to fill the chip: the smallest, and the keys split among blocks.
@@ -416,6 +422,52 @@ def make_plan(
     return replace(plan, tiles=fitted, blocks=blocks, counted=counted)
 
 
+def _soonest(plan: Plan, multiprocessors: int) -> Plan:
+    """The plan, or where there are few tiles the one by other tiles whose last one ends before.
+
+    us on an H100 or an H200, causal, tiles of the table, of one warpgroup, these by blocks of 64
+    keys (64 columns: two on a multiprocessor), of two in turn: 64 columns, 16 heads, 640 tokens
+    9.7, 8.0; 768 11.0, 8.9, 9.4, 10.8; 1k 13.4, 11.9, 12.2, 13.2; 2k 30.5, 33.1, , 26.7; 32 heads,
+    512 8.8, 8.6, 7.3, 8.4; 768 13.3, 14.2, , 12.6; 1k 18.0, 20.5, , 17.1; 8 heads, 2k 27.8, 18.7,
+    21.6, 23.1; 4k 54.6, , , 45.4; full 28.2, , , 22.8; 128 columns, 32 heads of 8, 512 11.6, 10.7,
+    9.9; 1k 22.0, 25.7; 16 heads, 768 12.7, 11.6, 11.4; 1k 17.0, 15.5, 15.1; 8 heads, 2k 28.1, 24.3,
+    24.7.
+    """
+    spec, width = plan.spec, max(plan.spec.head_dim, plan.spec.value_dim)
+    others = spec.bias_shape is not None or spec.dropout_rate > 0 or not plan.lengths_known
+    if others or width > 128 or plan.in_parts or plan.works > MOST_LOWERED * multiprocessors:
+        return plan
+    one = choose_tiles(spec, rows=1)
+    tiles = [plan.tiles, one]
+    if width <= 64:
+        tiles += [replace(one, query_slots=2), replace(one, keys=64)]
+        tiles += [Tiles(2, 128, 4, query_slots=4, in_turn=True)]
+    else:
+        tiles += [replace(one, stages=2, query_slots=2), Tiles(1, 64, 4, query_slots=2)]
+    plans = [_with_tiles(spec, x, plan.pack, heads_in_rows=False) for x in tiles]
+    return min(plans, key=partial(_last_end, multiprocessors=multiprocessors))
+
+
+def _last_end(plan: Plan, multiprocessors: int) -> float:
+    """When the last tile ends of those taken longest first, in visits of one warpgroup."""
+    spec, tiles = plan.spec, plan.tiles
+    halves, listed = tiles.keys == 64, tiles.query_slots > 1
+    several = plan.works > multiprocessors
+    if tiles.warpgroups == 1:
+        many = halves and plan.works > 2 * multiprocessors
+        if many or several != (listed or halves):
+            return math.inf
+    visit, start = cost_of(tiles, wide=max(spec.head_dim, spec.value_dim) > 64)
+    ends = [0.0] * multiprocessors
+    lengths = sorted((max(stop - first, 1) for (first, stop), _ in plan.ranges()), reverse=True)
+    for visits in lengths:
+        for _ in range(spec.batch * plan.head_packs):
+            heapq.heapreplace(ends, ends[0] + visits * visit + start)
+    if halves and not listed:  # two on a multiprocessor
+        return max(max(ends) * BESIDE, lengths[0] * visit + start)
+    return max(ends) + LISTED * (several and listed)
+
+
 def _with_even_shares(plan: Plan, tiles: Tiles, blocks: int) -> Plan:
     """The plan of few queries whose keys so many thread blocks share evenly."""
     tiles = fit(plan.spec, tiles, listed=True, out_bytes=4)
@@ -450,6 +502,7 @@ def _may_count(plan: Plan) -> bool:
     """
     spec = plan.spec
     others = spec.bias_shape is not None or spec.dropout_rate > 0 or plan.in_parts or plan.pack > 1
+    others |= plan.tiles.warpgroups == 1
     timed = max(spec.head_dim, spec.value_dim) <= 128 or plan.tiles.from_registers
     long = spec.keys > FEWEST_VISITS * plan.tiles.keys or spec.band.lower is not None
     return plan.lengths_known and plan.splits == 1 and timed and long and not others

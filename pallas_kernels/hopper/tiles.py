@@ -19,12 +19,13 @@ from pallas_kernels.hopper.piece_widths import (
 if TYPE_CHECKING:
     from jattn.call.spec import AttentionSpec
 
-__all__ = ["ROWS", "SHARED_MEMORY", "Tiles", "choose_tiles", "fit"]
+__all__ = ["ROWS", "SHARED_MEMORY", "Tiles", "choose_tiles", "cost_of", "fit"]
 
 ROWS = 64  # query rows of one compute warpgroup: wgmma's M
 SHARED_MEMORY = 232448 - 1024  # bytes a block may use on sm_90, less barriers and alignment
 VISIT = 16  # keys: as many more would take the time that each visit takes beside its columns
 UNSTAGED = 24  # the same of a tile whose outputs lose their staging to larger blocks
+FEW_KEYS = 1024  # of a window
 _MOST_KEYS = {64: 128, 128: 176, 160: 128, 192: 112, 224: 96, 256: 80}  # by head dim
 
 
@@ -101,6 +102,20 @@ def choose_tiles(spec: AttentionSpec, rows: int, *, halves: bool = False) -> Til
     return tiles if spec.keys % (2 * tiles.keys) == 0 else replace(tiles, keys=tiles.keys & -64)
 
 
+def cost_of(tiles: Tiles, *, wide: bool) -> tuple[float, float]:
+    """What a visit takes and what a tile's start and end, where one warpgroup's visit takes 1.
+
+    wide: past 64 columns. Lines through the times of few tiles, see `plan.py`.
+    """
+    if tiles.warpgroups == 1 and tiles.keys == 64:
+        return (0.556, 0.8) if wide else (0.75, 1.3)
+    if wide:
+        visit, start = {1: (1.0, 1.3), 2: (1.34, 3.6)}[tiles.warpgroups]
+    else:
+        visit, start = {1: (1.0, 1.3), 2: (1.58, 2.0), 3: (1.96, 2.0)}[tiles.warpgroups]
+    return visit * (tiles.keys + VISIT) / (128 + VISIT), start
+
+
 def _by_width(spec: AttentionSpec, rows: int) -> Tiles:
     """The same whatever the number of keys is."""
     # TFLOP/s on an H200, bf16, 16,384 tokens, heads x head dim 2048; T = 16k, 4k, 1k.
@@ -111,10 +126,15 @@ def _by_width(spec: AttentionSpec, rows: int) -> Tiles:
     if rows <= ROWS:
         # Few queries are bound by memory: one warpgroup, and every byte of it for keys in flight.
         return Tiles(1, 128 if width <= 128 else 64, 4, query_slots=1)
+    if width <= 64 and _sees_few_keys(spec):
+        # us on an H100, 32 heads, 16k, three warpgroups, two, these in turn: windows of 127 150,
+        # 124, 130; 255 195, 140, 143; 511 227, 214, 218; 1,023 346, 347, 359; packed documents of
+        # 256 206, 112, 111; 1,024 300, 212, 224; 4,096 663, 623, 679.
+        return Tiles(2, 128, 4, query_slots=4)
     if width <= 64 and short:
         # A tile of 192 rows is mostly hidden or past the end: causal 335 at 1k, 291 with it.
-        # No list: 254.
-        return Tiles(2, 128, 4, query_slots=4)
+        # No list: 254. us on an H100, not in turn, in turn: 32 heads 1k 18.0, 17.1; 768 13.3, 12.6.
+        return Tiles(2, 128, 4, query_slots=4, in_turn=True)
     if width <= 64 and _rounded(spec.queries, 3 * ROWS) > 1.15 * _rounded(spec.queries, 2 * ROWS):
         # Sequences of which tiles of 192 rows are mostly past the end: 197, 577.
         return Tiles(2, 128, 4, query_slots=4)
@@ -199,6 +219,19 @@ def _widths(spec: AttentionSpec, out_bytes: int) -> tuple[int, int, int]:
     if in_parts:
         out = padded_width(spec.value_dim)
     return head, count * width if pieces else out, out
+
+
+def _sees_few_keys(spec: AttentionSpec) -> bool:
+    """Whether tiles of more than 128 rows would mostly visit keys that their rows do not see.
+
+    That is in a window of 1,024 keys or fewer, and where documents come from a counter, most of
+    which are short: of one document of 16k, 64 columns, tiles of 192 rows take 11% less.
+    """
+    if spec.bias_shape is not None or spec.dropout_rate > 0:
+        return False
+    lower, upper = spec.band.lower, spec.band.upper
+    counted = spec.has_segments and spec.mask_shape is None and not spec.has_key_lengths
+    return counted or (lower is not None and upper is not None and upper - lower < FEW_KEYS)
 
 
 def _ends_differ(spec: AttentionSpec) -> bool:

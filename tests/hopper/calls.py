@@ -46,6 +46,11 @@ LARGE = [
     # So many tiles that they come from a counter.
     *(Half(f"counted_{h}", 4, 1030, 1030, 12, 4, h, causal=True) for h in (64, 128)),
     *(Half(f"counted_full_{h}", 4, 1000, 1000, 16, 16, h) for h in (64, 96, 128)),
+    *(Half(f"few_tiles_{t}", 1, t, t, 16, 8, 64, causal=True) for t in (768, 1001)),
+    Half("few_tiles_128", 1, 512, 512, 32, 8, 128, causal=True),
+    Half("few_full_tiles", 1, 700, 770, 16, 16, 64),
+    Half("counted_window_64", 1, 4100, 4100, 16, 4, 64, window=(300, 0)),
+    Half("counted_packed_64", 1, 4100, 4100, 16, 4, 64, segments="sorted", causal=True),
     Half("counted_window", 1, 4100, 4100, 16, 4, 128, window=(200, 0), sinks=True),
     Half("counted_latent", 4, 1030, 1030, 12, 12, 192, 128, causal=True),
     Half("counted_latent_full", 4, 1024, 1024, 14, 14, 192, 128, sinks=True, soft_cap=9.0),

@@ -74,6 +74,12 @@ CASES = [
     Long("eighths_232", head_dim=232),
     Long("latent", head_dim=192, value_dim=128),
     Long("latent_causal", head_dim=192, value_dim=128, causal=True),
+    # Few tiles: lower ones, of which some are two on a multiprocessor.
+    *(
+        Long(f"few_{t}_{h}", queries=t, keys=t, heads=n, kv_heads=n, head_dim=h, causal=True)
+        for t, n, h in ((512, 32, 64), (768, 16, 64), (768, 16, 128))
+    ),
+    Long("few_full_64", queries=768, keys=768, head_dim=64),
     Long("short_causal_64", batch=8, queries=1024, keys=1024, head_dim=64, causal=True),
     *(
         Long(f"lists_{mask}", **({"batch": 16, "queries": 1024, "keys": 1024} | options))
@@ -85,6 +91,7 @@ CASES = [
     ),
     Long("bottom_right", keys=4096, causal=True, alignment="bottom_right"),
     *(Long(f"window_{h}", head_dim=h, window=(1023, 0)) for h in WIDTHS),
+    Long("wide_window_64", queries=8192, keys=8192, head_dim=64, window=(2047, 0)),
     *(
         Long(f"lengths_{h}", head_dim=h, causal=True, query_lengths=(9,), key_lengths=(9,))
         for h in WIDTHS

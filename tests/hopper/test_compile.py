@@ -25,6 +25,7 @@ KNOWN_SPILLS = {
         "narrow": 8,
         "narrow_full": 28,
         "window_64": 32,
+        "wide_window_64": 32,
         "offsets_64": 32,
         "segments_64": 32,
         "segments_256": 8,
@@ -61,8 +62,7 @@ KNOWN_SPILLS = {
     "still": {"bias_short_128": 8, "bias_columns_128": 8},
     "deterministic": {},
     "forward": {
-        "window_64": 16,
-        "bias_window_64": 8,
+        "bias_window_64": 4,
         "bias_narrow_512_float32_64": 28,
         **dict.fromkeys(("counted_full_odd_64", "counted_latent_full"), 4),
     },

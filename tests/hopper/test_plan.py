@@ -76,6 +76,19 @@ def test_a_block_of_a_window_needs_the_mask_of_its_end_alone(keys: int) -> None:
     assert found == {True, False}
 
 
+def test_few_tiles_are_lower_where_the_last_one_then_ends_before() -> None:
+    def rows(length: int, heads: int, head_dim: int = 64, **mask: Any) -> int:
+        case = Half("", 1, length, length, heads, heads, head_dim, **mask)
+        return make_plan(spec_of(case), multiprocessors=132).rows
+
+    for length in (640, 768, 1024):
+        assert rows(length, 16, causal=True) == rows(length, 16, 128, causal=True) == 64
+    assert rows(768, 32, causal=True) == rows(1024, 32, causal=True) == 128
+    assert rows(768, 16) == 128  # all as long: two rounds of lower ones
+    assert rows(4096, 32) == rows(16384, 32, window=(2047, 0)) == 192
+    assert rows(16384, 32, window=(1023, 0)) == 128
+
+
 def test_few_queries_split_the_keys_and_share_a_tile() -> None:
     plan = make_plan(spec_of(Half("", 1, 1, 8192, 32, 8, 128)))
     assert plan.pack == 4
