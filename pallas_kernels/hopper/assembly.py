@@ -12,7 +12,16 @@ from jax import Array
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-__all__ = ["banded", "made_before", "mask_of", "masked", "multiply_add", "widened", "zero_below"]
+__all__ = [
+    "at_most",
+    "banded",
+    "made_before",
+    "mask_of",
+    "masked",
+    "multiply_add",
+    "widened",
+    "zero_below",
+]
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
@@ -80,6 +89,52 @@ def banded(x: Array, ahead: Array, lower: int | None, upper: int | None, none: f
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
     result: Array = made(x, ahead)
+    return result
+
+
+def at_most(x: Array, ahead: Array, side: Array) -> Array:
+    """min(x, side (ahead - 2 (row - column))), (64, columns) float32; `side` is a power of two.
+
+    A product with a sum and a minimum, of two numbers a thread, where `banded` compares twice and
+    chooses.
+    """
+
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(WGMMA, NUMBER, NUMBER),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA),
+    )
+    def made(ctx: Any, x: Any, ahead: Any, side: Any) -> Any:
+        f32 = ir.F32Type.get()
+        text = (
+            "{ .reg .u32 thread, part, own;\n"
+            "mov.u32 thread, %tid.x;\n"
+            "bfe.u32 part, thread, 5, 2;\n"
+            "mad.lo.s32 own, part, -32, $1;\n"
+            "bfe.u32 part, thread, 2, 3;\n"
+            "mad.lo.s32 own, part, -2, own;\n"
+            "and.b32 part, thread, 3;\n"
+            "mad.lo.s32 own, part, 4, own;\n"
+            "cvt.rn.f32.s32 $0, own;\n"
+            "mul.f32 $0, $0, $2; }"
+        )
+        numbers = [ahead.registers.item(), side.registers.item()]
+        own = llvm.inline_asm(f32, numbers, text, "=&f,r,f", has_side_effects=True)
+        registers = np.empty_like(x.registers)
+        for place, pair in enumerate(x.registers.flat):
+            found = []
+            for i in range(2):
+                column = np.float32(2 * (place // 2 * 8 + i - place % 2 * 8)).view(np.uint32)
+                text = (
+                    f"{{ .reg .f32 most; fma.rn.f32 most, $3, 0f{column:08X}, $2;\n"
+                    "min.f32 $0, $1, most; }"
+                )
+                found.append(
+                    llvm.inline_asm(f32, [_at(pair, i), own, numbers[1]], text, "=f,f,f,f")
+                )
+            registers.flat[place] = _together(found)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    result: Array = made(x, ahead, side)
     return result
 
 

@@ -285,10 +285,18 @@ class Block:
                     x = jnp.where(key >= query + spec.band.lower, x, none)
             else:
                 ahead = self.tile * self.tiles.keys + own - first_query
-                x = seam.banded(x, ahead, spec.band.lower, spec.band.upper, none)
+                lower, upper = spec.band.lower, spec.band.upper
+                apart = lower is None or upper is None or upper - lower >= sum(shape)
+                if apart and none == -np.inf and self.tiles.masks_by_minimum:
+                    x = seam.hidden_by_band(x, ahead, lower, upper)
+                else:
+                    x = seam.banded(x, ahead, lower, upper, none)
         if "w_smem" in vars(refs):
             x = jnp.where(backward_mask.seen_by(seam, refs, own, slot, shape), x, none)
-        if spec.has_key_lengths or spec.keys % self.tiles.keys:
+        past = spec.keys % self.tiles.keys != 0
+        if self.tiles.masks_by_minimum and hides_past(spec):
+            past = False
+        if spec.has_key_lengths or past:
             length = refs.key_lengths[self.batch] if spec.has_key_lengths else spec.keys
             x = jnp.where(key < length, x, none)
         if spec.has_segments:
@@ -363,6 +371,12 @@ def key_gradients(
 def banded(spec: AttentionSpec) -> bool:
     """Whether a band hides some keys."""
     return spec.band.lower is not None or spec.band.upper is not None
+
+
+def hides_past(spec: AttentionSpec) -> bool:
+    """Whether a band hides from every query what is past the last key."""
+    upper = spec.band.upper
+    return upper is not None and not spec.has_query_offset and spec.queries + upper <= spec.keys
 
 
 def behind(refs: Ref, slot: Array | int) -> Ref:

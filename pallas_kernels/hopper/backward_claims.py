@@ -26,7 +26,7 @@ from pallas_kernels.hopper.backward_tiles import BackwardTiles
 from pallas_kernels.hopper.indices import remainder
 from pallas_kernels.hopper.seam import Ref, Seam
 
-__all__ = ["claim", "claims_none", "publish", "put_dq"]
+__all__ = ["claim", "claims_none", "known_claim", "publish", "put_dq"]
 
 
 def claims_none(tiles: BackwardTiles, seam: Seam, refs: Ref) -> None:
@@ -63,15 +63,35 @@ def publish(tiles: BackwardTiles, seam: Seam, refs: Ref, n: Array) -> None:
     seam.publish(refs.words_of_dq, behind(refs, CLAIMS), before)
 
 
+def known_claim(block: Block, n: Array) -> Array | None:
+    """The n-th visit's claim, if it is read before dQ's product."""
+    return _claim_at(block, n) if block.tiles.puts_at_once and not _is_told(block) else None
+
+
 def put_dq(
-    block: Block, n: Array, dq: Array, part: Array, first: int = 0, *, parts: int = 0
+    block: Block,
+    n: Array,
+    dq: Array,
+    part: Array,
+    first: int = 0,
+    *,
+    claimed: Array | None,
+    parts: int = 0,
 ) -> None:
     """The n-th visit's part of a block's dQ is stored, or added; from this number of a row on.
 
+    claimed: what `known_claim` said.
     parts: in turns, of how many of a block: the claim says of which.
     """
-    claims = behind(block.refs, CLAIMS)
-    slot = remainder(n, 2 * block.tiles.stages)
     if _is_told(block):
+        slot = remainder(n, 2 * block.tiles.stages)
         block.seam.await_claim(slot, block.tiles.warpgroups)
-    block.seam.put_fragment(dq, block.refs.dq, part, claims, slot, first, parts=parts)
+    if claimed is None:
+        claimed = _claim_at(block, n)
+    at_once = block.tiles.puts_at_once
+    block.seam.put_fragment(dq, block.refs.dq, part, claimed, first, parts=parts, at_once=at_once)
+
+
+def _claim_at(block: Block, n: Array) -> Array:
+    slot = remainder(n, 2 * block.tiles.stages)
+    return block.seam.number_at(behind(block.refs, CLAIMS), slot)

@@ -34,11 +34,14 @@ class BackwardTiles:
       way while one is computed; 0: one for each tile.
     first_stores: in fragments, it is stored by the first thread block that visits a block of
       queries, and added by the others.
+    puts_at_once: then a visit's stores or adds are behind one branch, and which they are is read
+      before dQ's product.
     in_turns: then these add in the order in which they start; visits go down.
     upward: tiles start from the last keys on, and visits go up.
     pieces: matrices are pieces of some columns, each one tile wide and copied as plain rows.
     values_first: dV's product starts before dS is computed, and P is computed beside dP's product.
     in_parts: then a part of it starts as soon as its powers are made.
+    masks_by_minimum: what a band hides has low exponents, by a minimum, not a choice.
     shares: the thread blocks that share a tile's work.
     adds: they add their dK and dV to sums, in whichever order they end, or in turns.
     places: tiles that have sums at a time, each the place of one that is done; 0: all.
@@ -60,11 +63,13 @@ class BackwardTiles:
     in_fragments: bool = False
     listed: int = 0
     first_stores: bool = False
+    puts_at_once: bool = False
     in_turns: bool = False
     upward: bool = False
     pieces: bool = False
     values_first: bool = False
     in_parts: bool = False
+    masks_by_minimum: bool = False
     shares: Shares = WHOLE
     adds: bool = False
     places: int = 0

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pallas_kernels.hopper.backward_cut import BackwardTiles
 
 __all__ = [
+    "MOST_VISITS",
     "added_shares",
     "documents_side_by_side",
     "most_visits",

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import backward_bias
 from pallas_kernels.hopper.backward_block import HIGH, LOW, ROW, ROW_TERM, WGMMA, Block
-from pallas_kernels.hopper.backward_claims import put_dq
+from pallas_kernels.hopper.backward_claims import known_claim, put_dq
 from pallas_kernels.hopper.backward_tiles import dq_columns
 from pallas_kernels.hopper.copies import padded_width
 from pallas_kernels.hopper.dropout import kept
@@ -181,7 +181,7 @@ def _weights(
             exponent -= block.row(refs.rows_smem.at[slot, LOW])
         if masked:  # a choice made of P would keep both, P and what it was made of, in registers
             exponent = block.hide(exponent, own * ROWS, visit.first_query, slot, -np.inf)
-        if block.tiles.in_parts:
+        if block.tiles.in_parts and not (masked and spec.has_segments):
             p, started = seam.powers_into(dv_acc, exponent, visit.do)  # dV += Pᵀ dO
         else:
             p = jnp.exp2(exponent)
@@ -312,6 +312,7 @@ def _make_dq(
         seam.matmul_into(dk_acc, own_ds, visit.q, in_registers=not tiles.shared_ds)  # dK += dSᵀ Q
         return seam.wait(dq_acc, in_flight=1)
 
+    claimed = known_claim(block, visit.n) if tiles.first_stores else None
     dq = accumulator("dq", (ROWS, own), products)
     if tiles.in_fragments:
         place = (block.batch * spec.heads + block.first_head + visit.h) * refs.rows.shape[2]
@@ -323,9 +324,9 @@ def _make_dq(
         if tiles.in_turns:  # what the claim says need not be kept in registers, where 64 has none
             parts = 1 if isinstance(warpgroup, int) else tiles.warpgroups
             own_part = jnp.int32(0) if isinstance(warpgroup, int) else warpgroup
-            put_dq(block, visit.n, dq, own_part, first, parts=parts)
+            put_dq(block, visit.n, dq, own_part, first, claimed=claimed, parts=parts)
         elif tiles.first_stores:
-            put_dq(block, visit.n, dq, part, first)
+            put_dq(block, visit.n, dq, part, first, claimed=claimed)
         else:
             seam.add_fragment(dq, refs.dq, part, first)
         return

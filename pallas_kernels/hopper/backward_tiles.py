@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_cut import BackwardTiles
 from pallas_kernels.hopper.backward_order import (
+    MOST_VISITS,
     added_shares,
     most_visits,
     order,
@@ -70,12 +71,17 @@ def choose_backward_tiles(
     tiles = replace(tiles, places=places(spec, tiles))
     tiles = replace(tiles, first_stores=_first_stores(spec, tiles))
     tiles = replace(tiles, in_parts=_in_parts(spec, tiles))
+    tiles = replace(tiles, puts_at_once=_puts_at_once(spec, tiles))
     for stages in sorted({2, tiles.stages if form_of(spec) == "whole" else 2}, reverse=True):
         if listed := _listed(spec, replace(tiles, stages=stages)):
-            return replace(tiles, listed=listed, stages=stages)
+            # In a window of 255, 1k, 350 us in parts or not, and 4 bytes more spilled.
+            in_parts = tiles.in_parts and spec.band.lower is None
+            return replace(tiles, listed=listed, stages=stages, in_parts=in_parts)
     if _adds_often(spec, tiles):
-        return replace(tiles, late=True, shared_ds=True, heads_turned=True)
-    return tiles
+        return replace(tiles, late=True, shared_ds=True, heads_turned=True, in_parts=False)
+    # us on an H200, by a choice and so: 5,000 839, 829, 4k 1118, 1107, packed 856, 849, window 1023
+    # 633, 632; 12,345 2343, 2349; lists of 1k, on an H100, 377, 378.
+    return replace(tiles, masks_by_minimum=tiles.in_parts and spec.dropout_rate == 0)
 
 
 # Thread blocks of a launch that makes all gradients; of a full call one round of the chip's, as
@@ -269,15 +275,26 @@ def _most_visited(spec: AttentionSpec, tiles: BackwardTiles) -> float:
 def _in_parts(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
     """Whether dV's product starts in parts."""
     # us of the kernel on an H200, without and with: causal 12,345 2443, 2348, 4k 1131, 1124, 5,000
-    # 851, 841, 16k 4167, 4152, 1k 374, 367; full 4k 2173, 2138, 1k 601, 591, 16k 8507, 8401. In
-    # clear visits alone: 32 heads of 8, 8k, 4266, 4239; window 1023 648, 639; packed 2331, 2313.
-    # Others were not tried. Of one row a full call would spill 4 bytes by jax 0.12's ptxas.
-    others = spec.bias_shape or spec.mask_shape or spec.logits_soft_cap or spec.has_segments
+    # 851, 841, 16k 4167, 4152, 1k 374, 367; full 4k 2173, 2138, 1k 601, 591, 16k 8507, 8401;
+    # window 1023 644, 633, 4095 1931, 1904, of 32 heads of 8 3996, 3898; 32 of one, 4k, 1118, 1103,
+    # full 2074, 2056; of 8, 8k, 4245, 4222; packed, in clear visits alone, 860, 856. On an H100 96
+    # 941, 956, 80 870, 871; deterministic 1225, 1216. Others were not tried. Of one row a full call
+    # would spill 4 bytes by jax 0.12's ptxas.
+    others = spec.bias_shape or spec.mask_shape or spec.logits_soft_cap
     others = others or spec.has_query_lengths or spec.has_key_lengths or spec.has_query_offset
-    others = others or spec.group > 1 or spec.band.lower is not None
     others = others or (spec.batch == 1 and tiles.first_stores and not hides_some(spec))
+    tried = spec.group == 1 or tiles.adds or spec.has_segments or not hides_some(spec)
     wide = spec.head_dim == spec.value_dim == 128
-    return wide and tiles.values_first and not (tiles.apart or others)
+    return wide and tried and tiles.values_first and not (tiles.apart or others)
+
+
+def _puts_at_once(spec: AttentionSpec, tiles: BackwardTiles) -> bool:
+    """Whether a visit's stores or adds of dQ are behind one branch."""
+    # us of backward, each behind its own and so, on an H200: window 4095 1999, 1967; 1023 737, 741;
+    # on an H100: 4k full 2235, 2221; but 5,000 913, 938, 4k causal 1246, 1262, lists 1k 505, 509.
+    alone = spec.group == 1 and spec.band.upper is not None and spec.band.lower is None
+    often = tiles.first_stores and _visited(spec, tiles) > MOST_VISITS
+    return often and tiles.in_parts and not alone
 
 
 def _listed(spec: AttentionSpec, tiles: BackwardTiles) -> int:

@@ -34,6 +34,7 @@ __all__ = [
     "load_fragment",
     "meet",
     "multiplied",
+    "number_at",
     "publish",
     "put_fragment",
     "store_fragment",
@@ -182,49 +183,83 @@ def add_fragment(x: Array, gmem: Any, row: Array, first: int = 0) -> None:
     emit(gmem, x, row)
 
 
-def put_fragment(
-    x: Array, gmem: Any, row: Array, smem: Any, slot: Array, first: int = 0, *, parts: int = 0
-) -> None:
-    """gmem[row, first:] = x where smem[slot], 4 bytes, is not negative, else += x.
+def number_at(smem: Any, slot: Array) -> Array:
+    """smem[slot], int32, read here and not later."""
 
-    x: (64, columns), there (64 columns,) float32 in fragment order.
-    parts: if not 0, the row is the row-th of so many behind parts i, where i is smem[slot], or
-      ~smem[slot] if that is negative.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(_REF, WGMMA, _NUMBER, _REF, _NUMBER))  # type: ignore[untyped-decorator]
+    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+        arg_types=(_REF, _NUMBER),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_NUMBER),
+    )
     def emit(
-        _: mgpu.LaunchContext,
-        gmem: _Value,
-        x: mgpu.FragmentedArray,
-        row: mgpu.FragmentedArray,
-        smem: _Value,
-        slot: mgpu.FragmentedArray,
-    ) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        claimed = llvm.inline_asm(
-            i32,
+        _: mgpu.LaunchContext, smem: _Value, slot: mgpu.FragmentedArray
+    ) -> mgpu.FragmentedArray:
+        registers = np.empty((), object)
+        registers[()] = llvm.inline_asm(
+            ir.IntegerType.get_signless(32),
             [_shared(smem, slot.registers.item())],
             "ld.volatile.shared.s32 $0, [$1];",
             "=r,r,~{memory}",
             has_side_effects=True,
         )
-        own = row.registers.item()
+        return mgpu.FragmentedArray(_registers=registers, _layout=slot.layout, _is_signed=True)
+
+    found: Array = emit(smem, slot)
+    return found
+
+
+def put_fragment(
+    x: Array,
+    gmem: Any,
+    row: Array,
+    claimed: Array,
+    first: int = 0,
+    *,
+    parts: int = 0,
+    at_once: bool = False,
+) -> None:
+    """gmem[row, first:] = x where `claimed` is not negative, else += x.
+
+    x: (64, columns), there (64 columns,) float32 in fragment order.
+    at_once: behind one branch; else each store or add is chosen, for which ptxas makes a branch.
+    parts: if not 0, the row is the row-th of so many behind parts i, where i is `claimed`, or
+      ~claimed if that is negative.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, WGMMA, _NUMBER, _NUMBER))  # type: ignore[untyped-decorator]
+    def emit(
+        _: mgpu.LaunchContext,
+        gmem: _Value,
+        x: mgpu.FragmentedArray,
+        row: mgpu.FragmentedArray,
+        claim: mgpu.FragmentedArray,
+    ) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        claimed, own = claim.registers.item(), row.registers.item()
         if parts:
             index = arith.xori(claimed, arith.shrsi(claimed, mgpu.c(31, i32)))
             own = arith.addi(arith.muli(index, mgpu.c(parts, i32)), own)
-        place = _place(gmem, own)
-        for i, four in enumerate(_fours(x)):
-            at = f"[$0 + {4 * first + _GROUP * i}], {{$1, $2, $3, $4}};"
-            text = (
-                "{ .reg .pred p; setp.ge.s32 p, $5, 0;\n"
-                f"@p st.global.v4.f32 {at}\n"
-                f"@!p red.relaxed.gpu.global.add.v4.f32 {at} }}"
+        place, fours = _place(gmem, own), list(_fours(x))
+        each = [fours] if at_once else [[four] for four in fours]
+        at = 4 * first
+        for some in each:
+            store, add = (
+                "".join(
+                    f"{put} [$0 + {at + _GROUP * i}],"
+                    f" {{{', '.join(f'${4 * i + j}' for j in range(2, 6))}}};\n"
+                    for i in range(len(some))
+                )
+                for put in ("st.global.v4.f32", "red.relaxed.gpu.global.add.v4.f32")
             )
-            _asm(text, place, *four, claimed, constraints="l,f,f,f,f,r")
+            text = f"@p {store}@!p {add}"
+            if at_once:
+                text = f"@p bra FIRST;\n{add}bra.uni DONE;\nFIRST:\n{store}DONE:"
+            text = f"{{ .reg .pred p; setp.ge.s32 p, $1, 0;\n{text} }}"
+            numbers = [number for four in some for number in four]
+            _asm(text, place, claimed, *numbers, constraints="l,r" + ",f" * len(numbers))
+            at += _GROUP * len(some)
         _asm("// $0", mgpu.c(0, i32), constraints="r")  # as in add_fragment
 
-    emit(gmem, x, row, smem, slot)
+    emit(gmem, x, row, claimed)
 
 
 def store_fragment(x: Array, gmem: Any, row: Array, first: int = 0) -> None:

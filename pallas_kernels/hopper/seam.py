@@ -210,25 +210,31 @@ class Seam:
         x: Array,
         gmem: Ref,
         row: Array,
-        claimed: Ref,
-        slot: Array,
+        claimed: Array,
         first: int = 0,
         *,
         parts: int = 0,
+        at_once: bool = False,
     ) -> None:
         """gmem[row, first:] = x where this thread block claimed it, else += x; as above.
 
+        claimed: what is in the claim's slot.
         parts: if not 0, the row is one of so many of the word that `take_turn` was given.
         """
         if self.interpret:
             if parts:
-                index = claimed[slot].astype(jnp.int32)
-                row = jnp.where(index < 0, ~index, index) * parts + row
+                row = jnp.where(claimed < 0, ~claimed, claimed) * parts + row
             x, own = instructions.to_fragment(x), pl.ds(first, x.size)
-            x = jnp.where(claimed[slot] >= 0, x, gmem[row, own] + x)
-            gmem[row, own] = jnp.where(claimed[slot] == _OUT_OF_TURN, jnp.nan, x)
+            x = jnp.where(claimed >= 0, x, gmem[row, own] + x)
+            gmem[row, own] = jnp.where(claimed == _OUT_OF_TURN, jnp.nan, x)
         else:
-            instructions.put_fragment(x, gmem, row, claimed, slot, first, parts=parts)
+            instructions.put_fragment(x, gmem, row, claimed, first, parts=parts, at_once=at_once)
+
+    def number_at(self, smem: Ref, slot: Array) -> Array:
+        """smem[slot], int32, read here and not later."""
+        if self.interpret:
+            return smem[slot].astype(jnp.int32)  # type: ignore[no-any-return]
+        return instructions.number_at(smem, slot)
 
     def claims_none(self, claimed: Ref, count: int) -> None:
         """claimed[:count] = -1."""
@@ -356,6 +362,27 @@ class Seam:
         if lower is not None:
             x = jnp.where(row + ahead - column >= lower, x, none)
         return x
+
+    def hidden_by_band(self, x: Array, ahead: Array, lower: int | None, upper: int | None) -> Array:
+        """x (64, columns) of exponents, so low that their powers are 0 where `banded` has `none`.
+
+        Where some are under `lower` no other may be over `upper`.
+        """
+        # Over upper: 2^99 (2 upper + 1 - 2 (row + ahead - column)); under lower its negative.
+        bounds = [0 if end is None else 2 * end + more for end, more in ((upper, 1), (lower, -1))]
+        bound, side = jnp.int32(bounds[lower is not None]), jnp.float32(2.0**99)
+        if lower is not None and upper is not None:
+            over = ahead > np.int32(upper + 1 - x.shape[0])
+            bound = jnp.where(over, *map(np.int32, bounds))
+            side = jnp.where(over, side, -side)
+        elif lower is not None:
+            side = -side
+        ahead = bound - 2 * ahead
+        if not self.interpret:
+            return assembly.at_most(x, ahead, side)
+        row, column = (lax.broadcasted_iota(jnp.int32, x.shape, i) for i in range(2))
+        most = side * (ahead - 2 * (row - column)).astype(jnp.float32)
+        return jnp.fmin(x, most)  # of a number and none the number, as the instruction
 
     def zero_below(self, x: Array, bits: Array, limit: int) -> Array:
         """x, float32, with zeros where `bits`, uint32, are below the limit."""

@@ -50,8 +50,7 @@ KNOWN_SPILLS = {
         "lists_window": 32,
         # Where a tile's thread blocks add what they have at its end.
         "shared_128": 20,
-        "shared_by_seven": 28,
-        **dict.fromkeys(("shared_ragged", "shared_window"), 8),
+        "shared_by_seven": 4,
         "grouped_window": 24,
         "bias_shared_segments_64": 32,
         "bias_shared_segments_128": 128,

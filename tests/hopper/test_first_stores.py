@@ -39,8 +39,9 @@ LARGE = [
     Half("full_80", 2, 2304, 2304, 8, 8, 80),
     Half("window_96", 1, 3001, 3001, 4, 4, 96, window=(300, 20)),
     Half("short_80", 64, 257, 257, 8, 8, 80),
+    Half("often", 2, 3333, 3500, 2, 2, 128),
 ]
-NOT_LISTED = ("longer", "one_key_head", "documents", "full_80", "window_96")
+NOT_LISTED = ("longer", "one_key_head", "documents", "full_80", "window_96", "often")
 
 
 @pytest.mark.parametrize("case", chosen(CASES, "packed"), ids=str)
@@ -56,6 +57,7 @@ def test_on_a_gpu_as_exact(case: Case, seed: int) -> None:
     tiles = choose_backward_tiles(spec_of(case), deterministic=False)
     assert tiles.first_stores
     assert bool(tiles.listed) == (case in LARGE and case.name not in NOT_LISTED)
+    assert tiles.puts_at_once == (case.name == "often")
     run = compiled(FLASH, case)
     for again in range(5):
         check(FLASH, case, seed + again, run)
