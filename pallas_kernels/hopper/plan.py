@@ -441,7 +441,7 @@ def _soonest(plan: Plan, multiprocessors: int) -> Plan:
     tiles = [plan.tiles, one]
     if width <= 64:
         tiles += [replace(one, query_slots=2), replace(one, keys=64)]
-        tiles += [Tiles(2, 128, 4, query_slots=4, in_turn=True)]
+        tiles += [Tiles(2, 128, 4, query_slots=4, in_turn=spec.band.lower is None)]
     else:
         tiles += [replace(one, stages=2, query_slots=2), Tiles(1, 64, 4, query_slots=2)]
     plans = [_with_tiles(spec, x, plan.pack, heads_in_rows=False) for x in tiles]

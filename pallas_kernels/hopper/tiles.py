@@ -112,7 +112,8 @@ def cost_of(tiles: Tiles, *, wide: bool) -> tuple[float, float]:
     if wide:
         visit, start = {1: (1.0, 1.3), 2: (1.34, 3.6)}[tiles.warpgroups]
     else:
-        visit, start = {1: (1.0, 1.3), 2: (1.58, 2.0), 3: (1.96, 2.0)}[tiles.warpgroups]
+        two = 1.58 if tiles.in_turn else 1.64
+        visit, start = {1: (1.0, 1.3), 2: (two, 2.0), 3: (1.96, 2.0)}[tiles.warpgroups]
     return visit * (tiles.keys + VISIT) / (128 + VISIT), start
 
 
@@ -133,8 +134,8 @@ def _by_width(spec: AttentionSpec, rows: int) -> Tiles:
         return Tiles(2, 128, 4, query_slots=4)
     if width <= 64 and short:
         # A tile of 192 rows is mostly hidden or past the end: causal 335 at 1k, 291 with it.
-        # No list: 254. us on an H100, not in turn, in turn: 32 heads 1k 18.0, 17.1; 768 13.3, 12.6.
-        return Tiles(2, 128, 4, query_slots=4, in_turn=True)
+        # No list: 254.
+        return Tiles(2, 128, 4, query_slots=4)
     if width <= 64 and _rounded(spec.queries, 3 * ROWS) > 1.15 * _rounded(spec.queries, 2 * ROWS):
         # Sequences of which tiles of 192 rows are mostly past the end: 197, 577.
         return Tiles(2, 128, 4, query_slots=4)
