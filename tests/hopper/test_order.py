@@ -67,7 +67,8 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
         tiles = choose_backward_tiles(spec, **options)
         tiles = replace(tiles, shares=Shares(), adds=False, listed=0, pieces=False)
         tiles = replace(tiles, first_stores=False, late=True, shared_ds=True)
-        return replace(tiles, heads_inner=True, heads_turned=True)
+        together = min(tiles.heads_together, spec.kv_heads)
+        return replace(tiles, heads_together=together, heads_inner=True, heads_turned=True)
 
     monkeypatch.setattr(backward, "choose_backward_tiles", forced)
 
