@@ -16,7 +16,7 @@ from pallas_kernels.hopper.backward_cut import BackwardTiles
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
-MEASURED = "nvidia-h200-all-2026-11-27.json"
+MEASURED = "nvidia-h200-all-2026-11-28.json"
 PEERS = {"jattn/flash": "flash", "jax.nn/cudnn": "cudnn"}
 
 
