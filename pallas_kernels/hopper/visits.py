@@ -116,15 +116,12 @@ def visits(
     return jnp.stack(list(_in_parts(jnp, whole, parts)), axis=-1)
 
 
-@functools.lru_cache(maxsize=64)
 def known_counts(
     spec: AttentionSpec, *, queries: int, keys: int
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
     """(tiles,): how many visits each tile has, as far as shapes tell: the most with lengths."""
     tiles = -(-spec.keys // keys)
-    counts = _known(spec, tiles, queries=queries, keys=keys, every=False)[:, 1]
-    counts.setflags(write=False)
-    return counts
+    return _known(spec, tiles, queries=queries, keys=keys, every=False)[:, 1]
 
 
 def tiles_that_visit(
@@ -184,12 +181,13 @@ def visits_every_block(spec: AttentionSpec, *, queries: int, keys: int) -> bool:
     return bool(visited.all())
 
 
+@functools.lru_cache(maxsize=64)
 def _known(
     spec: AttentionSpec, tiles: int, *, queries: int, keys: int, every: bool
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
     """(tiles, 4): the `Visits` of a call whose intervals follow from its shapes."""
     intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
-    found = []
+    ends = []
     for start in range(0, tiles * keys, keys):
         first, stop = blocks.query_blocks(intervals, start, start + keys, queries)
         if every:
@@ -197,8 +195,10 @@ def _known(
         clear = blocks.unmasked_query_blocks(intervals, start, start + keys, queries)
         if spec.band.lower is None:  # as above
             clear = clear[0], stop if start + keys <= spec.keys else clear[0]
-        found.append(_counted(np, first, stop, *clear))
-    return np.array(found, np.int32)
+        ends.append((first, stop, *clear))
+    found = np.stack(_counted(np, *np.array(ends, np.int32).T), axis=-1)
+    found.setflags(write=False)
+    return found
 
 
 def _in_parts(xp: Any, whole: Visits, parts: int) -> Visits:

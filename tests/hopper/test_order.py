@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jattn
+from pallas_kernels import blocks
 from pallas_kernels.hopper import backward, backward_rounds
 from pallas_kernels.hopper.backward_block import grid_of
 from pallas_kernels.hopper.backward_tiles import BackwardTiles, choose_backward_tiles
@@ -201,3 +203,19 @@ def test_a_launch_ends_as_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         tiles = BackwardTiles(64)
         assert backward_rounds.last_end(spec, tiles, 1) == pytest.approx(end)
     backward_rounds.end_of.cache_clear()
+
+
+def test_what_a_call_visits_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    worked_out = Counter[int]()
+    query_blocks = blocks.query_blocks
+
+    def counted(intervals: Any, start: int, *rest: int) -> Any:
+        worked_out[start] += 1
+        return query_blocks(intervals, start, *rest)
+
+    monkeypatch.setattr(blocks, "query_blocks", counted)
+    spec = spec_of(Half("", 3, 4999, 4999, 12, 4, 128, causal=True))
+    for deterministic in (False, False, True):
+        choose_backward_tiles(spec, deterministic=deterministic)
+    assert len(worked_out) > 1
+    assert set(worked_out.values()) == {1}
