@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pallas_kernels.hopper.backward_cut import BackwardTiles
 
 __all__ = [
+    "MOST_ADDED",
     "MOST_VISITS",
     "added_shares",
     "documents_side_by_side",
@@ -50,6 +51,7 @@ MOST_VISITS_OF_ONE_HEAD = 65  # of a tile or its share
 # Queries of a head that a tile visits, in the mean: with fewer no share is worth its sums.
 LEAST_VISITED = 1536
 LEAST_OF_MANY, LEAST_MANY = 1024, 768  # where there are so many tiles of query heads
+MOST_ADDED = 2**15 - 1  # shares of a tile that add: a word counts them in 15 bits
 # Tiles that have sums at a time: about two rounds of the chip's thread blocks, two of a tile; and
 # where the shares of a tile are not launched together.
 PLACES, PLACES_APART = 128, 256
@@ -106,6 +108,7 @@ def added_shares(spec: AttentionSpec, tiles: BackwardTiles) -> dict[str, Any]:
     others = spec.has_segments or spec.dropout_rate > 0
     others |= spec.mask_shape is not None or spec.bias_shape is not None
     count = -(-spec.keys // tiles.keys)
+    others |= spec.group > MOST_ADDED
     if others or spec.group == 1 or tiles.apart or tiles.once or not 0 < count <= MOST_KNOWN:
         return {}
     counts = known_counts(spec, queries=tiles.queries, keys=tiles.keys)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jattn.call.masking import hides_some
 from pallas_kernels.hopper.backward_cut import BackwardTiles
 from pallas_kernels.hopper.backward_order import (
+    MOST_ADDED,
     MOST_VISITS,
     added_shares,
     most_visits,
@@ -166,7 +167,7 @@ def adds_in_turns(spec: AttentionSpec) -> bool:
     visits = known_counts(spec, queries=tiles.queries, keys=tiles.keys)
     visited = float(visits.mean()) * tiles.queries
     if tiles.adds:
-        return visited >= LEAST_OF_SHARES
+        return visited >= LEAST_OF_SHARES and tiles.shares.count <= MOST_ADDED
     return visited * spec.group >= LEAST_IN_TURNS[head > 64]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import jax
@@ -180,6 +181,14 @@ def test_few_tiles_are_shared_and_many_are_not() -> None:
     assert shares_of(replace(grouped, queries=10000, keys=10000)).heads >= 2
     assert shares_of(Half("", 8, 4096, 77, 10, 10, 64)).queries > 1
     assert shares_of(Half("", 1, 128, 128, 8, 8, 64)) == WHOLE
+
+
+def test_no_more_shares_are_added_than_a_word_counts() -> None:
+    for window, deterministic in product((None, (4095, 0)), (False, True)):
+        case = Half("", 1, 8192, 8192, 32_768, 1, 128, causal=True, window=window)
+        assert not choose_backward_tiles(spec_of(case), deterministic=deterministic).adds
+        less = replace(case, heads=32)
+        assert choose_backward_tiles(spec_of(less), deterministic=deterministic).adds
 
 
 LAUNCHED = [
