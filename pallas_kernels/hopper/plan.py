@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
@@ -57,6 +57,9 @@ MOST_SORTED = 2048  # tiles of all heads: compared with each other
 INT32_MAX = 2**31 - 1
 L2_BYTES = 32 << 20  # of 60 MB: the rest is for queries, output and what is yet to be evicted
 BYTES_IN_STEP = 10 << 20  # of keys and values that short tiles side by side read
+
+
+type TileRanges = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
 
 class Work(NamedTuple):
@@ -201,17 +204,9 @@ class Plan:
         """
         return self.counted and (masked or max(self.spec.head_dim, self.spec.value_dim) > 64)
 
-    def ranges(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    def ranges(self) -> TileRanges:
         """Each query tile's blocks of keys, and those of them that need no mask; see `blocks`."""
-        spec, size = self.spec, self.tiles.keys
-        intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
-        found = []
-        for start in range(0, spec.queries, self.queries):
-            stop = min(start + self.queries, spec.queries)
-            pair = key_blocks(intervals, start, stop, size)
-            clear = unmasked_key_blocks(intervals, start, stop, size)
-            found.append(((int(pair[0]), int(pair[1])), (int(clear[0]), int(clear[1]))))
-        return found
+        return _ranges(self.spec, self.queries, self.tiles.keys)
 
     @property
     def one_power(self) -> bool:
@@ -348,6 +343,19 @@ class Plan:
         most = max(least, size // own) * max(1, spec.group // self.pack)
         count = spec.batch * self.head_packs
         return max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+
+
+@lru_cache(maxsize=64)
+def _ranges(spec: AttentionSpec, queries: int, keys: int) -> TileRanges:
+    """As `Plan.ranges`, of tiles of so many queries and blocks of so many keys."""
+    intervals = KeyIntervals(spec.band, spec.queries, spec.keys)
+    found = []
+    for start in range(0, spec.queries, queries):
+        stop = min(start + queries, spec.queries)
+        pair = key_blocks(intervals, start, stop, keys)
+        clear = unmasked_key_blocks(intervals, start, stop, keys)
+        found.append(((int(pair[0]), int(pair[1])), (int(clear[0]), int(clear[1]))))
+    return tuple(found)
 
 
 def _listed(mine: list[list[int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -20,6 +21,7 @@ from pallas_kernels.hopper import (
     folded_bias,
     forward,
 )
+from pallas_kernels.hopper import plan as plan_module
 from pallas_kernels.hopper.backward_tiles import choose_backward_tiles
 from pallas_kernels.hopper.copies import backward_width, padded_width
 from pallas_kernels.hopper.plan import make_plan
@@ -74,6 +76,23 @@ def test_a_block_of_a_window_needs_the_mask_of_its_end_alone(keys: int) -> None:
         assert plan.ends_apart == apart
         found.add(apart)
     assert found == {True, False}
+
+
+def test_what_tiles_visit_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    worked_out = Counter[tuple[int, ...]]()
+    key_blocks = plan_module.key_blocks
+
+    def counted(intervals: Any, *ends: int) -> Any:
+        worked_out[ends] += 1
+        return key_blocks(intervals, *ends)
+
+    monkeypatch.setattr(plan_module, "key_blocks", counted)
+    for _ in range(2):
+        plan = make_plan(spec_of(Half("", 8, 4997, 4997, 2, 2, 128, window=(700, 30))))
+        assert plan.ends_apart
+        assert plan.masked_later
+    assert len(worked_out) > 1
+    assert set(worked_out.values()) == {1}
 
 
 def test_few_tiles_are_lower_where_the_last_one_then_ends_before() -> None:
