@@ -285,10 +285,7 @@ def _heads_of_window(spec: AttentionSpec, tiles: BackwardTiles) -> int:
     # ms on an H200, window 4095 of 16 heads, all, four: 2.781, 2.717, FlashAttention-3 2.707; 1023,
     # where all fit, 0.975, 0.975, 0.985.
     visits = int(known_counts(spec, queries=tiles.queries, keys=tiles.keys).max())
-    most = max(1, WINDOWS_SIDE_BY_SIDE // visits)
-    if most >= spec.kv_heads:
-        return 0
-    return max(n for n in range(1, most + 1) if spec.kv_heads % n == 0)
+    return _largest_divisor(spec.kv_heads, max(1, WINDOWS_SIDE_BY_SIDE // visits))
 
 
 def _largest_divisor(count: int, most: int) -> int:
