@@ -274,8 +274,9 @@ def test_memory_on_a_gpu_that_is_not_here(target: str, tmp_path: Path) -> None:
         # q, k, v, the output and their gradients, D wide or less, and what goes with them.
         assert cells[name, 131_072]["temp_bytes"] < 131_072 * 1024 * 2 * 8
     if target == "h100":
-        for key, measured in measured_on_an_h100().items():  # kernels may hold less since then
-            assert 0.9 * measured < cells[key]["total_bytes"] < 1.05 * measured, key
+        # Since then kernels hold less, and at 32,768 tokens float32 sums of dK and dV.
+        for key, measured in measured_on_an_h100().items():
+            assert 0.9 * measured < cells[key]["total_bytes"] < 1.1 * measured, key
 
 
 _BOTH_WAYS = """
